@@ -1,0 +1,145 @@
+"""A Plan: decisions only, no predictions. Everything that runs or is simulated follows from one."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from spanwise.core.cluster import Id
+from spanwise.core.errors import PlanError
+from spanwise.core.noun import Noun
+
+ScheduleName = Literal["gpipe", "1f1b"]
+
+
+class Replica(Noun):
+    """A device of a stage and how many rows of each micro-batch it computes."""
+
+    device: Id
+    rows: int = Field(ge=1)
+
+
+class Stage(Noun):
+    """Consecutive layers ``[start, stop)`` held by one or several replicas.
+
+    Rows are assigned consecutively in replica order. ``warmup`` is how many forwards the stage may run
+    ahead of its backwards; it must not rise from one stage to the next.
+    """
+
+    start: int = Field(ge=0)
+    stop: int
+    replicas: tuple[Replica, ...] = Field(min_length=1)
+    warmup: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Stage:
+        if self.stop <= self.start:
+            raise PlanError(f"plan: stage of layers [{self.start}:{self.stop}) is empty")
+        devices = [replica.device for replica in self.replicas]
+        if len(set(devices)) != len(devices):
+            raise PlanError(
+                f"plan: stage [{self.start}:{self.stop}) lists a device twice: {', '.join(devices)}"
+            )
+        return self
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Its devices in replica order."""
+        return tuple(replica.device for replica in self.replicas)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch over all replicas."""
+        return sum(replica.rows for replica in self.replicas)
+
+    def row_ranges(self) -> tuple[tuple[str, int, int], ...]:
+        """(device, first row, row after the last) per replica."""
+        return row_ranges(self.replicas)
+
+
+class Sync(Noun):
+    """Gradients of some layers summed over some devices, once a step, by a ring.
+
+    Meant are the parameters in these half-open layer ranges that exactly these devices hold: a tied weight
+    whose layers lie in two stages has a Sync of its own, over the devices of both. ``segments`` cuts the
+    buffer: so many rings, one after the other. ``devices`` is the order of the ring.
+    """
+
+    layers: tuple[tuple[int, int], ...] = Field(min_length=1)
+    devices: tuple[Id, ...] = Field(min_length=2)
+    segments: int = Field(default=1, ge=1)
+
+
+class Plan(Noun):
+    """How one training step is spread over devices.
+
+    Attributes:
+        strategy: who made it.
+        graph_digest: of the ModelGraph that it was made for.
+        micro_batches: M. ``micro_batch_rows``: B; the global batch is M * B.
+        sources: where the rows of each micro-batch start out, consecutively, as replicas.
+        stages: cover layers 0..L in order and every row of a micro-batch once each.
+        schedule: order of forwards and backwards inside a stage.
+        syncs: gradient sums. Every parameter held by several devices must be covered.
+    """
+
+    strategy: str
+    graph_digest: str
+    micro_batches: int = Field(ge=1)
+    micro_batch_rows: int = Field(ge=1)
+    sources: tuple[Replica, ...] = Field(min_length=1)
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    schedule: ScheduleName = "1f1b"
+    syncs: tuple[Sync, ...] = ()
+
+    @model_validator(mode="after")
+    def _covers(self) -> Plan:
+        expected = 0
+        for index, stage in enumerate(self.stages):
+            if stage.start != expected:
+                raise PlanError(
+                    f"plan '{self.strategy}': stage {index} starts at layer {stage.start}, "
+                    f"not {expected}; stages must cover the layers in order"
+                )
+            expected = stage.stop
+            if stage.rows != self.micro_batch_rows:
+                raise PlanError(
+                    f"plan '{self.strategy}': stage {index} computes {stage.rows} rows of a micro-batch "
+                    f"of {self.micro_batch_rows}; rows must add up"
+                )
+        held = sum(source.rows for source in self.sources)
+        if held != self.micro_batch_rows:
+            raise PlanError(
+                f"plan '{self.strategy}': sources hold {held} rows of a micro-batch of "
+                f"{self.micro_batch_rows}; rows must add up"
+            )
+        for before, after in zip(self.stages, self.stages[1:], strict=False):
+            if self.schedule == "1f1b" and after.warmup > before.warmup:
+                raise PlanError(
+                    f"plan '{self.strategy}': warm-up depth rises from {before.warmup} (layers "
+                    f"[{before.start}:{before.stop})) to {after.warmup}; the later stage would wait for "
+                    "forwards that the earlier may not run yet"
+                )
+        return self
+
+    @property
+    def batch(self) -> int:
+        """Rows of a global batch."""
+        return self.micro_batches * self.micro_batch_rows
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Every device that takes part, sources included, in order of first mention."""
+        computing = [device for stage in self.stages for device in stage.devices]
+        return tuple(dict.fromkeys(computing + [source.device for source in self.sources]))
+
+
+def row_ranges(replicas: tuple[Replica, ...]) -> tuple[tuple[str, int, int], ...]:
+    """(device, first row, row after the last) for replicas in order."""
+    out: list[tuple[str, int, int]] = []
+    first = 0
+    for replica in replicas:
+        out.append((replica.device, first, first + replica.rows))
+        first += replica.rows
+    return tuple(out)

@@ -1,0 +1,135 @@
+"""How long each layer takes on each device: measured, analytic or fitted."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from functools import cached_property
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from spanwise.core.errors import InputError
+from spanwise.core.noun import Noun
+
+Provenance = Literal["measured", "analytic", "fitted"]
+
+
+class LayerTimes(Noun):
+    """Seconds of one layer at the table's row counts, medians of several repeats.
+
+    ``spread`` is the interquartile range over the median of forward plus backward at the largest row count.
+    """
+
+    forward_s: tuple[float, ...]
+    backward_s: tuple[float, ...]
+    spread: float = Field(default=0.0, ge=0)
+
+
+class TimeTable(Noun):
+    """Layer times on one kind of device at several row counts.
+
+    ``update_s_per_byte`` is the optimizer step per byte of parameters, ``message_s`` the compute that sending
+    or receiving one message takes from the device itself.
+    """
+
+    rows: tuple[int, ...] = Field(min_length=1)
+    layers: tuple[LayerTimes, ...] = Field(min_length=1)
+    update_s_per_byte: float = Field(default=0.0, ge=0)
+    message_s: float = Field(default=0.0, ge=0)
+    provenance: Provenance = "measured"
+    environment: str = ""
+
+    @model_validator(mode="after")
+    def _rectangular(self) -> TimeTable:
+        if list(self.rows) != sorted(set(self.rows)) or self.rows[0] < 1:
+            raise InputError(f"profile: row counts {self.rows} must be positive and rise")
+        for index, layer in enumerate(self.layers):
+            for values in (layer.forward_s, layer.backward_s):
+                if len(values) != len(self.rows) or min(values) < 0:
+                    raise InputError(
+                        f"profile: layer {index} needs {len(self.rows)} times, none negative"
+                    )
+        return self
+
+    def forward(self, layer: int, rows: int) -> float:
+        """Seconds of the forward pass of ``rows`` rows; 0 at 0 rows."""
+        return _interpolate(self.rows, self.layers[layer].forward_s, rows)
+
+    def backward(self, layer: int, rows: int) -> float:
+        """Seconds of the backward pass of ``rows`` rows; 0 at 0 rows."""
+        return _interpolate(self.rows, self.layers[layer].backward_s, rows)
+
+
+class DeviceTimes(Noun):
+    """Which table holds for a device, and by which factor its times are longer."""
+
+    device: str
+    table: int = Field(default=0, ge=0)
+    factor: float = Field(default=1.0, gt=0)
+
+
+class LinkTimes(Noun):
+    """A measured link: latency and bandwidth from small and large messages."""
+
+    source: str
+    target: str
+    bandwidth_bytes_per_s: float = Field(gt=0)
+    latency_s: float = Field(ge=0)
+
+
+class Profile(Noun):
+    """Layer times for every device of a cluster."""
+
+    graph_digest: str
+    tables: tuple[TimeTable, ...] = Field(min_length=1)
+    devices: tuple[DeviceTimes, ...] = Field(min_length=1)
+    links: tuple[LinkTimes, ...] = ()
+
+    @model_validator(mode="after")
+    def _tables_exist(self) -> Profile:
+        for entry in self.devices:
+            if entry.table >= len(self.tables):
+                raise InputError(
+                    f"profile: device '{entry.device}' refers to table {entry.table} of {len(self.tables)}"
+                )
+        return self
+
+    @cached_property
+    def _by_device(self) -> dict[str, tuple[TimeTable, float]]:
+        return {d.device: (self.tables[d.table], d.factor) for d in self.devices}
+
+    def table(self, device: str) -> tuple[TimeTable, float]:
+        """The table that holds for a device and the factor on its times."""
+        found = self._by_device.get(device)
+        if found is None:
+            raise InputError(
+                f"profile: no times for device '{device}'; profile the cluster again "
+                f"(has: {', '.join(self._by_device)})"
+            )
+        return found
+
+    def forward_s(self, device: str, start: int, stop: int, rows: int) -> float:
+        """Seconds of the forward pass through layers ``[start, stop)`` on ``rows`` rows."""
+        table, factor = self.table(device)
+        return factor * sum(table.forward(layer, rows) for layer in range(start, stop))
+
+    def backward_s(self, device: str, start: int, stop: int, rows: int) -> float:
+        """Seconds of the backward pass through layers ``[start, stop)`` on ``rows`` rows."""
+        table, factor = self.table(device)
+        return factor * sum(table.backward(layer, rows) for layer in range(start, stop))
+
+    def update_s(self, device: str, parameter_bytes: int) -> float:
+        """Seconds of the optimizer step over that many bytes of parameters."""
+        table, factor = self.table(device)
+        return factor * table.update_s_per_byte * parameter_bytes
+
+
+def _interpolate(xs: tuple[int, ...], ys: tuple[float, ...], x: int) -> float:
+    """Piecewise linear; outside the range along the outer segment, never negative; 0 at 0."""
+    if x <= 0:
+        return 0.0
+    if len(xs) == 1:
+        return ys[0] * x / xs[0]
+    at = min(max(bisect_left(xs, x), 1), len(xs) - 1)
+    x0, x1, y0, y1 = xs[at - 1], xs[at], ys[at - 1], ys[at]
+    return max(0.0, y0 + (y1 - y0) * (x - x0) / (x1 - x0))

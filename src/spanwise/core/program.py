@@ -1,0 +1,187 @@
+"""A Program: for each device the ordered list of actions of one training step."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from spanwise.core.errors import PlanError
+from spanwise.core.noun import Noun
+
+Kind = Literal["load", "forward", "backward", "send", "recv", "reduce", "norm", "step"]
+Payload = Literal["input", "label", "activation", "gradient"]
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One thing that a device does. ``str(action)`` prints it, ``Action.parse`` reads it back.
+
+    Attributes:
+        kind: ``load`` reads own data rows; ``forward``/``backward`` compute a stage on own rows;
+            ``send``/``recv`` move rows; ``reduce`` sums gradients over devices (in the background, until the
+            step); ``norm`` sums the squared gradient norm; ``step`` waits for the reductions and updates.
+        stage: of compute; for activations and gradients the stage *before* the cut. -1 = none.
+        micro_batch: index, -1 = none.
+        rows: half-open range inside the micro-batch.
+        payload, peer, transfer, nbytes: of ``send`` and ``recv``; both ends carry the same transfer number.
+        sync, segment, members, nbytes: of ``reduce`` and ``norm``.
+    """
+
+    kind: Kind
+    stage: int = -1
+    micro_batch: int = -1
+    rows: tuple[int, int] = (0, 0)
+    payload: Payload | None = None
+    peer: str = ""
+    transfer: int = -1
+    nbytes: int = 0
+    sync: int = -1
+    segment: int = 0
+    members: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        a, b = self.rows
+        match self.kind:
+            case "load":
+                return f"load m{self.micro_batch} [{a}:{b})"
+            case "forward" | "backward":
+                return f"{self.kind} s{self.stage} m{self.micro_batch} [{a}:{b})"
+            case "send" | "recv":
+                way = "to" if self.kind == "send" else "from"
+                stage = f"s{self.stage} " if self.stage >= 0 else ""
+                return (
+                    f"{self.kind} {self.payload} {stage}m{self.micro_batch} [{a}:{b}) "
+                    f"{way} {self.peer} #{self.transfer} {self.nbytes}B"
+                )
+            case "reduce":
+                return f"reduce y{self.sync}.{self.segment} {self.nbytes}B over {','.join(self.members)}"
+            case "norm":
+                return f"norm over {','.join(self.members)}"
+            case "step":
+                return "step"
+
+    @classmethod
+    def parse(cls, text: str) -> Action:
+        """Reads what ``str(action)`` printed; ``PlanError`` on anything else."""
+        for pattern, build in _FORMS:
+            match = pattern.fullmatch(text)
+            if match is not None:
+                return build(match)
+        raise PlanError(f"action '{text}': not an action; write it like 'forward s0 m1 [0:8)'")
+
+
+_ROWS = r"\[(?P<a>\d+):(?P<b>\d+)\)"
+_NAMES = r"(?P<members>[A-Za-z0-9_.,-]+)"
+
+
+def _rows(m: re.Match[str]) -> tuple[int, int]:
+    return int(m["a"]), int(m["b"])
+
+
+def _members(m: re.Match[str]) -> tuple[str, ...]:
+    return tuple(m["members"].split(","))
+
+
+def _compute(m: re.Match[str]) -> Action:
+    kind: Kind = "forward" if m["kind"] == "forward" else "backward"
+    return Action(kind, stage=int(m["s"]), micro_batch=int(m["m"]), rows=_rows(m))
+
+
+def _move(m: re.Match[str]) -> Action:
+    payload: Any = m["payload"]
+    return Action(
+        "send" if m["kind"] == "send" else "recv",
+        payload=payload,
+        stage=-1 if m["s"] is None else int(m["s"]),
+        micro_batch=int(m["m"]),
+        rows=_rows(m),
+        peer=m["peer"],
+        transfer=int(m["t"]),
+        nbytes=int(m["n"]),
+    )
+
+
+def _reduce(m: re.Match[str]) -> Action:
+    return Action("reduce", sync=int(m["y"]), segment=int(m["g"]), nbytes=int(m["n"]), members=_members(m))
+
+
+_FORMS = (
+    (re.compile(rf"(?P<kind>forward|backward) s(?P<s>\d+) m(?P<m>\d+) {_ROWS}"), _compute),
+    (
+        re.compile(
+            rf"(?P<kind>send|recv) (?P<payload>{'|'.join(get_args(Payload))}) (?:s(?P<s>\d+) )?m(?P<m>\d+) "
+            rf"{_ROWS} (?:to|from) (?P<peer>[A-Za-z0-9_.-]+) #(?P<t>\d+) (?P<n>\d+)B"
+        ),
+        _move,
+    ),
+    (
+        re.compile(rf"load m(?P<m>\d+) {_ROWS}"),
+        lambda m: Action("load", micro_batch=int(m["m"]), rows=_rows(m)),
+    ),
+    (re.compile(rf"reduce y(?P<y>\d+)\.(?P<g>\d+) (?P<n>\d+)B over {_NAMES}"), _reduce),
+    (re.compile(rf"norm over {_NAMES}"), lambda m: Action("norm", members=_members(m))),
+    (re.compile(r"step"), lambda m: Action("step")),
+)
+
+
+Buckets = tuple[tuple[tuple[str, ...], ...], ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Actions per device, in the order in which each device takes them.
+
+    ``held`` names, per device, the parameters that it owns a copy of. ``buckets[sync][segment]`` names the
+    parameters whose gradients are summed together.
+    """
+
+    devices: dict[str, tuple[Action, ...]]
+    held: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    buckets: Buckets = ()
+
+    def __len__(self) -> int:
+        return sum(len(actions) for actions in self.devices.values())
+
+    def __str__(self) -> str:
+        """Text form, one block a device, as in ``program.txt`` of a run folder."""
+        blocks = (
+            "\n".join([f"{device}:"] + [f"  {action}" for action in actions])
+            for device, actions in self.devices.items()
+        )
+        return "\n\n".join(blocks) + "\n"
+
+
+def parse_actions(text: str) -> dict[str, tuple[Action, ...]]:
+    """Reads the text form of a Program back into actions per device."""
+    found: dict[str, list[Action]] = {}
+    current: list[Action] | None = None
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        if not line.startswith(" "):
+            current = found.setdefault(line.rstrip().rstrip(":"), [])
+        elif current is None:
+            raise PlanError(f"program: action '{line.strip()}' stands before any device")
+        else:
+            current.append(Action.parse(line.strip()))
+    return {device: tuple(actions) for device, actions in found.items()}
+
+
+class ProgramFile(Noun):
+    """A Program as it travels to a worker."""
+
+    devices: dict[str, tuple[str, ...]]
+    held: dict[str, tuple[str, ...]]
+    buckets: Buckets = ()
+
+    @classmethod
+    def of(cls, program: Program) -> ProgramFile:
+        """The file form of a Program."""
+        actions = {d: tuple(map(str, a)) for d, a in program.devices.items()}
+        return cls(devices=actions, held=program.held, buckets=program.buckets)
+
+    def program(self) -> Program:
+        """The Program that it describes."""
+        actions = {d: tuple(map(Action.parse, a)) for d, a in self.devices.items()}
+        return Program(actions, self.held, self.buckets)

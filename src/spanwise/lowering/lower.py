@@ -1,0 +1,282 @@
+"""Plan + ModelGraph to Program: who computes, sends, receives and reduces what, in which order."""
+
+from __future__ import annotations
+
+from spanwise.core.errors import PlanError
+from spanwise.core.model import ModelGraph, Parameter
+from spanwise.core.plan import Plan, Stage, Sync, row_ranges
+from spanwise.core.program import Action, Buckets, Payload, Program
+from spanwise.lowering.check import check
+from spanwise.lowering.order import StageOp, compute_order
+
+
+def lower(plan: Plan, graph: ModelGraph, *, clip: bool = False) -> Program:
+    """The checked Program of one training step.
+
+    Args:
+        plan: what to run.
+        graph: the model it was made for.
+        clip: whether gradients are clipped by their global norm, which takes one more exchange.
+
+    Raises:
+        PlanError: the plan is for another model, does not cover it, or cannot end.
+    """
+    if plan.graph_digest != graph.digest:
+        raise PlanError(
+            f"plan '{plan.strategy}' was made for model {plan.graph_digest}, not for "
+            f"'{graph.name}' ({graph.digest}); plan again"
+        )
+    if plan.stages[-1].stop != len(graph):
+        raise PlanError(
+            f"plan '{plan.strategy}' covers layers [0:{plan.stages[-1].stop}), model "
+            f"'{graph.name}' has {len(graph)}; plan again"
+        )
+    program = _Lowering(plan, graph, clip).program()
+    check(program, plan)
+    return program
+
+
+def holders(stages: tuple[Stage, ...], graph: ModelGraph) -> dict[str, tuple[str, ...]]:
+    """Devices that hold each parameter, in stage and replica order."""
+    found: dict[str, dict[str, None]] = {}
+    for stage in stages:
+        for parameter in graph.parameters_of(stage.start, stage.stop):
+            found.setdefault(parameter.name, {}).update(dict.fromkeys(stage.devices))
+    return {name: tuple(devices) for name, devices in found.items()}
+
+
+def natural_syncs(stages: tuple[Stage, ...], graph: ModelGraph) -> tuple[Sync, ...]:
+    """One Sync per set of devices that share parameters: replicas of a stage, holders of a tied weight."""
+    owners = holders(stages, graph)
+    groups: dict[tuple[str, ...], set[int]] = {}
+    order: dict[frozenset[str], tuple[str, ...]] = {}
+    for index, layer in enumerate(graph.layers):
+        for parameter in layer.parameters:
+            devices = owners[parameter.name]
+            if len(devices) > 1:
+                ring = order.setdefault(frozenset(devices), devices)
+                groups.setdefault(ring, set()).add(index)
+    return tuple(Sync(layers=_ranges(where), devices=ring) for ring, where in groups.items())
+
+
+def _ranges(indices: set[int]) -> tuple[tuple[int, int], ...]:
+    out: list[tuple[int, int]] = []
+    for index in sorted(indices):
+        if out and out[-1][1] == index:
+            out[-1] = (out[-1][0], index + 1)
+        else:
+            out.append((index, index + 1))
+    return tuple(out)
+
+
+def _buckets(plan: Plan, graph: ModelGraph) -> Buckets:
+    """Parameters of every segment of every sync; refuses gaps and overlaps."""
+    owners = holders(plan.stages, graph)
+    users: dict[str, list[int]] = {}
+    for index, layer in enumerate(graph.layers):
+        for parameter in layer.parameters:
+            users.setdefault(parameter.name, []).append(index)
+    covered: set[str] = set()
+    out: list[tuple[tuple[str, ...], ...]] = []
+    for number, sync in enumerate(plan.syncs):
+        inside = {i for start, stop in sync.layers for i in range(start, stop)}
+        chosen = [
+            p
+            for p in graph.parameters
+            if set(owners[p.name]) == set(sync.devices) and inside.issuperset(users[p.name])
+        ]
+        if not chosen:
+            raise PlanError(
+                f"plan '{plan.strategy}': sync {number} over {', '.join(sync.devices)} covers no parameter "
+                "that exactly these devices hold; remove it"
+            )
+        for parameter in chosen:
+            if parameter.name in covered:
+                raise PlanError(
+                    f"plan '{plan.strategy}': gradient of '{parameter.name}' is summed twice; "
+                    "keep it in one sync"
+                )
+            covered.add(parameter.name)
+        out.append(_segments(chosen, sync.segments))
+    for name, devices in owners.items():
+        if len(devices) > 1 and name not in covered:
+            raise PlanError(
+                f"plan '{plan.strategy}': '{name}' is held by {', '.join(devices)} and no sync sums its "
+                "gradient; replicas would drift apart"
+            )
+    return tuple(out)
+
+
+def _segments(parameters: list[Parameter], count: int) -> tuple[tuple[str, ...], ...]:
+    """Consecutive pieces of about equal bytes, as many as asked for or as there are parameters."""
+    total = sum(p.bytes for p in parameters)
+    pieces: list[list[str]] = [[]]
+    done = 0
+    for parameter in parameters:
+        if pieces[-1] and done >= total * len(pieces) / count and len(pieces) < count:
+            pieces.append([])
+        pieces[-1].append(parameter.name)
+        done += parameter.bytes
+    return tuple(map(tuple, pieces))
+
+
+class _Lowering:
+    """State of one lowering: transfer numbers and the growing lists."""
+
+    def __init__(self, plan: Plan, graph: ModelGraph, clip: bool) -> None:
+        self.plan, self.graph, self.clip = plan, graph, clip
+        self.buckets = _buckets(plan, graph)
+        self.sizes = {p.name: p.bytes for p in graph.parameters}
+        self.actions: dict[str, list[Action]] = {device: [] for device in plan.devices}
+        self.sources = row_ranges(plan.sources)
+        self.ranges = tuple(stage.row_ranges() for stage in plan.stages)
+        self.numbers: dict[tuple[str, int, int, str, str], int] = {}
+
+    def program(self) -> Program:
+        order = compute_order(self.plan)
+        for device in self.plan.devices:
+            self._device(device, order.get(device, ()))
+        held = {d: list[str]() for d in self.plan.devices}
+        for name, devices in holders(self.plan.stages, self.graph).items():
+            for device in devices:
+                held[device].append(name)
+        return Program(
+            {d: tuple(a) for d, a in self.actions.items()},
+            {d: tuple(names) for d, names in held.items()},
+            self.buckets,
+        )
+
+    def _device(self, device: str, order: tuple[StageOp, ...]) -> None:
+        loads = self._load_slots(device, order)
+        left = [op for op in order if op.kind == "backward"]
+        self._loads(device, loads.get(-1, ()))
+        reduced: set[int] = set()
+        for position, op in enumerate(order):
+            if op.kind == "forward":
+                self._forward(device, op)
+            else:
+                self._backward(device, op)
+                left.remove(op)
+                self._reduce(device, {o.stage for o in left}, reduced)
+            self._loads(device, loads.get(position, ()))
+        out = self.actions[device]
+        computing = tuple(dict.fromkeys(d for s in self.plan.stages for d in s.devices))
+        if device in computing:
+            if self.clip:
+                out.append(Action("norm", members=computing))
+            out.append(Action("step"))
+
+    def _load_slots(self, device: str, order: tuple[StageOp, ...]) -> dict[int, tuple[int, ...]]:
+        """After which position of the compute order each micro-batch is loaded; -1 = at the start.
+
+        A source that computes the first stage loads a little ahead of itself, so that raw rows for
+        others do not stand before activations in the queue of a link.
+        """
+        if device not in dict((s.device, s) for s in self.plan.sources):
+            return {}
+        total = self.plan.micro_batches
+        own = [i for i, op in enumerate(order) if op.stage == 0 and op.kind == "forward"]
+        if not own:
+            return {-1: tuple(range(total))}
+        ahead = min(total, self.plan.stages[0].warmup + 1)
+        slots: dict[int, tuple[int, ...]] = {-1: tuple(range(ahead))}
+        for micro_batch in range(ahead, total):
+            slots[own[micro_batch - ahead]] = (micro_batch,)
+        return slots
+
+    def _loads(self, device: str, micro_batches: tuple[int, ...]) -> None:
+        for m in micro_batches:
+            a, b = next((a, b) for d, a, b in self.sources if d == device)
+            self.actions[device].append(Action("load", micro_batch=m, rows=(a, b)))
+            self._moves("send", device, "input", -1, m, (a, b), self.ranges[0])
+            self._moves("send", device, "label", -1, m, (a, b), self.ranges[-1])
+
+    def _forward(self, device: str, op: StageOp) -> None:
+        s, m = op.stage, op.micro_batch
+        rows = self._rows(s, device)
+        if s == 0:
+            self._moves("recv", device, "input", -1, m, rows, self.sources)
+        else:
+            self._moves("recv", device, "activation", s - 1, m, rows, self.ranges[s - 1])
+        if s == len(self.ranges) - 1:
+            self._moves("recv", device, "label", -1, m, rows, self.sources)
+        self.actions[device].append(Action("forward", s, m, rows))
+        if s + 1 < len(self.ranges):
+            self._moves("send", device, "activation", s, m, rows, self.ranges[s + 1])
+
+    def _backward(self, device: str, op: StageOp) -> None:
+        s, m = op.stage, op.micro_batch
+        rows = self._rows(s, device)
+        if s + 1 < len(self.ranges):
+            self._moves("recv", device, "gradient", s, m, rows, self.ranges[s + 1])
+        self.actions[device].append(Action("backward", s, m, rows))
+        if s > 0:
+            self._moves("send", device, "gradient", s - 1, m, rows, self.ranges[s - 1])
+
+    def _reduce(self, device: str, pending: set[int], done: set[int]) -> None:
+        """Starts every sum whose gradients on this device are complete."""
+        for number, sync in enumerate(self.plan.syncs):
+            if number in done or device not in sync.devices:
+                continue
+            stages = {
+                i
+                for i, stage in enumerate(self.plan.stages)
+                if device in stage.devices
+                and any(a < stage.stop and stage.start < b for a, b in sync.layers)
+            }
+            if stages & pending:
+                continue
+            done.add(number)
+            for segment, names in enumerate(self.buckets[number]):
+                nbytes = sum(self.sizes[name] for name in names)
+                self.actions[device].append(
+                    Action("reduce", sync=number, segment=segment, nbytes=nbytes, members=sync.devices)
+                )
+
+    def _rows(self, stage: int, device: str) -> tuple[int, int]:
+        return next((a, b) for d, a, b in self.ranges[stage] if d == device)
+
+    def _moves(
+        self,
+        kind: str,
+        device: str,
+        payload: Payload,
+        stage: int,
+        micro_batch: int,
+        rows: tuple[int, int],
+        others: tuple[tuple[str, int, int], ...],
+    ) -> None:
+        """One send or recv per other device whose rows meet ours; rows that stay here need none."""
+        row_bytes = self._row_bytes(payload, stage)
+        if row_bytes == 0:
+            return
+        for peer, c, e in others:
+            first, last = max(rows[0], c), min(rows[1], e)
+            if peer == device or first >= last:
+                continue
+            ends = (device, peer) if kind == "send" else (peer, device)
+            key = (payload, stage, micro_batch, *ends)
+            number = self.numbers.setdefault(key, len(self.numbers))
+            self.actions[device].append(
+                Action(
+                    "send" if kind == "send" else "recv",
+                    stage=stage,
+                    micro_batch=micro_batch,
+                    rows=(first, last),
+                    payload=payload,
+                    peer=peer,
+                    transfer=number,
+                    nbytes=row_bytes * (last - first),
+                )
+            )
+
+    def _row_bytes(self, payload: Payload, stage: int) -> int:
+        match payload:
+            case "input":
+                return self.graph.input_row_bytes
+            case "label":
+                return self.graph.label_row_bytes
+            case "activation":
+                return self.graph.layers[self.plan.stages[stage].stop - 1].cut_bytes
+            case "gradient":
+                return self.graph.layers[self.plan.stages[stage].stop - 1].gradient_cut_bytes
