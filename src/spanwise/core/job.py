@@ -40,7 +40,7 @@ class Job(Noun):
         optimizer, scheduler: a class of ``torch.optim`` / ``torch.optim.lr_scheduler`` by name; the
             scheduler steps once per epoch, or per optimizer step with ``scheduler_every = "step"``.
         clip_norm: greatest global gradient norm, over all stages.
-        epochs, steps: how long; the first limit that is reached ends the run.
+        epochs, steps: how long; the first limit that is reached ends the run; one epoch if none is set.
         private: raw samples never leave the device that holds them.
         share_labels: with ``private``, labels may still leave.
         data_devices: overrides the cluster's data devices.
@@ -57,7 +57,7 @@ class Job(Noun):
     scheduler: Recipe | None = None
     scheduler_every: str = "epoch"
     clip_norm: float | None = Field(default=None, gt=0)
-    epochs: int = Field(default=1, ge=1)
+    epochs: int | None = Field(default=None, ge=1)
     steps: int | None = Field(default=None, ge=1)
     seed: int = 0
     dtype: str = "float32"

@@ -1,0 +1,7 @@
+"""``python -m spanwise``."""
+
+from __future__ import annotations
+
+from spanwise.cli import main
+
+main()

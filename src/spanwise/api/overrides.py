@@ -1,0 +1,43 @@
+"""``--set key=value`` on a job file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from spanwise.core.errors import InputError
+from spanwise.core.job import Job
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - exercised on Python 3.10 only
+    import tomli as tomllib
+
+
+def apply(path: Path, overrides: tuple[str, ...]) -> Job:
+    """The job of a file with some keys replaced. Values are TOML; a bare word is a string."""
+    job = Job.load(path)
+    if not overrides:
+        return job
+    data = job.to_data()
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set '{text}': write it as key=value, like batch=64 or optimizer.args.lr=0.01")
+        target: dict[str, Any] = data
+        *parents, last = key.strip().split(".")
+        for parent in parents:
+            inner = target.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise InputError(f"--set '{text}': '{parent}' is a value, it holds no '{last}'")
+            target = inner
+        target[last] = _value(value)
+    return Job.parse(data, f"{path} with {', '.join(overrides)}")
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

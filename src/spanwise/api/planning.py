@@ -1,0 +1,59 @@
+"""Choosing a plan and predicting it. No torch here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from spanwise.core.cluster import Cluster
+from spanwise.core.errors import InfeasibleError
+from spanwise.core.faults import Fault
+from spanwise.core.job import Job
+from spanwise.core.model import ModelGraph
+from spanwise.core.plan import Plan
+from spanwise.core.profile import Profile
+from spanwise.core.timeline import Timeline
+from spanwise.cost import optimizer_copies
+from spanwise.lowering import lower
+from spanwise.planner import Problem, compare, make_plan
+from spanwise.simulator import simulate
+
+if TYPE_CHECKING:
+    from spanwise.planner import Evaluation
+
+
+def choose(
+    job: Job, cluster: Cluster, graph: ModelGraph, times: Profile, strategy: str
+) -> tuple[Plan, tuple[Evaluation, ...]]:
+    """The plan of a strategy; ``auto`` compares all and returns what each is predicted to give."""
+    problem = Problem(graph=graph, profile=times, cluster=cluster, job=job)
+    if strategy != "auto":
+        return make_plan(problem, strategy), ()
+    evaluations = compare(problem)
+    best: Evaluation | None = None
+    for entry in evaluations:
+        if entry.timeline is not None and (
+            best is None or best.timeline is None or entry.timeline.step_time_s < best.timeline.step_time_s
+        ):
+            best = entry
+    if best is None or best.plan is None:
+        reasons = "; ".join(f"{e.strategy}: {e.reason}" for e in evaluations)
+        raise InfeasibleError(f"no strategy has a plan for this job on '{cluster.name}'. {reasons}")
+    return best.plan, evaluations
+
+
+def predict(
+    plan: Plan,
+    graph: ModelGraph,
+    times: Profile,
+    cluster: Cluster,
+    job: Job,
+    *,
+    steps: int = 3,
+    faults: tuple[Fault, ...] = (),
+) -> Timeline:
+    """The simulated Timeline of a plan."""
+    program = lower(plan, graph, clip=job.clip_norm is not None)
+    copies = optimizer_copies(job.optimizer)
+    return simulate(
+        program, plan, graph, times, cluster, optimizer_copies=copies, steps=steps, faults=faults
+    )

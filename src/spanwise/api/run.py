@@ -1,0 +1,292 @@
+"""One training run from job to report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import psutil
+import torch
+
+import spanwise
+from spanwise.api.planning import choose, predict
+from spanwise.api.prepare import Prepared, prepare
+from spanwise.api.times import profile_devices, profile_prepared
+from spanwise.core.cluster import Cluster
+from spanwise.core.errors import PlanError
+from spanwise.core.job import Job
+from spanwise.core.model import ModelGraph
+from spanwise.core.plan import Plan
+from spanwise.core.profile import Profile
+from spanwise.core.run_folder import RunFolder
+from spanwise.core.timeline import Timeline
+from spanwise.lowering import lower
+from spanwise.reporting import summarize, write_report
+from spanwise.runtime.checkpoint import load_checkpoint
+from spanwise.runtime.device_run import Assignment
+from spanwise.runtime.evaluate import Score
+from spanwise.runtime.measure import measured_timeline
+from spanwise.runtime.processes import Meeting, ProcessSession, WorkerPool
+from spanwise.runtime.session import Session, Snapshot, StepReport
+from spanwise.runtime.threads import ThreadSession
+from spanwise.runtime.training import Evaluation as Examination
+from spanwise.runtime.training import Trained, train
+
+if TYPE_CHECKING:
+    from spanwise.planner import Evaluation
+
+Backend = Literal["processes", "threads"]
+
+
+class Watcher(Protocol):
+    """What a run tells while it goes on."""
+
+    def on_stage(self, text: str) -> None:
+        """The run enters a new phase: profiling, planning, starting workers, training."""
+        ...
+
+    def on_plan(
+        self, plan: Plan, graph: ModelGraph, evaluations: tuple[Evaluation, ...], predicted: Timeline
+    ) -> None:
+        """The plan is made."""
+        ...
+
+    def on_meeting(self, pool: WorkerPool) -> None:
+        """Workers may join now, or have joined."""
+        ...
+
+    def on_step(self, report: StepReport, step_time_s: float, total_steps: int) -> None:
+        """A step is done."""
+        ...
+
+    def on_epoch(self, epoch: int, score: Score | None, loss: float) -> None:
+        """An epoch is done."""
+        ...
+
+
+class Quiet:
+    """Tells nothing."""
+
+    def on_stage(self, text: str) -> None:
+        """Nothing."""
+
+    def on_plan(
+        self, plan: Plan, graph: ModelGraph, evaluations: tuple[Evaluation, ...], predicted: Timeline
+    ) -> None:
+        """Nothing."""
+
+    def on_meeting(self, pool: WorkerPool) -> None:
+        """Nothing."""
+
+    def on_step(self, report: StepReport, step_time_s: float, total_steps: int) -> None:
+        """Nothing."""
+
+    def on_epoch(self, epoch: int, score: Score | None, loss: float) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to run. ``listen`` and ``token`` are for workers that are started by hand (``spawn = False``)."""
+
+    run: Path = Path("runs/latest")
+    strategy: str = "auto"
+    resume: Path | None = None
+    cache: Path | None = None
+    plan: Plan | None = None
+    watcher: Watcher | None = None
+    prepared: Prepared | None = None
+    backend: Backend = "processes"
+    spawn: bool = True
+    listen: tuple[str, int] = ("127.0.0.1", 0)
+    token: str = ""
+    join_timeout_s: float = 120.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to. ``summary`` is ``summary.json``; ``model`` holds the trained weights."""
+
+    folder: RunFolder
+    plan: Plan
+    predicted: Timeline
+    measured: Timeline
+    summary: dict[str, Any]
+    model: torch.nn.Module
+    evaluations: tuple[Evaluation, ...] = field(default=())
+
+
+def run_job(job: Job, cluster: Cluster, options: TrainOptions) -> Outcome:
+    """Profiles, plans, predicts, trains, reports."""
+    watcher = options.watcher or Quiet()
+    folder = RunFolder.create(options.run)
+    watcher.on_stage("tracing the model")
+    prepared = options.prepared or prepare(job)
+    job = prepared.job
+    run = _Run(job, cluster, options, prepared, folder, watcher)
+    try:
+        return run.go()
+    finally:
+        run.close()
+
+
+class _Run:
+    """One run's parts, so that whatever was opened is closed."""
+
+    def __init__(
+        self, job: Job, cluster: Cluster, options: TrainOptions, prepared: Prepared, folder: RunFolder,
+        watcher: Watcher,
+    ) -> None:  # fmt: skip
+        self.job, self.cluster, self.options = job, cluster, options
+        self.prepared, self.folder, self.watcher = prepared, folder, watcher
+        self.pool: WorkerPool | None = None
+        self.session: Session | None = None
+
+    def go(self) -> Outcome:
+        graph = self.prepared.traced.graph
+        resume = self._checkpoint(graph)
+        times = self._profile()
+        self.watcher.on_stage("planning")
+        plan, evaluations = self._plan(graph, times)
+        predicted = predict(plan, graph, times, self.cluster, self.job)
+        assignment = self._assignment(plan, graph)
+        self._write_inputs(assignment, times, predicted)
+        self.watcher.on_plan(plan, graph, evaluations, predicted)
+        start, snapshot = (0, None) if resume is None else resume
+        self.session = self._session(assignment, snapshot)
+        self.watcher.on_stage("training")
+        began = time.monotonic()
+        trained = train(
+            self.session,
+            assignment,
+            Examination(self.prepared.model, self.prepared.loss, self.prepared.test),
+            self.folder,
+            start=start,
+            progress=self.watcher,
+        )
+        measured = measured_timeline(self.session.spans(), trained.reports, assignment.program)
+        measured.save(self.folder.measured)
+        summary = self._summary(assignment, predicted, measured, trained, time.monotonic() - began)
+        self.folder.write_json(self.folder.summary, summary)
+        write_report(self.folder)
+        return Outcome(
+            self.folder, plan, predicted, measured, summary, self.prepared.model, evaluations
+        )
+
+    def close(self) -> None:
+        if self.session is not None:
+            self.session.close()
+        elif self.pool is not None:
+            self.pool.close()
+
+    def _checkpoint(self, graph: ModelGraph) -> tuple[int, Snapshot] | None:
+        if self.options.resume is None:
+            return None
+        source = RunFolder.open(self.options.resume)
+        found = load_checkpoint(source.checkpoints, graph.source_digest)
+        return found.step, found.snapshot
+
+    def _profile(self) -> Profile:
+        if self.cluster.emulation is not None or self.options.backend == "threads":
+            self.watcher.on_stage("profiling layers on this machine")
+            return profile_prepared(self.prepared, self.cluster, self.options.cache)
+        self.watcher.on_stage("waiting for workers")
+        self.pool = self._meet(self.cluster.ids)
+        self.watcher.on_stage("profiling layers and links on the devices")
+        return profile_devices(self.prepared, self.pool)
+
+    def _plan(self, graph: ModelGraph, times: Profile) -> tuple[Plan, tuple[Evaluation, ...]]:
+        given = self.options.plan
+        if given is None:
+            return choose(self.job, self.cluster, graph, times, self.options.strategy)
+        if given.batch != self.job.batch:
+            raise PlanError(
+                f"plan '{given.strategy}' is for batches of {given.batch} rows, the job has {self.job.batch}; "
+                "plan again"
+            )
+        return given, ()
+
+    def _assignment(self, plan: Plan, graph: ModelGraph) -> Assignment:
+        program = lower(plan, graph, clip=self.job.clip_norm is not None)
+        emulate = self.cluster.emulation is not None
+        assignment = Assignment(
+            self.job, self.cluster, graph, self.prepared.traced.ops, plan, program,
+            len(self.prepared.train), emulate,
+        )  # fmt: skip
+        _ = assignment.sampler  # data too short for a batch: now, not on a worker
+        return assignment
+
+    def _session(self, assignment: Assignment, snapshot: Snapshot | None) -> Session:
+        traced = self.prepared.traced
+        tensors = {k: v.detach() for k, v in traced.parameters.items()} | dict(traced.buffers)
+        if snapshot is not None:
+            tensors |= snapshot.parameters | snapshot.buffers
+        data = self.prepared.train
+        if self.options.backend == "threads":
+            return ThreadSession(assignment, tensors, data, resume=snapshot)
+        if self.pool is None:
+            self.watcher.on_stage("starting workers")
+            self.pool = self._meet(assignment.plan.devices)
+        return ProcessSession(self.pool, assignment, tensors, data, resume=snapshot)
+
+    def _meet(self, devices: tuple[str, ...]) -> WorkerPool:
+        options = self.options
+        meeting = Meeting(
+            options.listen[0], options.listen[1], options.token, options.spawn, options.join_timeout_s
+        )
+        emulate = self.cluster.emulation is not None
+        return WorkerPool(self.cluster, devices, meeting, emulate=emulate, on_listen=self.watcher.on_meeting)
+
+    def _write_inputs(self, assignment: Assignment, times: Profile, predicted: Timeline) -> None:
+        folder = self.folder
+        self.job.save(folder.job)
+        self.cluster.save(folder.cluster)
+        assignment.graph.save(folder.graph)
+        times.save(folder.profile)
+        assignment.plan.save(folder.plan)
+        folder.ops.write_text(assignment.ops.to_json() + "\n", encoding="utf-8")
+        folder.program.write_text(str(assignment.program), encoding="utf-8")
+        predicted.save(folder.simulated)
+        folder.write_json(folder.env, environment())
+        if self.options.resume is None or self.options.resume.resolve() != folder.path.resolve():
+            folder.metrics.unlink(missing_ok=True)
+
+    def _summary(
+        self, assignment: Assignment, predicted: Timeline, measured: Timeline, trained: Trained, seconds: float
+    ) -> dict[str, Any]:
+        batch = assignment.plan.batch
+        step_s = measured.step_time_s
+        score = trained.score
+        return {
+            "strategy": assignment.plan.strategy,
+            "devices_used": list(assignment.plan.devices),
+            "steps": trained.steps_done,
+            "seconds": seconds,
+            "step_time_s": step_s,
+            "throughput_samples_per_s": batch / step_s if step_s else 0.0,
+            "loss": trained.reports[-1].loss if trained.reports else None,
+            "test_loss": score.loss if score else None,
+            "accuracy": score.accuracy if score else None,
+            **summarize(predicted, measured),
+        }
+
+
+def environment() -> dict[str, Any]:
+    """Versions, cores, memory: what a number needs beside it."""
+    return {
+        "spanwise": spanwise.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "command": " ".join(Path(arg).name if i == 0 else arg for i, arg in enumerate(sys.argv)),
+    }
+
+
+__all__ = ["Outcome", "Quiet", "TrainOptions", "Watcher", "environment", "run_job"]

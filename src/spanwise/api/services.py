@@ -1,0 +1,74 @@
+"""What a worker can do besides running plans: time the layers of a model that arrives as data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from spanwise.core.model import ModelGraph
+from spanwise.core.profile import TimeTable
+from spanwise.profiler import known
+
+if TYPE_CHECKING:
+    from spanwise.api.prepare import Prepared
+    from spanwise.runtime.worker import Service
+
+
+def profile_request(prepared: Prepared) -> tuple[dict[str, Any], bytes]:
+    """Head and payload of a request to time a model's layers: operations, weights, no data rows."""
+    import safetensors.torch
+
+    traced = prepared.traced
+    state = {f"parameter/{k}": v.detach().clone() for k, v in traced.parameters.items()}
+    state |= {f"buffer/{k}": v.detach().clone() for k, v in traced.buffers.items()}
+    head = {
+        "graph": traced.graph.to_data(),
+        "ops": traced.ops.to_json(),
+        "rows": known.profile_rows(prepared.job.batch),
+    }
+    return head, safetensors.torch.save(state)
+
+
+def table_of(head: dict[str, Any]) -> TimeTable:
+    """The answer."""
+    return TimeTable.parse(head["table"])
+
+
+def _profile(head: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
+    import safetensors.torch
+    import torch
+
+    from spanwise.ops.opgraph import OpGraph
+    from spanwise.profiler.compute import measure_layers
+    from spanwise.profiler.trace import Traced
+
+    graph = ModelGraph.parse(head["graph"])
+    state = safetensors.torch.load(payload)
+    traced = Traced(
+        graph=graph,
+        ops=OpGraph.from_json(head["ops"]),
+        parameters={
+            k.partition("/")[2]: torch.nn.Parameter(v) for k, v in state.items() if k.startswith("parameter/")
+        },
+        buffers={k.partition("/")[2]: v for k, v in state.items() if k.startswith("buffer/")},
+    )
+    rows = tuple(int(r) for r in head["rows"])
+    # Generated rows: raw data has no business here, and times do not depend on values.
+    inputs = tuple(_generated(spec.shape, spec.dtype, rows[-1]) for spec in graph.inputs)
+    labels = tuple(_generated(spec.shape, spec.dtype, rows[-1]) for spec in graph.labels)
+    table = measure_layers(
+        traced, rows=rows, device="cpu", threads=torch.get_num_threads(), sample=(inputs, labels)
+    )
+    return {"table": table.to_data()}, b""
+
+
+def _generated(shape: tuple[int, ...], dtype: str, rows: int) -> Any:
+    import torch
+
+    kind = getattr(torch, dtype)
+    whole = (rows, *shape)
+    return torch.randn(whole).to(kind) if kind.is_floating_point else torch.zeros(whole, dtype=kind)
+
+
+def services() -> dict[str, Service]:
+    """By name, for ``runtime.worker.join``."""
+    return {"profile": _profile}

@@ -1,0 +1,90 @@
+"""Layer times for every device of a cluster: from the cache, from this machine, or from the devices themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spanwise.core.cluster import Cluster
+from spanwise.core.job import Job
+from spanwise.core.model import ModelGraph
+from spanwise.core.profile import DeviceTimes, LinkTimes, Profile, TimeTable
+from spanwise.profiler import known
+
+if TYPE_CHECKING:
+    from spanwise.api.prepare import Prepared
+    from spanwise.runtime.processes import WorkerPool
+
+
+def graph_and_profile(job: Job, cluster: Cluster, cache: Path | None) -> tuple[ModelGraph, Profile]:
+    """Graph and times of a job; does not import torch when the cache knows the job."""
+    found = known.find(cache, job) if cache is not None else None
+    wanted = {device.threads for device in cluster.devices}
+    if found is None or not wanted <= found.tables.keys():
+        from spanwise.api.prepare import prepare
+
+        prepared = prepare(job)
+        return prepared.traced.graph, profile_prepared(prepared, cluster, cache)
+    return found.graph, scaled(found.graph, cluster, found.tables)
+
+
+def profile_prepared(prepared: Prepared, cluster: Cluster, cache: Path | None) -> Profile:
+    """Measures what the cache does not know, on this machine, and scales it to the devices."""
+    job, graph = prepared.job, prepared.traced.graph
+    found = known.find(cache, job) if cache is not None else None
+    tables = dict(found.tables) if found is not None and found.graph.digest == graph.digest else {}
+    for threads in sorted({device.threads for device in cluster.devices} - tables.keys()):
+        tables[threads] = measure_here(prepared, threads)
+    if cache is not None:
+        entry = known.Known(graph=graph, tables=tables, dataset_rows=len(prepared.train))
+        known.keep(cache, job, entry)
+    return scaled(graph, cluster, tables)
+
+
+def measure_here(prepared: Prepared, threads: int, torch_device: str = "cpu") -> TimeTable:
+    """Times every layer on this machine."""
+    from spanwise.profiler.compute import measure_layers
+
+    rows = known.profile_rows(prepared.job.batch)
+    return measure_layers(
+        prepared.traced, rows=rows, device=torch_device, threads=threads, sample=prepared.sample(rows[-1])
+    )
+
+
+def scaled(graph: ModelGraph, cluster: Cluster, tables: dict[int, TimeTable]) -> Profile:
+    """This machine's tables, stretched by each device's speed (and core share when emulated)."""
+    threads = sorted(tables)
+    share = cluster.emulation.core_share if cluster.emulation is not None else 1.0
+    return Profile(
+        graph_digest=graph.digest,
+        tables=tuple(tables[t] for t in threads),
+        devices=tuple(
+            DeviceTimes(device=d.id, table=threads.index(d.threads), factor=1.0 / (d.speed * share))
+            for d in cluster.devices
+        ),
+    )
+
+
+def profile_devices(prepared: Prepared, pool: WorkerPool) -> Profile:
+    """Each device times the layers itself and every link is probed: for clusters of real devices."""
+    from spanwise.api.services import profile_request, table_of
+    from spanwise.profiler.network import fit_link
+
+    graph = prepared.traced.graph
+    head, payload = profile_request(prepared)
+    frames: dict[str, Any] = {}
+    for device in pool.devices:  # one after the other: workers of one machine would disturb each other
+        pool.coordinator.tell(device, "service", payload, name="profile", **head)
+        frames |= pool.coordinator.gather("served", (device,), 600.0)
+    links: list[LinkTimes] = []
+    for (a, b), samples in pool.probe_links().items():
+        round_trip_s, rate = fit_link(samples)
+        links.append(
+            LinkTimes(source=a, target=b, bandwidth_bytes_per_s=rate, latency_s=round_trip_s / 2)
+        )
+    return Profile(
+        graph_digest=graph.digest,
+        tables=tuple(table_of(frames[d].head) for d in pool.devices),
+        devices=tuple(DeviceTimes(device=d, table=i) for i, d in enumerate(pool.devices)),
+        links=tuple(links),
+    )

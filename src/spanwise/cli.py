@@ -1,0 +1,233 @@
+"""The command line: parses and prints, no logic."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spanwise import __version__
+from spanwise.core.errors import InputError, SpanwiseError
+
+app = typer.Typer(
+    help="Train one PyTorch model across whatever devices you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (TOML or JSON).")]
+ClusterFile = Annotated[
+    Path | None, typer.Option("--cluster", "-c", help="Cluster file; default: an embedded emulated example.")
+]
+Strategy = Annotated[str, typer.Option("--strategy", "-s", help="Who plans; see docs/strategies.md.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a key of the job; repeatable.")
+]
+Cache = Annotated[Path | None, typer.Option("--cache", help="Folder of profiles.", envvar="SPANWISE_CACHE")]
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is one line and a documented exit code."""
+    try:
+        app(standalone_mode=False)
+    except SpanwiseError as error:
+        typer.echo(f"spanwise: {error}", err=True)
+        sys.exit(error.exit_code)
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        typer.echo("spanwise: interrupted", err=True)
+        sys.exit(130)
+    except Exception as error:  # a usage error carries its own way to show itself
+        show: Callable[[], None] | None = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        sys.exit(2)
+
+
+def _cache(folder: Path | None) -> Path:
+    return folder if folder is not None else Path.home() / ".cache" / "spanwise"
+
+
+def _print(data: object) -> None:
+    typer.echo(json.dumps(data, indent=1))
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Train one PyTorch model across whatever devices you have."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Versions, cores, memory and what this machine can emulate."""
+    from spanwise.api.doctor import examine
+    from spanwise.console import show_doctor
+
+    found = examine()
+    if as_json:
+        _print(found)
+    else:
+        show_doctor(found)
+
+
+@app.command()
+def profile(
+    job: JobFile,
+    cluster: ClusterFile = None,
+    sets: Sets = None,
+    cache: Cache = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time every layer of the model for every device of the cluster."""
+    from spanwise import api
+    from spanwise.console import show_profile
+
+    task = api.load_job(job, tuple(sets or ()))
+    graph, times = api.profile(task, api.load_cluster(cluster), cache=_cache(cache))
+    if as_json:
+        _print({"graph": graph.to_data(), "profile": times.to_data()})
+    else:
+        show_profile(graph, times)
+
+
+@app.command()
+def plan(
+    job: JobFile,
+    cluster: ClusterFile = None,
+    strategy: Strategy = "auto",
+    sets: Sets = None,
+    cache: Cache = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the plan, with all it needs, here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict every strategy and say which wins, why, and whether distributing pays."""
+    from spanwise import api
+    from spanwise.api.advice import advice_data, save_plan
+    from spanwise.console import show_plans
+
+    task, machines = api.load_job(job, tuple(sets or ())), api.load_cluster(cluster)
+    graph, times = api.profile(task, machines, cache=_cache(cache))
+    found = advice_data(task, machines, graph, times, strategy)
+    if out is not None:
+        save_plan(out, task, machines, graph, times, found.plan)
+    if as_json:
+        _print(found.to_data())
+    else:
+        show_plans(found, graph, machines)
+
+
+@app.command()
+def simulate(
+    run: Annotated[Path, typer.Argument(metavar="PLAN", help="Run folder, or folder written by plan --out.")],
+    fault: Annotated[
+        list[str] | None, typer.Option("--fault", help="lose:D@STEP, slow:D*F@STEP, cut:A>B@STEP.")
+    ] = None,
+    cluster: ClusterFile = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to simulate.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Predict the timeline of a plan, on its own cluster or on another that has the same devices."""
+    from spanwise.api.advice import simulate_folder
+    from spanwise.console import show_timeline
+
+    timeline = simulate_folder(run, cluster, tuple(fault or ()), steps)
+    if as_json:
+        _print(timeline.to_data())
+    else:
+        show_timeline(timeline)
+
+
+@app.command()
+def train(
+    job: JobFile,
+    cluster: ClusterFile = None,
+    strategy: Strategy = "auto",
+    run: Annotated[Path, typer.Option("--run", help="Run folder to write.")] = Path("runs/latest"),
+    resume: Annotated[Path | None, typer.Option("--resume", help="Run folder to go on from.")] = None,
+    sets: Sets = None,
+    cache: Cache = None,
+    listen: Annotated[
+        str | None,
+        typer.Option("--listen", metavar="HOST:PORT", help="Wait here for workers started by hand."),
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option("--token-file", help="Token for those workers.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train: profile, plan, predict, run exactly that plan, report."""
+    from spanwise import api
+    from spanwise.console import RunConsole, show_outcome
+    from spanwise.runtime.control import parse_endpoint
+
+    task, machines = api.load_job(job, tuple(sets or ())), api.load_cluster(cluster)
+    options: dict[str, Any] = {}
+    if listen is not None:
+        options = {"spawn": False, "listen": parse_endpoint(listen), "token": _token(token_file, make=True)}
+    console = RunConsole(quiet=as_json)
+    with console:
+        outcome = api.train(
+            task, machines, run=run, strategy=strategy, resume=resume, cache=_cache(cache),
+            watcher=console, **options,
+        )  # fmt: skip
+    if as_json:
+        _print(outcome.summary)
+    else:
+        show_outcome(outcome.summary, outcome.folder.report)
+
+
+@app.command()
+def worker(
+    join: Annotated[str, typer.Option("--join", metavar="HOST:PORT", help="Where train listens.")],
+    device: Annotated[str, typer.Option("--device", help="Which device of the cluster file this is.")],
+    token_file: Annotated[
+        Path | None, typer.Option("--token-file", help="File with the token; else SPANWISE_TOKEN.")
+    ] = None,
+) -> None:
+    """Work as one device: the same process here, on a real device and in the lab."""
+    from spanwise.api.services import services
+    from spanwise.runtime.worker import join as work
+
+    token = _token(token_file, make=False)
+    raise typer.Exit(work(join, device, token, services=services()))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write report.html and trace.json of a run."""
+    from spanwise import api
+
+    path = api.report(run)
+    if as_json:
+        _print({"report": str(path)})
+    else:
+        typer.echo(path)
+
+
+def _token(path: Path | None, *, make: bool) -> str:
+    if path is not None:
+        try:
+            token = path.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise InputError(f"token file {path}: cannot be read ({error.strerror})") from None
+    else:
+        token = os.environ.get("SPANWISE_TOKEN", "")
+    if not token and not make:
+        raise InputError("worker: no token; give --token-file or set SPANWISE_TOKEN to what train printed")
+    return token

@@ -1,0 +1,220 @@
+"""What a person sees in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from spanwise.core.units import format_bytes, format_rate, format_seconds
+from spanwise.reporting import describe_plan
+
+if TYPE_CHECKING:
+    from spanwise.api.advice import Answer
+    from spanwise.core.cluster import Cluster
+    from spanwise.core.model import ModelGraph
+    from spanwise.core.plan import Plan
+    from spanwise.core.profile import Profile
+    from spanwise.core.timeline import Timeline
+    from spanwise.planner import Evaluation
+    from spanwise.runtime.evaluate import Score
+    from spanwise.runtime.processes import WorkerPool
+    from spanwise.runtime.session import StepReport
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _table(*columns: tuple[str, str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in columns:
+        table.add_column(name, justify="right" if justify == "r" else "left", overflow="fold")
+    return table
+
+
+def show_doctor(found: dict[str, Any]) -> None:
+    """``spanwise doctor``."""
+    table = _table(("", "l"), ("", "l"))
+    table.add_row("spanwise", f"{found['spanwise']} on Python {found['python']}, {found['platform']}")
+    libraries = ", ".join(f"{k} {v}" for k, v in found["libraries"].items() if v)
+    table.add_row("libraries", libraries)
+    table.add_row("cores", f"{found['usable_cores']} usable of {found['cores']}")
+    limit = found["memory_limit_bytes"]
+    table.add_row(
+        "memory",
+        f"{format_bytes(found['memory_bytes'])}, {format_bytes(found['available_memory_bytes'])} available"
+        + (f", limited to {format_bytes(limit)}" if limit else ""),
+    )
+    table.add_row("accelerators", ", ".join(found["accelerators"]) or "none")
+    for way, answer in found["emulation"].items():
+        table.add_row(f"emulation: {way.replace('_', ' ')}", answer)
+    _console().print(table)
+
+
+def show_profile(graph: ModelGraph, times: Profile) -> None:
+    """``spanwise profile``: one row a layer, times at one row count of the first table."""
+    table_times = times.tables[0]
+    at = len(table_times.rows) - 1
+    rows = table_times.rows[at]
+    table = _table(("layer", "r"), ("name", "l"), ("MFLOP/row", "r"), ("forward", "r"), ("backward", "r"),
+                   ("spread", "r"), ("weights", "r"), ("saved/row", "r"), ("cut/row", "r"))  # fmt: skip
+    for index, (layer, seconds) in enumerate(zip(graph.layers, table_times.layers, strict=True)):
+        table.add_row(
+            str(index),
+            layer.name,
+            f"{(layer.forward_flops + layer.backward_flops) / 1e6:.2f}",
+            format_seconds(seconds.forward_s[at]),
+            format_seconds(seconds.backward_s[at]),
+            f"{seconds.spread:.0%}",
+            format_bytes(layer.parameter_bytes),
+            format_bytes(layer.saved_bytes),
+            format_bytes(layer.cut_bytes) if layer.outputs else "-",
+        )
+    console = _console()
+    console.print(table)
+    console.print(f"\ntimes: {table_times.provenance}, {rows} rows, {table_times.environment}")
+    for entry in times.devices:
+        console.print(f"  {entry.device}: table {entry.table} x {entry.factor:.3g}")
+    for link in times.links:
+        rate = format_rate(link.bandwidth_bytes_per_s)
+        console.print(f"  {link.source} > {link.target}: {rate}, {format_seconds(link.latency_s)}")
+
+
+def show_plans(found: Answer, graph: ModelGraph, cluster: Cluster) -> None:
+    """``spanwise plan``: every strategy, the winner, why, and whether distributing pays."""
+    console = _console()
+    _show_evaluations(console, found.evaluations, cluster, found.advice.single_step_time_s)
+    console.print(f"\n[bold]{found.plan.strategy}[/bold]")
+    console.print(describe_plan(found.plan, graph), markup=False)
+    console.print(f"\nbottleneck: {found.advice.bottleneck}", markup=False)
+    console.print(found.advice.sentence, style="bold", markup=False)
+
+
+def _show_evaluations(
+    console: Console, evaluations: tuple[Evaluation, ...], cluster: Cluster, single_s: float | None
+) -> None:
+    table = _table(("strategy", "l"), ("step", "r"), ("vs single", "r"), ("stages", "r"), ("M x rows", "r"),
+                   *((f"{d} memory", "r") for d in cluster.ids), ("", "l"))  # fmt: skip
+    ranked = sorted(evaluations, key=lambda e: e.timeline.step_time_s if e.timeline else float("inf"))
+    for entry in ranked:
+        if entry.plan is None or entry.timeline is None:
+            table.add_row(entry.strategy, "-", "-", "-", "-", *("" for _ in cluster.ids), entry.reason)
+            continue
+        seconds = entry.timeline.step_time_s
+        memory = [entry.timeline.device(d).peak_memory_bytes for d in cluster.ids]
+        table.add_row(
+            entry.strategy,
+            format_seconds(seconds),
+            f"{single_s / seconds:.2f}x" if single_s else "-",
+            str(len(entry.plan.stages)),
+            f"{entry.plan.micro_batches} x {entry.plan.micro_batch_rows}",
+            *(format_bytes(m) if m else "-" for m in memory),
+            "",
+        )
+    console.print(table)
+
+
+def show_timeline(timeline: Timeline) -> None:
+    """``spanwise simulate``."""
+    console = _console()
+    console.print(f"step time {format_seconds(timeline.step_time_s)} ({timeline.origin})")
+    table = _table(("device", "l"), ("busy", "r"), ("utilization", "r"), ("peak memory", "r"), ("sent/step", "r"))
+    for use in timeline.devices:
+        table.add_row(
+            use.device,
+            format_seconds(use.busy_s),
+            f"{use.utilization:.0%}",
+            format_bytes(use.peak_memory_bytes),
+            format_bytes(use.sent_bytes),
+        )
+    console.print(table)
+
+
+def show_outcome(summary: dict[str, Any], report: Path) -> None:
+    """The last lines of ``spanwise train``."""
+    console = _console()
+    predicted, measured = summary["predicted"]["step_time_s"], summary["step_time_s"]
+    error = f"{predicted / measured - 1:+.1%}" if measured else "-"
+    console.print(
+        f"step time: predicted {format_seconds(predicted)}, measured {format_seconds(measured)} ({error}); "
+        f"{summary['throughput_samples_per_s']:.0f} samples/s"
+    )
+    if summary["accuracy"] is not None:
+        console.print(f"test accuracy {summary['accuracy']:.1%}, test loss {summary['test_loss']:.3f}")
+    console.print(f"report: {report}", markup=False)
+
+
+class RunConsole:
+    """Tells a run's phases, plan and progress. ``quiet`` keeps standard output for JSON."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=quiet, quiet=quiet, highlight=False)
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._predicted_s = 0.0
+        self._batch = 0
+
+    def __enter__(self) -> None:
+        self._progress.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def on_stage(self, text: str) -> None:
+        """The run enters a new phase."""
+        self._console.print(f"[dim]{text}[/dim]")
+
+    def on_meeting(self, pool: WorkerPool) -> None:
+        """Says how to start workers by hand."""
+        if pool.same_clock:
+            return
+        endpoint = f"{pool.coordinator.host}:{pool.coordinator.port}"
+        self._console.print(f"workers may join; on each device, with its id and this token in SPANWISE_TOKEN:\n"
+                            f"  spanwise worker --join {endpoint} --device ID\n  token: {pool.token}",
+                            markup=False)  # fmt: skip
+
+    def on_plan(
+        self, plan: Plan, graph: ModelGraph, evaluations: tuple[Evaluation, ...], predicted: Timeline
+    ) -> None:
+        """Shows what will run."""
+        self._predicted_s, self._batch = predicted.step_time_s, plan.batch
+        self._console.print(f"\n[bold]{plan.strategy}[/bold]")
+        self._console.print(describe_plan(plan, graph), markup=False)
+        for entry in evaluations:
+            said = format_seconds(entry.timeline.step_time_s) if entry.timeline else entry.reason
+            self._console.print(f"  {entry.strategy:24s} {said}", markup=False)
+        self._console.print(f"predicted step time {format_seconds(predicted.step_time_s)}\n")
+
+    def on_step(self, report: StepReport, step_time_s: float, total_steps: int) -> None:
+        """Moves the bar."""
+        if self._task is None:
+            self._task = self._progress.add_task("training", total=total_steps, speed="")
+        speed = (
+            f"loss {report.loss:.3f}  {self._batch / step_time_s:.0f} samples/s  "
+            f"step {format_seconds(step_time_s)} (predicted {format_seconds(self._predicted_s)})"
+        )
+        self._progress.update(self._task, completed=report.step + 1, speed=speed)
+
+    def on_epoch(self, epoch: int, score: Score | None, loss: float) -> None:
+        """One line an epoch."""
+        text = f"epoch {epoch + 1}: training loss {loss:.3f}"
+        if score is not None:
+            text += f", test loss {score.loss:.3f}"
+            if score.accuracy is not None:
+                text += f", test accuracy {score.accuracy:.1%}"
+        self._console.print(text)

@@ -1,0 +1,140 @@
+"""From layers and groups to a Plan: rows, replica order, warm-up depths, syncs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from spanwise.core.errors import InfeasibleError
+from spanwise.core.plan import Plan, Replica, ScheduleName, Stage
+from spanwise.lowering import natural_syncs
+from spanwise.planner.feasible import Shortage, broken_rule, shortage
+from spanwise.planner.links import Shares
+from spanwise.planner.problem import Problem
+from spanwise.planner.rows import min_max_rows
+
+Group = tuple[int, ...]  # device indices in file order
+Depth = Literal["deep", "shallow"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Layers ``[start, stop)`` on a group; ``rows`` where they are given and not to be worked out."""
+
+    start: int
+    stop: int
+    group: Group
+    rows: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What a search finds: micro-batches, layers and groups, and the price by formula."""
+
+    micro_batches: int
+    spans: tuple[Span, ...]
+    price_s: float = 0.0
+
+
+def fixed_span(problem: Problem, start: int, stop: int, micro_batches: int) -> Span:
+    """A stage on the data devices with exactly their own rows."""
+    replicas = problem.source_rows(problem.job.batch // micro_batches)
+    group = tuple(problem.cluster.ids.index(r.device) for r in replicas)
+    return Span(start, stop, group, tuple(r.rows for r in replicas))
+
+
+def warmup(depth: Depth, stage: int, stages: int, micro_batches: int) -> int:
+    """Forwards ahead of backwards: 2(P-p)-1, as links hold micro-batches too (Asteroid), or P-p (PyTorch)."""
+    left = stages - stage
+    return min(micro_batches, 2 * left - 1 if depth == "deep" else left)
+
+
+def build(
+    problem: Problem,
+    strategy: str,
+    outline: Outline,
+    *,
+    depth: Depth = "deep",
+    schedule: ScheduleName = "1f1b",
+) -> Plan:
+    """The Plan of an outline, with warm-up depths lowered as far as memory asks.
+
+    Raises:
+        InfeasibleError: memory is short even at the least depth, a link is missing, or data would leave.
+    """
+    count, total = outline.micro_batches, len(outline.spans)
+    rows = problem.job.batch // count
+    sources = problem.source_rows(rows)
+    ids = problem.cluster.ids
+    stages: list[Stage] = []
+    for number, span in enumerate(outline.spans):
+        ahead = count if schedule == "gpipe" else warmup(depth, number, total, count)
+        shares = _shares(problem, span, rows, ahead)
+        if number == 0 and not problem.first_is_fixed:
+            shares = problem.links.aligned(
+                shares, tuple((ids.index(s.device), float(s.rows)) for s in sources)
+            )
+        replicas = tuple(Replica(device=ids[d], rows=int(y)) for d, y in shares)
+        stages.append(Stage(start=span.start, stop=span.stop, replicas=replicas, warmup=ahead))
+    found, short = _fitted(problem, stages, schedule, count)
+    if short is not None:
+        raise short.error(strategy)
+    plan = Plan(
+        strategy=strategy,
+        graph_digest=problem.graph.digest,
+        micro_batches=count,
+        micro_batch_rows=rows,
+        sources=sources,
+        stages=found,
+        schedule=schedule,
+        syncs=natural_syncs(found, problem.graph),
+    )
+    broken = broken_rule(problem, plan)
+    if broken:
+        raise InfeasibleError(f"{strategy}: {broken}")
+    return plan
+
+
+def _shares(problem: Problem, span: Span, rows: int, ahead: int) -> Shares:
+    if span.rows is not None:
+        return tuple((d, float(y)) for d, y in zip(span.group, span.rows, strict=True))
+    group = problem.links.in_order(span.group)
+    if len(group) == 1:
+        return ((group[0], float(rows)),)
+    tables = problem.tables
+    start, stop = np.array([span.start]), np.array([span.stop])
+    both = tables.forward + tables.backward
+    seconds = (both[:, span.stop] - both[:, span.start])[list(group), 1 : rows + 1][None]
+    for in_flight in (ahead, 1, 0):  # 0: nothing fits, then the fastest rows tell by how much
+        limited = np.array(seconds)
+        if in_flight:
+            for at, device in enumerate(group):
+                cap = tables.row_cap(device, start, stop, in_flight=in_flight, synced=True)[0]
+                limited[0, at, max(int(cap), 0) :] = np.inf
+        found, feasible = min_max_rows(limited, rows)
+        if feasible[0]:
+            return tuple((d, float(y)) for d, y in zip(group, found[0], strict=True) if y)
+    raise AssertionError("unreachable: rows without a cap are always feasible")
+
+
+def _fitted(
+    problem: Problem, stages: list[Stage], schedule: ScheduleName, micro_batches: int
+) -> tuple[tuple[Stage, ...], Shortage | None]:
+    """Lowers the depth of the stage that keeps most until every device fits."""
+    current = tuple(stages)
+    while True:
+        short = shortage(problem, current, schedule, micro_batches)
+        if short is None or schedule == "gpipe":
+            return current, short
+        held = [i for i, s in enumerate(current) if short.device in s.devices and s.warmup > 1]
+        if not held:
+            return current, short
+        saved = problem.tables.saved
+        worst = max(held, key=lambda i: float(saved[current[i].stop] - saved[current[i].start]))
+        most = current[worst].warmup - 1
+        current = tuple(
+            s if i < worst or s.warmup <= most else s.model_copy(update={"warmup": most})
+            for i, s in enumerate(current)
+        )

@@ -1,0 +1,105 @@
+"""Memory, links and privacy: what a plan must keep to, and by how much it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spanwise.core.errors import InfeasibleError
+from spanwise.core.plan import Plan, ScheduleName, Stage, row_ranges
+from spanwise.core.units import format_bytes
+from spanwise.cost import stage_bytes
+from spanwise.planner.problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """A device whose budget does not hold its stages."""
+
+    device: str
+    needed_bytes: int
+    budget_bytes: int
+    where: str
+
+    @property
+    def over_bytes(self) -> int:
+        """Bytes too many."""
+        return self.needed_bytes - self.budget_bytes
+
+    def error(self, strategy: str) -> InfeasibleError:
+        """As an error that says where and by how much."""
+        return InfeasibleError(
+            f"{strategy}: {self.device} needs {format_bytes(self.needed_bytes)} for {self.where}, "
+            f"its budget is {format_bytes(self.budget_bytes)}, {format_bytes(self.over_bytes)} short; raise its memory, "
+            "shrink the batch or add devices"
+        )
+
+
+def memory_bytes(
+    problem: Problem, stages: tuple[Stage, ...], schedule: ScheduleName, micro_batches: int
+) -> dict[str, int]:
+    """Most bytes that every computing device needs, over all its stages."""
+    out: dict[str, int] = {}
+    for stage in stages:
+        depth = micro_batches if schedule == "gpipe" else min(stage.warmup, micro_batches)
+        for replica in stage.replicas:
+            out[replica.device] = out.get(replica.device, 0) + stage_bytes(
+                problem.graph,
+                stage.start,
+                stage.stop,
+                rows=replica.rows,
+                in_flight=depth,
+                copies=problem.copies,
+                synced=len(stage.replicas) > 1,
+            )
+    return out
+
+
+def shortage(
+    problem: Problem, stages: tuple[Stage, ...], schedule: ScheduleName, micro_batches: int
+) -> Shortage | None:
+    """The device that is shortest of memory, if any."""
+    worst: Shortage | None = None
+    for device, needed in memory_bytes(problem, stages, schedule, micro_batches).items():
+        budget = problem.cluster.device(device).memory_bytes
+        if needed > budget and (worst is None or needed - budget > worst.over_bytes):
+            held = [stage for stage in stages if device in stage.devices]
+            ranges = " and ".join(f"[{s.start}:{s.stop})" for s in held)
+            rows = "+".join(str(r.rows) for s in held for r in s.replicas if r.device == device)
+            depth = "+".join(str(micro_batches if schedule == "gpipe" else s.warmup) for s in held)
+            where = f"layers {ranges} at {rows} rows with {depth} of {micro_batches} micro-batches in flight"
+            worst = Shortage(device, needed, budget, where)
+    return worst
+
+
+def broken_rule(problem: Problem, plan: Plan) -> str:
+    """Which rule of links or privacy a plan breaks; empty if none."""
+    for a, b in _routes(problem, plan):
+        if not problem.cluster.connected(a, b):
+            return f"no link from {a} to {b}"
+    for fixed, stage, what in (
+        (problem.first_is_fixed, plan.stages[0], "raw data"),
+        (problem.last_is_fixed, plan.stages[-1], "labels"),
+    ):
+        if fixed and stage.replicas != plan.sources:
+            return f"{what} on {' and '.join(problem.sources)} must not leave"
+    return ""
+
+
+def _routes(problem: Problem, plan: Plan) -> set[tuple[str, str]]:
+    """Pairs of devices between which something travels."""
+    held = row_ranges(plan.sources)
+    pairs = _meeting(held, plan.stages[0].row_ranges())
+    if problem.graph.label_row_bytes:
+        pairs |= _meeting(held, plan.stages[-1].row_ranges())
+    for before, after in zip(plan.stages, plan.stages[1:], strict=False):
+        forth = _meeting(before.row_ranges(), after.row_ranges())
+        pairs |= forth | {(b, a) for a, b in forth}
+    for sync in plan.syncs:
+        pairs |= set(zip(sync.devices, sync.devices[1:] + sync.devices[:1], strict=True))
+    return pairs
+
+
+def _meeting(
+    senders: tuple[tuple[str, int, int], ...], receivers: tuple[tuple[str, int, int], ...]
+) -> set[tuple[str, str]]:
+    return {(d, e) for d, a, b in senders for e, c, f in receivers if d != e and max(a, c) < min(b, f)}

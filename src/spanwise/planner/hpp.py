@@ -1,0 +1,44 @@
+"""``hpp``: hybrid pipeline parallelism, stages held by groups of unlike devices with uneven rows.
+
+After Asteroid (MobiCom 2024) and SpanTrain (Big Data Research 2025, arXiv 2505.15536), of which only
+parts are public; the search over sets of devices instead of one device order is ours (``search.py``).
+"""
+
+from __future__ import annotations
+
+from spanwise.core.plan import Plan
+from spanwise.planner.build import Outline, warmup
+from spanwise.planner.data_parallel import weighted_outlines
+from spanwise.planner.outlines import refined_outlines
+from spanwise.planner.pipeline import pipeline_outlines
+from spanwise.planner.problem import Problem
+from spanwise.planner.trial import at_both_depths, priced
+
+FINALISTS = 16
+
+
+def hpp(problem: Problem) -> Plan:
+    """Layers, groups, rows, micro-batches and warm-up depths with the least simulated step time found.
+
+    Raises:
+        InfeasibleError: memory, links or data constraints allow no plan.
+    """
+    outlines = refined_outlines(problem, singles=False)
+    if not outlines:
+        outlines = refined_outlines(problem, singles=False, in_flight=0, keep=1)
+    elif _memory_binds(problem, outlines):
+        for in_flight in (2, 4):
+            outlines += refined_outlines(problem, singles=False, in_flight=in_flight)
+    if not problem.first_is_fixed:
+        outlines += weighted_outlines(problem, 1)[:4] + pipeline_outlines(problem)[:4]
+    return at_both_depths(problem, "hpp", sorted(outlines, key=lambda o: o.price_s), FINALISTS)
+
+
+def _memory_binds(problem: Problem, outlines: list[Outline]) -> bool:
+    """Whether memory lowered the warm-up depth of a good plan."""
+    for entry in priced(problem, "hpp", outlines[:8]):
+        plan = entry.plan
+        for number, stage in enumerate(plan.stages):
+            if stage.warmup < warmup("deep", number, len(plan.stages), plan.micro_batches):
+                return True
+    return False

@@ -1,0 +1,135 @@
+"""What a planner looks at, and the questions that every planner asks about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import reduce
+from math import floor
+
+from spanwise.core.cluster import Cluster, DataShare
+from spanwise.core.errors import InfeasibleError
+from spanwise.core.job import Job
+from spanwise.core.model import ModelGraph
+from spanwise.core.plan import Plan, Replica
+from spanwise.core.profile import Profile
+from spanwise.core.timeline import Timeline
+from spanwise.cost import optimizer_copies
+from spanwise.planner.links import Links
+from spanwise.planner.tables import Tables
+
+MOST_MICRO_BATCHES = 64
+MOST_CHOICES = 8
+
+
+@dataclass(slots=True)
+class Memo:
+    """What was worked out about one problem: kept so that strategies share tables and simulations."""
+
+    tables: Tables | None = None
+    links: Links | None = None
+    trials: dict[Plan, Timeline | InfeasibleError] = field(
+        default_factory=dict[Plan, "Timeline | InfeasibleError"]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Everything a planner looks at. ``memo`` holds derived values only and takes no part in equality."""
+
+    graph: ModelGraph
+    profile: Profile
+    cluster: Cluster
+    job: Job
+    memo: Memo = field(default_factory=Memo, compare=False, repr=False)
+
+    @property
+    def shares(self) -> tuple[DataShare, ...]:
+        """Devices that hold the data: those of the job, else those of the cluster."""
+        if not self.job.data_devices:
+            return self.cluster.data_shares
+        known = {share.device: share.share for share in self.cluster.data}
+        return tuple(
+            DataShare(device=self.cluster.device(d).id, share=known.get(d, 1.0))
+            for d in dict.fromkeys(self.job.data_devices)
+        )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Ids of the devices that hold the data."""
+        return tuple(share.device for share in self.shares)
+
+    @property
+    def copies(self) -> int:
+        """Copies of the parameters that the optimizer keeps."""
+        return optimizer_copies(self.job.optimizer)
+
+    @property
+    def first_is_fixed(self) -> bool:
+        """Whether the first stage must be the data devices with their own rows."""
+        return self.job.private
+
+    @property
+    def last_is_fixed(self) -> bool:
+        """Whether the last stage must be the data devices with their own rows."""
+        return self.job.private and not self.job.share_labels and self.graph.label_row_bytes > 0
+
+    @property
+    def tables(self) -> Tables:
+        """Layer times and memory as arrays."""
+        if self.memo.tables is None:
+            self.memo.tables = Tables.of(self.graph, self.profile, self.cluster, self.job.batch, self.copies)
+        return self.memo.tables
+
+    @property
+    def links(self) -> Links:
+        """Rates and latencies between all devices."""
+        if self.memo.links is None:
+            self.memo.links = Links.of(self.cluster)
+        return self.memo.links
+
+    def source_rows(self, rows: int) -> tuple[Replica, ...]:
+        """Where ``rows`` rows of a micro-batch start out: by share, largest remainder, at least one each."""
+        counts = largest_remainder(rows, tuple(share.share for share in self.shares))
+        return tuple(Replica(device=s.device, rows=n) for s, n in zip(self.shares, counts, strict=True))
+
+    def micro_batch_choices(self, least_rows: int = 1) -> tuple[int, ...]:
+        """Micro-batch counts worth trying: divisors of the batch, at most 8, spread evenly by ratio.
+
+        Args:
+            least_rows: rows that a micro-batch needs for other reasons than the data devices.
+
+        Raises:
+            InfeasibleError: the batch has fewer rows than data devices, or than ``least_rows``.
+        """
+        batch, least = self.job.batch, max(least_rows, len(self.shares))
+        found = [
+            m for m in range(1, min(batch, MOST_MICRO_BATCHES) + 1) if batch % m == 0 and batch // m >= least
+        ]
+        if not found:
+            what = "data devices" if least == len(self.shares) else "replicas"
+            raise InfeasibleError(
+                f"job '{self.job.name}': a batch of {batch} rows is smaller than its {least} {what}, each "
+                f"needs a row; raise the batch to {least}"
+            )
+        while len(found) > MOST_CHOICES:
+            # The inner value whose neighbours lie closest together by ratio is missed least.
+            del found[min(range(1, len(found) - 1), key=lambda i: found[i + 1] / found[i - 1])]
+        return tuple(found)
+
+
+def largest_remainder(total: int, weights: tuple[float, ...]) -> tuple[int, ...]:
+    """``total`` in whole parts by weight, each at least 1: floors, then one each to the largest remainders.
+
+    Needs ``total >= len(weights)``.
+    """
+    scale = total / sum(weights)
+    parts = [floor(weight * scale) for weight in weights]
+    by_remainder = sorted(range(len(parts)), key=lambda i: (parts[i] - weights[i] * scale, i))
+    for i in by_remainder[: total - sum(parts)]:
+        parts[i] += 1
+    for i, part in enumerate(parts):
+        if part == 0:
+            richest = reduce(lambda a, b: b if parts[b] > parts[a] else a, range(len(parts)))
+            parts[richest] -= 1
+            parts[i] = 1
+    return tuple(parts)

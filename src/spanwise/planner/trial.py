@@ -1,0 +1,147 @@
+"""Finalists are decided by the simulator: lower, simulate, keep the fastest that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spanwise.core.errors import InfeasibleError, PlanError
+from spanwise.core.plan import Plan, ScheduleName
+from spanwise.core.timeline import Timeline
+from spanwise.core.units import format_bytes
+from spanwise.lowering import lower
+from spanwise.planner.build import Depth, Outline, build
+from spanwise.planner.price import price
+from spanwise.planner.problem import Problem
+from spanwise.simulator import simulate
+
+# The formula is at times above the simulation, by at most 4 % in methods/hpp section 3; beyond this factor of
+# the best simulated time a plan can hardly win.
+HOPELESS = 1.15
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A plan and its step time by formula."""
+
+    plan: Plan
+    price_s: float
+
+
+def timeline(problem: Problem, plan: Plan) -> Timeline:
+    """The simulated timeline without spans; each plan is simulated once a problem.
+
+    Raises:
+        InfeasibleError: the simulated peak of a device is above its budget, or no order of the plan can end.
+    """
+    key = plan.model_copy(update={"strategy": ""})
+    found = problem.memo.trials.get(key)
+    if found is None:
+        found = _simulated(problem, plan)
+        problem.memo.trials[key] = found
+    if isinstance(found, InfeasibleError):
+        raise found
+    return found
+
+
+def _simulated(problem: Problem, plan: Plan) -> Timeline | InfeasibleError:
+    try:
+        program = lower(plan, problem.graph, clip=problem.job.clip_norm is not None)
+    except PlanError as error:
+        return InfeasibleError(str(error))
+    result = simulate(
+        program,
+        plan,
+        problem.graph,
+        problem.profile,
+        problem.cluster,
+        optimizer_copies=problem.copies,
+        spans=False,
+    )
+    for use in result.devices:
+        budget = problem.cluster.device(use.device).memory_bytes
+        if use.peak_memory_bytes > budget:
+            return InfeasibleError(
+                f"{plan.strategy}: {use.device} peaks at {format_bytes(use.peak_memory_bytes)} in simulation, "
+                f"its budget is {format_bytes(budget)}, {format_bytes(use.peak_memory_bytes - budget)} short"
+            )
+    return result
+
+
+def priced(
+    problem: Problem,
+    strategy: str,
+    outlines: Sequence[Outline],
+    *,
+    depth: Depth = "deep",
+    schedule: ScheduleName = "1f1b",
+) -> list[Priced]:
+    """The plans of all outlines that are feasible, cheapest first, each once.
+
+    Raises:
+        InfeasibleError: none is; tells why of the one that comes closest, which is listed first.
+    """
+    found: dict[Plan, float] = {}
+    reason: InfeasibleError | None = None
+    for outline in outlines:
+        try:
+            plan = build(problem, strategy, outline, depth=depth, schedule=schedule)
+        except InfeasibleError as error:
+            reason = reason or error
+            continue
+        if plan not in found:
+            found[plan] = price(problem, plan).step_time_s
+    if not found:
+        raise reason or InfeasibleError(f"{strategy}: there is nothing to choose from")
+    return sorted((Priced(plan, p) for plan, p in found.items()), key=lambda entry: entry.price_s)
+
+
+def fastest(problem: Problem, candidates: Sequence[Priced], limit: int) -> Plan:
+    """The plan with the least simulated step time among ``limit`` candidates worth simulating.
+
+    The formula is optimistic by a factor that grows with the number of stages, above all where a device holds
+    several. That factor is learnt on the way, per kind of plan: next comes the candidate with the least price
+    times the least factor seen for its kind, so that a kind that disappoints makes room for others.
+
+    Raises:
+        InfeasibleError: none fits in simulation.
+    """
+    left = list(candidates)
+    factor: dict[tuple[int, bool], float] = {}
+    best: Plan | None = None
+    least = float("inf")
+    reason: InfeasibleError | None = None
+    tried = 0
+    while left:
+        candidate = min(left, key=lambda c: c.price_s * factor.get(_kind(c.plan), 1.0))
+        if best is not None and (tried >= limit or candidate.price_s > HOPELESS * least):
+            break
+        left.remove(candidate)
+        tried += 1
+        try:
+            seconds = timeline(problem, candidate.plan).step_time_s
+        except InfeasibleError as error:
+            reason = reason or error
+            continue
+        kind = _kind(candidate.plan)
+        factor[kind] = min(factor.get(kind, float("inf")), seconds / max(candidate.price_s, 1e-12))
+        if seconds < least:
+            best, least = candidate.plan, seconds
+    if best is None:
+        raise reason or InfeasibleError("there is nothing to choose from")
+    return best
+
+
+def _kind(plan: Plan) -> tuple[int, bool]:
+    """Number of stages, and whether a device holds several."""
+    held = [device for stage in plan.stages for device in stage.devices]
+    return len(plan.stages), len(set(held)) < len(held)
+
+
+def at_both_depths(problem: Problem, strategy: str, outlines: Sequence[Outline], limit: int) -> Plan:
+    """The fastest of the outlines with warm-up 2(P-p)-1, and of the best few also with P-p."""
+    deep = priced(problem, strategy, outlines)
+    best = fastest(problem, deep, limit)
+    shallow = priced(problem, strategy, outlines[: max(2, limit // 4)], depth="shallow")
+    rivals = [Priced(best, 0.0), *shallow]
+    return fastest(problem, rivals, 1 + max(2, limit // 4))

@@ -1,0 +1,132 @@
+"""A plan, and the comparison of plans, for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+from spanwise.core.model import ModelGraph
+from spanwise.core.plan import Plan, Stage
+from spanwise.core.units import format_bytes, format_seconds
+from spanwise.reporting.record import as_number
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def describe_plan(plan: Plan, graph: ModelGraph) -> str:
+    """A few lines of text: how the batch is cut, then one line per stage and per gradient sum."""
+    devices, stages = len(plan.devices), len(plan.stages)
+    head = (
+        f"{plan.strategy}: {count_of(stages, 'stage')} on {count_of(devices, 'device')}, "
+        f"{plan.micro_batches} x {plan.micro_batch_rows} = {plan.batch} rows a step "
+        f"(micro-batches x rows), {plan.schedule}"
+    )
+    rows = [_stage_row(index, plan, graph) for index in range(stages)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    sums = [
+        f"  sum of gradients of layers {', '.join(layer_range(*r) for r in sync.layers)} "
+        f"over {', '.join(sync.devices)}"
+        for sync in plan.syncs
+    ]
+    outside = [s.device for s in plan.sources if s.device not in {d for t in plan.stages for d in t.devices}]
+    feeds = [f"  {', '.join(outside)}: reads data only"] if outside else []
+    return "\n".join([head, *lines, *sums, *feeds])
+
+
+def layer_range(start: int, stop: int) -> str:
+    """Half-open layer range as people count: '3-7', or '3' alone."""
+    return str(start) if stop == start + 1 else f"{start}-{stop - 1}"
+
+
+def layer_names(graph: ModelGraph, stage: Stage) -> str:
+    """First and last layer of a stage by name."""
+    first, last = graph.layers[stage.start].name, graph.layers[stage.stop - 1].name
+    return first if stage.stop == stage.start + 1 else f"{first} .. {last}"
+
+
+def plan_table(evaluations_rows: Sequence[Mapping[str, object]]) -> Table:
+    """Strategies side by side, one row each.
+
+    Keys of a row, all optional but ``strategy``: ``step_time_s``, ``throughput_samples_per_s``, ``speedup``
+    (over the best single device), ``stages``, ``micro_batches``, ``micro_batch_rows``, ``devices`` (id to
+    ``{"peak_memory_bytes"}``), ``bottleneck``, ``chosen`` (bool) and ``error`` (why there is no plan).
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in (
+        "strategy",
+        "step",
+        "samples/s",
+        "vs single",
+        "stages",
+        "M x B",
+        "peak memory",
+        "bottleneck",
+    ):
+        number = name in ("step", "samples/s", "vs single", "stages", "M x B")
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in evaluations_rows:
+        cells = _cells(row)
+        style = "bold green" if row.get("chosen") else "dim" if row.get("error") else ""
+        table.add_row(*(Text(cell) for cell in cells), style=style)
+    return table
+
+
+def _cells(row: Mapping[str, object]) -> tuple[str, ...]:
+    name = str(row.get("strategy", "?"))
+    if row.get("error"):
+        return (name, *("-",) * 6, str(row["error"]))
+    step, rate = as_number(row.get("step_time_s")), as_number(row.get("throughput_samples_per_s"))
+    gain = as_number(row.get("speedup"))
+    cut = (row.get("micro_batches"), row.get("micro_batch_rows"))
+    return (
+        name,
+        "-" if step is None else format_seconds(step),
+        "-" if rate is None else f"{rate:.4g}",
+        "-" if gain is None else f"{gain:.2f}x",
+        str(row.get("stages", "-")),
+        "-" if None in cut else f"{cut[0]} x {cut[1]}",
+        _memory(row.get("devices")),
+        str(row.get("bottleneck") or "-"),
+    )
+
+
+def _memory(devices: object) -> str:
+    if not isinstance(devices, Mapping) or not devices:
+        return "-"
+    parts: list[str] = []
+    for device, use in cast("Mapping[str, Mapping[str, object]]", devices).items():
+        peak = as_number(use.get("peak_memory_bytes"))
+        parts.append(f"{device} {'-' if peak is None else format_bytes(peak)}")
+    return ", ".join(parts)
+
+
+def _stage_row(index: int, plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
+    stage = plan.stages[index]
+    state = sum(p.bytes for p in graph.parameters_of(stage.start, stage.stop))
+    cut = graph.layers[stage.stop - 1].cut_bytes
+    return (
+        f"stage {index}",
+        f"layers {layer_range(stage.start, stage.stop)}",
+        layer_names(graph, stage),
+        ", ".join(f"{r.device} x {r.rows}" for r in stage.replicas),
+        f"warm-up {min(stage.warmup, plan.micro_batches)}"
+        if plan.schedule == "1f1b"
+        else "all forwards first",
+        f"{format_bytes(state)} of weights",
+        f"sends {format_bytes(cut)} a row" if index + 1 < len(plan.stages) else "ends in the loss",
+    )
+
+
+def count_of(number: int, noun: str) -> str:
+    """'1 step', '2 steps'."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}es" if noun.endswith("ch") else f"{number} {noun}s"

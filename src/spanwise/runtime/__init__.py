@@ -1,0 +1,1 @@
+"""Runs a Program on ``torch.distributed`` or on threads, exactly as it is written."""

@@ -1,0 +1,191 @@
+"""One device's side of a run: stages, parameters, optimizer and executor, built from plain data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spanwise.core.cluster import Cluster, DataShare
+from spanwise.core.errors import InputError
+from spanwise.core.job import Job
+from spanwise.core.model import ModelGraph
+from spanwise.core.plan import Plan
+from spanwise.core.program import Program
+from spanwise.ops.opgraph import OpGraph
+from spanwise.ops.stage_module import StageModule
+from spanwise.runtime import optimize
+from spanwise.runtime.emulate import Throttle
+from spanwise.runtime.executor import DeviceParts, Executor, StepResult
+from spanwise.runtime.feed import Feed, Rows, Sampler, shard
+from spanwise.runtime.recorder import Recorder
+from spanwise.runtime.transport import Transport
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Everything that a run is, the same for all devices. ``dataset_rows`` is the size of the training set."""
+
+    job: Job
+    cluster: Cluster
+    graph: ModelGraph
+    ops: OpGraph
+    plan: Plan
+    program: Program
+    dataset_rows: int
+    emulate: bool = False
+
+    @property
+    def shares(self) -> tuple[DataShare, ...]:
+        """Shares of the sources, in plan order."""
+        return source_shares(self.job, self.cluster, self.plan)
+
+    @property
+    def sampler(self) -> Sampler:
+        """Which rows are read in which step."""
+        return Sampler.of(self.plan, self.shares, self.dataset_rows, self.job.seed)
+
+
+def source_shares(job: Job, cluster: Cluster, plan: Plan) -> tuple[DataShare, ...]:
+    """Who holds which share of the data, in the order of the plan's sources."""
+    by_device = {share.device: share for share in cluster.data_shares}
+    if job.data_devices:
+        by_device = {d: by_device.get(d, DataShare(device=d)) for d in job.data_devices}
+    missing = [s.device for s in plan.sources if s.device not in by_device]
+    if missing:
+        raise InputError(
+            f"plan '{plan.strategy}': source '{missing[0]}' holds no data; data is on "
+            f"{', '.join(by_device)}; plan again"
+        )
+    return tuple(by_device[source.device] for source in plan.sources)
+
+
+@dataclass
+class DeviceState:
+    """What a checkpoint takes from one device."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    buffers: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    optimizer: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+    scheduler: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+class DeviceRun:
+    """Holds one device's part of the model and steps it."""
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        device: str,
+        transport: Transport,
+        *,
+        tensors: dict[str, Tensor],
+        data: Rows | None,
+        held: bool = False,
+    ) -> None:
+        """Builds the device's part.
+
+        Args:
+            assignment: the run.
+            device: which device this is.
+            transport: its end of the network.
+            tensors: at least the parameters and buffers that its stages use, by the model's names.
+            data: rows to read if it is a source; the whole set, or with ``held`` only its own shard.
+            held: see ``data``.
+        """
+        job, plan = assignment.job, assignment.plan
+        spec = assignment.cluster.device(device)
+        self.device, self._assignment = device, assignment
+        own = [(i, s) for i, s in enumerate(plan.stages) if device in s.devices]
+        names = {p.name for _, s in own for p in assignment.graph.parameters_of(s.start, s.stop)}
+        buffers = {b for _, s in own for x in assignment.graph.layers[s.start : s.stop] for b in x.buffers}
+        target = torch.device(spec.torch_device)
+        self.parameters = {
+            p.name: nn.Parameter(tensors[p.name].detach().clone().to(target))
+            for p in assignment.graph.parameters
+            if p.name in names
+        }
+        self.buffers = {name: tensors[name].detach().clone().to(target) for name in sorted(buffers)}
+        stages = {
+            index: StageModule(
+                assignment.ops, assignment.graph, stage.start, stage.stop,
+                parameters=self.parameters, buffers=self.buffers, device=spec.torch_device,
+            )
+            for index, stage in own
+        }  # fmt: skip
+        self.optimizer = optimize.make_optimizer(job.optimizer, self.parameters) if self.parameters else None
+        self.scheduler = optimize.make_scheduler(job.scheduler, self.optimizer) if self.optimizer else None
+        self.recorder = Recorder(device)
+        emulation = assignment.cluster.emulation
+        throttle = Throttle(spec.speed * emulation.core_share) if assignment.emulate and emulation else None
+        self.executor = Executor(
+            DeviceParts(device, stages, self.parameters, self.optimizer, spec.torch_device),
+            plan,
+            assignment.graph,
+            assignment.program,
+            transport,
+            recorder=self.recorder,
+            throttle=throttle or contextlib.nullcontext(),
+            on_idle=throttle.idle if throttle else lambda: None,
+            feed=_feed(assignment, device, data, held),
+            clip_norm=job.clip_norm,
+            timeout_s=job.transfer_timeout_s,
+        )
+
+    def run(self, first: int, count: int, on_step: Callable[[StepResult], None]) -> None:
+        """Steps ``first .. first + count - 1``."""
+        per_epoch = self._assignment.sampler.steps_per_epoch
+        every_step = self._assignment.job.scheduler_every == "step"
+        place = self._assignment.cluster.ids.index(self.device)
+        for index in range(first, first + count):
+            torch.manual_seed(self._assignment.job.seed * 7_919 + index * 613 + place)
+            result = self.executor.step(index)
+            if self.scheduler is not None and (every_step or (index + 1) % per_epoch == 0):
+                self.scheduler.step()
+            on_step(result)
+
+    def state(self) -> DeviceState:
+        """A copy of all that is needed to go on elsewhere."""
+        state = DeviceState(
+            {k: v.detach().cpu().clone() for k, v in self.parameters.items()},
+            {k: v.detach().cpu().clone() for k, v in self.buffers.items()},
+        )
+        if self.optimizer is not None:
+            state.optimizer = optimize.optimizer_state(self.optimizer, self.parameters)
+            state.options = optimize.group_options(self.optimizer)
+            state.scheduler = optimize.scheduler_state(self.scheduler)
+        return state
+
+    def resume(self, optimizer: dict[str, Tensor], options: dict[str, Any], scheduler: dict[str, Any]) -> None:
+        """Puts optimizer and scheduler where a checkpoint left them."""
+        if self.optimizer is None:
+            return
+        optimize.load_optimizer_state(self.optimizer, self.parameters, optimizer)
+        optimize.load_scheduler_state(self.scheduler, scheduler)
+        optimize.load_group_options(self.optimizer, options)
+
+    def close(self) -> None:
+        """Ends its threads."""
+        self.executor.close()
+
+
+def _feed(assignment: Assignment, device: str, data: Rows | None, held: bool) -> Feed | None:
+    sources = [source.device for source in assignment.plan.sources]
+    if device not in sources:
+        return None
+    if data is None:
+        raise InputError(f"device '{device}' is a data source but has no data; check the job's 'data'")
+    sampler = assignment.sampler
+    place = sources.index(device)
+    indices = torch.arange(len(data)) if held else shard(assignment.dataset_rows, assignment.shares, device)
+    if len(indices) != sampler.counts[place]:
+        raise InputError(
+            f"device '{device}' holds {len(indices)} rows, the run expects {sampler.counts[place]}; "
+            "give every device the same data factory"
+        )
+    return Feed(data, indices, sampler, place, assignment.graph)

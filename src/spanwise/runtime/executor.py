@@ -1,0 +1,362 @@
+"""Runs one device's actions in order. The only place where a Program becomes compute."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spanwise.core.errors import PeerError
+from spanwise.core.model import ModelGraph, TensorSpec
+from spanwise.core.plan import Plan
+from spanwise.core.program import Action, Program
+from spanwise.ops.stage_module import StageModule
+from spanwise.runtime.assembly import Assembly, Tensors, cut, meet
+from spanwise.runtime.collectives import exchange_sum, ring_all_reduce, ring_tags
+from spanwise.runtime.feed import Feed
+from spanwise.runtime.outbox import Outbox
+from spanwise.runtime.recorder import Recorder, StepRecord
+from spanwise.runtime.transport import Pending, Transport
+
+_AHEAD = 4  # receives posted before they are needed, per device; bounds the memory of early messages
+_BLOCKED_S = 5e-5  # a wait shorter than this is no wait
+
+_Key = tuple[str, int, int]  # payload, stage (before the cut), micro-batch
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Numbers for every message of a step, the same on all devices, none used twice in two steps."""
+
+    transfers: int
+    rings: tuple[tuple[int, ...], ...]
+    norm: int
+    stride: int
+
+    @classmethod
+    def of(cls, program: Program) -> Tags:
+        """Numbers transfers first, then rings, then the norm."""
+        found = [a for actions in program.devices.values() for a in actions]
+        transfers = 1 + max((a.transfer for a in found), default=-1)
+        members = {(a.sync, a.segment): len(a.members) for a in found if a.kind == "reduce"}
+        rings: list[tuple[int, ...]] = []
+        free = transfers
+        for sync, segments in enumerate(program.buckets):
+            row: list[int] = []
+            for segment in range(len(segments)):
+                row.append(free)
+                free += ring_tags(members.get((sync, segment), 1))
+            rings.append(tuple(row))
+        return cls(transfers, tuple(rings), free, free + 1)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """``loss`` is this device's part of the mean loss over the global batch."""
+
+    step: int
+    loss: float
+    record: StepRecord
+
+
+@dataclass(frozen=True)
+class DeviceParts:
+    """What an executor works with: its stages, parameters (shared between stages) and optimizer."""
+
+    device: str
+    stages: Mapping[int, StageModule]
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer | None
+    torch_device: str = "cpu"
+
+
+class Executor:
+    """Takes one device through the actions of a step, again and again."""
+
+    def __init__(
+        self,
+        parts: DeviceParts,
+        plan: Plan,
+        graph: ModelGraph,
+        program: Program,
+        transport: Transport,
+        *,
+        recorder: Recorder,
+        throttle: AbstractContextManager[None],
+        on_idle: Callable[[], None] = lambda: None,
+        feed: Feed | None = None,
+        clip_norm: float | None = None,
+        timeout_s: float = 60.0,
+    ) -> None:
+        self._parts, self._plan, self._graph, self._program = parts, plan, graph, program
+        self._transport, self._recorder, self._throttle = transport, recorder, throttle
+        self._on_idle, self._feed, self._clip, self._timeout_s = on_idle, feed, clip_norm, timeout_s
+        self._me = parts.device
+        self._actions = program.devices.get(self._me, ())
+        self._recvs = tuple(a for a in self._actions if a.kind == "recv")
+        self._tags = Tags.of(program)
+        self._ranges = [{d: (a, b) for d, a, b in s.row_ranges()} for s in plan.stages]
+        self._last = len(plan.stages) - 1
+        self._handlers: dict[str, Callable[[Action], None]] = {
+            "load": self._load, "send": self._send, "recv": self._recv, "forward": self._forward,
+            "backward": self._backward, "reduce": self._reduce, "norm": self._norm, "step": self._update,
+        }  # fmt: skip
+        self._sends = Counter(
+            (a.payload or "", a.stage, a.micro_batch) for a in self._actions if a.kind == "send"
+        )
+        self._outbox = Outbox(self._me, self._timeout_s)
+        rings = len(plan.syncs)
+        self._rings = ThreadPoolExecutor(rings, f"ring-{self._me}") if rings else None
+        self._scale: Tensor | None = None
+        self._reset(-1)
+
+    def step(self, index: int) -> StepResult:
+        """One training step. ``PeerError`` names the device and the action at which it failed."""
+        self._reset(index)
+        self._recorder.begin(index)
+        self._post()
+        for action in self._actions:
+            try:
+                self._handlers[action.kind](action)
+            except PeerError as error:
+                raise PeerError(f"{self._me}: step {index}, '{action}': {error}", device=error.device) from None
+        self._outbox.drain()
+        loss = float(self._loss) if self._loss is not None else 0.0
+        return StepResult(index, loss, self._recorder.end())
+
+    def close(self) -> None:
+        """Stops the threads that run reductions and watch over sends."""
+        self._outbox.close()
+        if self._rings is not None:
+            self._rings.shutdown(wait=False, cancel_futures=True)
+
+    def _reset(self, index: int) -> None:
+        self._step = index
+        self._posted = 0
+        self._pending: dict[int, Pending] = {}
+        self._incoming: dict[_Key, Assembly] = {}
+        self._outgoing: dict[_Key, tuple[int, Tensors]] = {}
+        self._unsent = dict(self._sends)
+        self._saved: dict[tuple[int, int], tuple[Tensors, Tensors]] = {}
+        self._reductions: list[tuple[Action, Future[None]]] = []
+        self._loss: Tensor | None = None
+
+    def _tag(self, number: int) -> int:
+        return self._step * self._tags.stride + number
+
+    # Receiving
+
+    def _assembly(self, payload: str, stage: int, micro_batch: int) -> Assembly:
+        key = (payload, stage, micro_batch)
+        found = self._incoming.get(key)
+        if found is None:
+            found = Assembly(self._specs(payload, stage), self._rows_of(payload, stage), self._parts.torch_device)
+            self._incoming[key] = found
+        return found
+
+    def _specs(self, payload: str, stage: int) -> tuple[TensorSpec, ...]:
+        match payload:
+            case "input":
+                return self._graph.inputs
+            case "label":
+                return self._graph.labels
+            case "activation":
+                return self._graph.layers[self._plan.stages[stage].stop - 1].outputs
+            case _:
+                outputs = self._graph.layers[self._plan.stages[stage].stop - 1].outputs
+                return tuple(spec for spec in outputs if spec.differentiable)
+
+    def _rows_of(self, payload: str, stage: int) -> tuple[int, int]:
+        """Own rows in the stage that consumes a payload."""
+        consumer = {"input": 0, "label": self._last, "activation": stage + 1}.get(payload, stage)
+        return self._ranges[consumer][self._me]
+
+    def _post(self) -> None:
+        """Keeps receives posted ahead of their need."""
+        while self._posted < len(self._recvs) and len(self._pending) < _AHEAD:
+            action = self._recvs[self._posted]
+            buffers = self._assembly(action.payload or "", action.stage, action.micro_batch).part(action.rows)
+            self._pending[action.transfer] = self._transport.recv(
+                action.peer, self._tag(action.transfer), buffers
+            )
+            self._posted += 1
+
+    def _recv(self, action: Action) -> None:
+        start = time.monotonic()
+        self._pending.pop(action.transfer).wait(self._timeout_s)
+        end = time.monotonic()
+        if end - start > _BLOCKED_S:
+            self._recorder.span("wait", action, start, end, busy=False)
+            self._on_idle()
+        self._post()
+
+    # Sending
+
+    def _send(self, action: Action) -> None:
+        key = (action.payload or "", action.stage, action.micro_batch)
+        base, tensors = self._outgoing[key]
+        pending = self._transport.send(
+            action.peer, self._tag(action.transfer), cut(tensors, base, action.rows)
+        )
+        self._outbox.put(f"{self._me}: step {self._step}, '{action}'", pending)
+        self._unsent[key] -= 1
+        if not self._unsent[key]:
+            del self._outgoing[key]
+
+    def _load(self, action: Action) -> None:
+        """Own data rows: kept for sends, and handed to own stages where they are used here."""
+        assert self._feed is not None
+        m, rows = action.micro_batch, action.rows
+        inputs, labels = self._feed.rows(self._step, m)
+        inputs = tuple(t.to(self._parts.torch_device) for t in inputs)
+        labels = tuple(t.to(self._parts.torch_device) for t in labels)
+        for payload, tensors, stage in (("input", inputs, 0), ("label", labels, self._last)):
+            if self._sends.get((payload, -1, m)):
+                self._outgoing[payload, -1, m] = (rows[0], tensors)
+            mine = self._ranges[stage].get(self._me)
+            common = meet(rows, mine) if mine is not None else None
+            if common is not None:
+                self._assembly(payload, -1, m).put(common, cut(tensors, rows[0], common))
+
+    # Compute
+
+    def _forward(self, action: Action) -> None:
+        s, m = action.stage, action.micro_batch
+        start = time.monotonic()
+        with self._throttle:
+            entry = ("input", -1, m) if s == 0 else ("activation", s - 1, m)
+            specs = self._specs(entry[0], entry[1])
+            inputs = tuple(
+                tensor.detach().requires_grad_(spec.differentiable and s > 0)
+                for tensor, spec in zip(self._incoming.pop(entry).whole(), specs, strict=True)
+            )
+            labels: Tensors = ()
+            if s == self._last and self._graph.labels:
+                labels = self._incoming.pop(("label", -1, m)).whole()
+            outputs = self._parts.stages[s](inputs, labels)
+            if s == self._last:
+                share = (action.rows[1] - action.rows[0]) / self._plan.batch
+                outputs = (outputs[0] * share,)
+                part = outputs[0].detach()
+                self._loss = part if self._loss is None else self._loss + part
+        self._recorder.span("forward", action, start, time.monotonic(), busy=True)
+        self._saved[s, m] = (inputs, outputs)
+        if s != self._last:
+            self._hand_over("activation", s, m, action.rows, s + 1, tuple(t.detach() for t in outputs))
+
+    def _backward(self, action: Action) -> None:
+        s, m = action.stage, action.micro_batch
+        inputs, outputs = self._saved.pop((s, m))
+        start = time.monotonic()
+        with self._throttle:
+            if s == self._last:
+                outputs[0].backward()
+            else:
+                specs = self._specs("activation", s)
+                gradients = self._incoming.pop(("gradient", s, m)).whole()
+                targets = [t for t, spec in zip(outputs, specs, strict=True) if spec.differentiable]
+                torch.autograd.backward(targets, list(gradients))
+            own = tuple(
+                torch.zeros_like(t) if t.grad is None else t.grad for t in inputs if t.requires_grad
+            )
+        self._recorder.span("backward", action, start, time.monotonic(), busy=True)
+        if s > 0:
+            self._hand_over("gradient", s - 1, m, action.rows, s - 1, own)
+
+    def _hand_over(
+        self, payload: str, stage: int, m: int, rows: tuple[int, int], to: int, tensors: Tensors
+    ) -> None:
+        """Makes rows ready for sends, and for the neighbouring stage if this device holds rows of it too."""
+        if self._sends.get((payload, stage, m)):
+            self._outgoing[payload, stage, m] = (rows[0], tensors)
+        mine = self._ranges[to].get(self._me)
+        common = meet(rows, mine) if mine is not None else None
+        if common is not None:
+            self._assembly(payload, stage, m).put(common, cut(tensors, rows[0], common))
+
+    # Gradients
+
+    def _reduce(self, action: Action) -> None:
+        assert self._rings is not None
+        self._reductions.append((action, self._rings.submit(self._sum, action)))
+
+    def _sum(self, action: Action) -> None:
+        names = self._program.buckets[action.sync][action.segment]
+        parameters = [self._parts.parameters[name] for name in names]
+        gradients = [_gradient(p) for p in parameters]
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        tag = self._tag(self._tags.rings[action.sync][action.segment])
+        ring_all_reduce(
+            self._transport, action.members, self._me, flat, tag=tag, timeout_s=self._timeout_s
+        )
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _finish_reductions(self) -> None:
+        start = time.monotonic()
+        for action, future in self._reductions:
+            try:
+                # A ring's own messages have deadlines; this one only guards against a lost thread.
+                future.result(self._timeout_s * (2 * len(action.members) + 1))
+            except PeerError as error:
+                raise PeerError(f"'{action}': {error}", device=error.device) from None
+            except TimeoutError:
+                raise PeerError(f"'{action}': not done in time") from None
+        if self._reductions and time.monotonic() - start > _BLOCKED_S:
+            last = self._reductions[-1][0]
+            self._recorder.span("wait", last, start, time.monotonic(), busy=False)
+            self._on_idle()
+        self._reductions.clear()
+
+    def _norm(self, action: Action) -> None:
+        """Global gradient norm over all devices; a parameter counts where it is held first."""
+        self._finish_reductions()
+        own = torch.zeros((), dtype=torch.float64)
+        for name in self._owned():
+            own += _gradient(self._parts.parameters[name]).detach().double().pow(2).sum().cpu()
+        start = time.monotonic()
+        total = exchange_sum(
+            self._transport, action.members, self._me, own,
+            tag=self._tag(self._tags.norm), timeout_s=self._timeout_s,
+        )  # fmt: skip
+        self._recorder.span("wait", action, start, time.monotonic(), busy=False)
+        self._on_idle()
+        assert self._clip is not None
+        self._scale = (self._clip / (total.sqrt() + 1e-6)).clamp(max=1.0)
+
+    def _owned(self) -> list[str]:
+        before: set[str] = set()
+        for device, names in self._program.held.items():
+            if device == self._me:
+                return [name for name in names if name not in before]
+            before.update(names)
+        return []
+
+    def _update(self, action: Action) -> None:
+        self._finish_reductions()
+        optimizer = self._parts.optimizer
+        start = time.monotonic()
+        if optimizer is None:
+            return
+        with self._throttle:
+            if self._scale is not None:
+                for parameter in self._parts.parameters.values():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(self._scale.to(parameter.grad.dtype))
+                self._scale = None
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self._recorder.span("step", action, start, time.monotonic(), busy=True)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """Its gradient; zeros where no row reached it."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

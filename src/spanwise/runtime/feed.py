@@ -1,0 +1,134 @@
+"""Which rows of the data a device reads in which step, and reading them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from spanwise.core.cluster import DataShare
+from spanwise.core.errors import InputError
+from spanwise.core.model import ModelGraph, TensorSpec
+from spanwise.core.plan import Plan
+
+
+class Rows(Protocol):
+    """A map-style data set of (inputs, labels) pairs, as in ``torch.utils.data``."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Any:
+        """One row: (inputs, labels), each a tensor or a tuple of tensors."""
+        ...
+
+
+def shard(rows: int, shares: tuple[DataShare, ...], device: str) -> Tensor:
+    """Indices of the rows that a device holds: every data device has its share, evenly interleaved.
+
+    Row i goes to the device whose quota is least filled, so equal shares deal rows out in turn.
+    """
+    total = sum(share.share for share in shares)
+    weights = torch.tensor([share.share / total for share in shares], dtype=torch.float64)
+    # Row i belongs to the share whose cumulative quota passes a new integer: largest-deficit dealing.
+    owed = torch.zeros(len(shares), dtype=torch.float64)
+    me = [share.device for share in shares].index(device)
+    if bool((weights == weights[0]).all()):
+        return torch.arange(me, rows, len(shares))
+    mine: list[int] = []
+    for row in range(rows):
+        owed += weights
+        winner = int(owed.argmax())
+        owed[winner] -= 1
+        if winner == me:
+            mine.append(row)
+    return torch.tensor(mine, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Rows by step: a fresh permutation of every device's own shard each epoch, by seed.
+
+    The sequence depends on the seed, the data devices and the rows per micro-batch of each, on nothing
+    else of the plan. Rows that do not fill a batch at the end of an epoch are left out of that epoch.
+    """
+
+    seed: int
+    counts: tuple[int, ...]  # rows held, per source
+    rows: tuple[int, ...]  # rows of a micro-batch, per source
+    micro_batches: int
+
+    @classmethod
+    def of(cls, plan: Plan, shares: tuple[DataShare, ...], dataset_rows: int, seed: int) -> Sampler:
+        """The sampler of a plan; ``InputError`` if the data does not fill one batch."""
+        by_device = {share.device: share for share in shares}
+        ordered = tuple(by_device[source.device] for source in plan.sources)
+        counts = tuple(len(shard(dataset_rows, ordered, s.device)) for s in ordered)
+        rows = tuple(source.rows for source in plan.sources)
+        sampler = cls(seed, counts, rows, plan.micro_batches)
+        if sampler.steps_per_epoch < 1:
+            raise InputError(
+                f"data: {dataset_rows} rows on {len(counts)} device(s) do not fill one batch of {plan.batch} "
+                f"rows (each device needs {', '.join(str(r * plan.micro_batches) for r in rows)}); "
+                "lower 'batch' or give more data"
+            )
+        return sampler
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch."""
+        return min(c // (r * self.micro_batches) for c, r in zip(self.counts, self.rows, strict=True))
+
+    def indices(self, source: int, step: int) -> Tensor:
+        """Positions inside the shard of a source for all micro-batches of a step, one row a micro-batch."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1009 + source)
+        order = torch.randperm(self.counts[source], generator=generator)
+        size = self.rows[source] * self.micro_batches
+        return order[at * size : (at + 1) * size].view(self.micro_batches, -1)
+
+
+class Feed:
+    """Reads a source's rows and hands them out as the model's inputs and labels."""
+
+    def __init__(self, data: Rows, held: Tensor, sampler: Sampler, source: int, graph: ModelGraph) -> None:
+        self._data, self._held, self._sampler, self._source = data, held, sampler, source
+        self._graph = graph
+        self._step, self._indices = -1, torch.empty(0)
+
+    def rows(self, step: int, micro_batch: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Inputs and labels of this source's rows of a micro-batch."""
+        if step != self._step:
+            self._indices = self._held[self._sampler.indices(self._source, step)]
+            self._step = step
+        inputs, labels = read_rows(self._data, self._indices[micro_batch])
+        return cast(inputs, self._graph.inputs), cast(labels, self._graph.labels)
+
+
+def read_rows(data: Rows, indices: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Rows as (inputs, labels), each a tuple of tensors with the rows first."""
+    tensors = getattr(data, "tensors", None)
+    if isinstance(tensors, tuple) and len(tensors) >= 2:
+        return tuple(t[indices] for t in tensors[:-1]), (tensors[-1][indices],)
+    pairs = [data[int(index)] for index in indices]
+    sides: list[tuple[Tensor, ...]] = []
+    for side in (0, 1):
+        columns = zip(*(p[side] if isinstance(p[side], (tuple, list)) else (p[side],) for p in pairs), strict=True)
+        sides.append(tuple(torch.stack([torch.as_tensor(x) for x in column]) for column in columns))
+    return sides[0], sides[1]
+
+
+def cast(tensors: tuple[Tensor, ...], specs: tuple[TensorSpec, ...]) -> tuple[Tensor, ...]:
+    """Tensors in the dtypes that the model was traced with; ``InputError`` if shapes do not fit."""
+    out: list[Tensor] = []
+    for tensor, spec in zip(tensors, specs, strict=True):
+        if tuple(tensor.shape[1:]) != spec.shape:
+            raise InputError(
+                f"data: rows of '{spec.name}' have shape {tuple(tensor.shape[1:])}, the model was traced "
+                f"with {spec.shape}; give all rows one shape"
+            )
+        out.append(tensor.to(getattr(torch, spec.dtype)))
+    return tuple(out)

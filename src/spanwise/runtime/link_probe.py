@@ -1,0 +1,38 @@
+"""Measures a link by small and large messages, there and back."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from spanwise.runtime.transport import Transport
+
+PROBE_SIZES = (1_000, 1_000, 1_000, 1_000_000, 1_000, 1_000_000, 1_000_000)
+_TAG = 2**27 - 1000  # far above the tags of training steps
+_TIMEOUT_S = 30.0
+
+
+def probe_link(
+    transport: Transport, peer: str, *, first: bool, sizes: tuple[int, ...] = PROBE_SIZES
+) -> list[tuple[int, float]]:
+    """(bytes, seconds) of messages from the first device to the second, answered by one byte.
+
+    A round trip holds one latency each way; the caller takes half of the small ones as latency. The
+    second device returns an empty list.
+    """
+    samples: list[tuple[int, float]] = []
+    answer = torch.zeros(1, dtype=torch.uint8)
+    for index, size in enumerate(sizes):
+        message = torch.zeros(size, dtype=torch.uint8)
+        tag = _TAG + 2 * index
+        if first:
+            start = time.monotonic()
+            reply = transport.recv(peer, tag + 1, [answer])
+            transport.send(peer, tag, [message]).wait(_TIMEOUT_S)
+            reply.wait(_TIMEOUT_S)
+            samples.append((size, time.monotonic() - start))
+        else:
+            transport.recv(peer, tag, [message]).wait(_TIMEOUT_S)
+            transport.send(peer, tag + 1, [answer]).wait(_TIMEOUT_S)
+    return samples

@@ -1,0 +1,270 @@
+"""A session on worker processes: spawned here for an emulated cluster, started by hand on real devices."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from spanwise.core.cluster import Cluster
+from spanwise.core.errors import PeerError, SpanwiseError
+from spanwise.core.job import LIVE
+from spanwise.core.program import ProgramFile
+from spanwise.runtime.coordinator import Coordinator
+from spanwise.runtime.device_run import Assignment, DeviceState
+from spanwise.runtime.emulate import ledger_path
+from spanwise.runtime.feed import Rows, read_rows, shard
+from spanwise.runtime.link_probe import PROBE_SIZES
+from spanwise.runtime.session import (
+    DeviceSpans,
+    Snapshot,
+    StepGatherer,
+    StepReport,
+    merge_states,
+    owned_names,
+)
+from spanwise.runtime.worker import versions
+
+_SETUP_S = 120.0
+_ENDING_S = 5.0
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where workers join: address, token, and which devices train spawns itself."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    token: str = ""
+    spawned: bool = True
+    join_timeout_s: float = 120.0
+
+
+class WorkerPool:
+    """Worker processes that have joined and met each other; plans come and go."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        devices: Sequence[str],
+        meeting: Meeting,
+        *,
+        emulate: bool,
+        on_listen: Callable[[WorkerPool], None] = lambda _: None,
+    ) -> None:
+        """Listens, starts workers if it is to, and waits until all have joined.
+
+        ``on_listen`` is called as soon as workers may join: ``token``, ``host`` and ``port`` are known then.
+        """
+        self.cluster, self.devices = cluster, tuple(devices)
+        self.same_clock = meeting.spawned  # spawned workers share this machine's monotonic clock
+        self.token = meeting.token or secrets.token_urlsafe(24)
+        self.coordinator = Coordinator(meeting.host, meeting.port, self.token, self.devices, versions())
+        self._ledger: Path | None = ledger_path() if emulate else None
+        self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            on_listen(self)
+            if meeting.spawned:
+                self._spawn()
+            self.coordinator.wait_for_all(meeting.join_timeout_s)
+            self._meet()
+        except BaseException:
+            self.close()
+            raise
+
+    def _spawn(self) -> None:
+        endpoint = f"{self.coordinator.host}:{self.coordinator.port}"
+        for device in self.devices:
+            threads = str(self.cluster.device(device).threads)
+            env = os.environ | {"SPANWISE_TOKEN": self.token, "OMP_NUM_THREADS": threads}
+            command = [sys.executable, "-m", "spanwise", "worker", "--join", endpoint, "--device", device]
+            self._processes.append(subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL))
+
+    def _meet(self) -> None:
+        for device in self.devices:
+            self.coordinator.tell(
+                device,
+                "meet",
+                cluster=self.cluster.to_data(),
+                members=list(self.devices),
+                epoch=0,
+                timeout_s=_SETUP_S,
+                ledger=str(self._ledger) if self._ledger else "",
+            )
+        self.coordinator.gather("met", self.devices, _SETUP_S)
+
+    def probe_links(self) -> dict[tuple[str, str], tuple[tuple[int, float], ...]]:
+        """(bytes, round-trip seconds) for every ordered pair that the cluster joins, one pair at a time."""
+        found: dict[tuple[str, str], tuple[tuple[int, float], ...]] = {}
+        for a in self.devices:
+            for b in self.devices:
+                if a == b or not (self.cluster.connected(a, b) and self.cluster.connected(b, a)):
+                    continue
+                self.coordinator.tell(b, "probe", peer=a, first=False, sizes=PROBE_SIZES)
+                self.coordinator.tell(a, "probe", peer=b, first=True, sizes=PROBE_SIZES)
+                frames = self.coordinator.gather("probed", (a, b), _SETUP_S)
+                found[a, b] = tuple((int(n), float(s)) for n, s in frames[a].head["samples"])
+        return found
+
+    def close(self) -> None:
+        """Dismisses the workers; those that do not go are killed."""
+        self.coordinator.close()
+        end = time.monotonic() + _ENDING_S
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.coordinator.drop()
+        if self._ledger is not None:
+            self._ledger.unlink(missing_ok=True)
+
+    def clock_offset_s(self, device: str) -> float:
+        """A worker's monotonic clock minus ours."""
+        return 0.0 if self.same_clock else self.coordinator.clock_offset_s(device)
+
+    @property
+    def process_ids(self) -> dict[str, int]:
+        """Process of every spawned worker."""
+        return {d: p.pid for d, p in zip(self.devices, self._processes, strict=False)}
+
+
+class ProcessSession:
+    """One worker process a device."""
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        assignment: Assignment,
+        tensors: dict[str, Tensor],
+        data: Rows | None,
+        *,
+        resume: Snapshot | None = None,
+    ) -> None:
+        self._pool, self._coordinator, self._assignment = pool, pool.coordinator, assignment
+        self._devices = assignment.plan.devices
+        for device in self._devices:
+            self._set_up(device, tensors, data, resume)
+        self._coordinator.gather("ready", self._devices, _SETUP_S)
+
+    def _set_up(
+        self, device: str, tensors: dict[str, Tensor], data: Rows | None, resume: Snapshot | None
+    ) -> None:
+        a = self._assignment
+        held = set(a.program.held.get(device, ()))
+        own = [s for s in a.plan.stages if device in s.devices]
+        buffers = {b for s in own for layer in a.graph.layers[s.start : s.stop] for b in layer.buffers}
+        parts = {f"state/{k}": tensors[k].detach().cpu().contiguous() for k in held | buffers}
+        if resume is not None:
+            parts |= {
+                f"optimizer/{k}": v.contiguous()
+                for k, v in resume.optimizer.items()
+                if k.partition("::")[0] in held
+            }
+        if a.job.data.name == LIVE and data is not None:
+            parts |= _own_rows(a, device, data)
+        head: dict[str, Any] = {
+            "job": a.job.to_data(),
+            "cluster": a.cluster.to_data(),
+            "graph": a.graph.to_data(),
+            "ops": a.ops.to_json(),
+            "plan": a.plan.to_data(),
+            "program": ProgramFile.of(a.program).to_data(),
+            "dataset_rows": a.dataset_rows,
+            "emulate": a.emulate,
+        }
+        if resume is not None:
+            head["resume"] = {"options": resume.options, "scheduler": resume.scheduler}
+        payload = safetensors.torch.save({k: v.clone() for k, v in parts.items()})
+        self._coordinator.tell(device, "setup", payload, **head)
+
+    def run(self, first: int, count: int) -> Iterator[StepReport]:
+        """Tells all workers to run, yields steps as they end."""
+        for device in self._devices:
+            self._coordinator.tell(device, "run", first=first, count=count)
+        gatherer = StepGatherer(self._devices)
+        left = len(self._devices)
+        patience = 4 * self._assignment.job.transfer_timeout_s + 60.0
+        try:
+            while left:
+                device, frame = self._coordinator.next_event(patience, f"step of {self._devices}")
+                if frame.kind == "ran":
+                    left -= 1
+                elif frame.kind == "step":
+                    head, shift = frame.head, self._pool.clock_offset_s(device)
+                    report = gatherer.add(
+                        device, int(head["step"]), float(head["loss"]),
+                        float(head["start"]) - shift, float(head["end"]) - shift,
+                    )  # fmt: skip
+                    if report is not None:
+                        yield report
+        except GeneratorExit:
+            raise
+        except SpanwiseError as error:
+            self._coordinator.fail(error)
+            raise
+
+    def snapshot(self) -> Snapshot:
+        """Collects every parameter once, from the first device that holds it."""
+        owned = owned_names(self._assignment)
+        for device in self._devices:
+            self._coordinator.tell(device, "collect", names=owned.get(device, []))
+        states: dict[str, DeviceState] = {}
+        for device, frame in self._coordinator.gather("collected", self._devices, _SETUP_S).items():
+            state = DeviceState(options=frame.head["options"], scheduler=frame.head["scheduler"])
+            places = {"state": state.tensors, "buffer": state.buffers, "optimizer": state.optimizer}
+            for name, tensor in safetensors.torch.load(frame.payload).items():
+                part, _, rest = name.partition("/")
+                if part not in places:
+                    raise PeerError(f"device '{device}': sent an unknown tensor '{name}'", device=device)
+                places[part][rest] = tensor
+            states[device] = state
+        return merge_states(self._assignment, states)
+
+    def spans(self) -> tuple[DeviceSpans, ...]:
+        """Asks all workers for their recorded spans and brings them to this machine's clock."""
+        for device in self._devices:
+            self._coordinator.tell(device, "spans")
+        out: list[DeviceSpans] = []
+        for device, frame in self._coordinator.gather("spanned", self._devices, _SETUP_S).items():
+            shift = self._pool.clock_offset_s(device)
+            steps = tuple(
+                (
+                    int(r["step"]), r["start"] - shift, r["end"] - shift, float(r["busy_s"]),
+                    tuple((lane, kind, text, a - shift, b - shift) for lane, kind, text, a, b in r["spans"]),
+                )
+                for r in frame.head["records"]
+            )  # fmt: skip
+            out.append(DeviceSpans(device, steps, int(frame.head["peak_bytes"])))
+        return tuple(sorted(out, key=lambda spans: self._devices.index(spans.device)))
+
+    def fail(self, error: SpanwiseError) -> None:
+        """Ends the run on all devices."""
+        self._coordinator.fail(error)
+
+    def close(self) -> None:
+        """Ends the pool."""
+        with contextlib.suppress(SpanwiseError):
+            self._pool.close()
+
+
+def _own_rows(assignment: Assignment, device: str, data: Rows) -> dict[str, Tensor]:
+    """Live data: the rows that this source holds, and no others, travel to its worker."""
+    if device not in [source.device for source in assignment.plan.sources]:
+        return {}
+    indices = shard(assignment.dataset_rows, assignment.shares, device)
+    inputs, labels = read_rows(data, indices)
+    # Sorted by name on arrival, so numbers keep the order.
+    return {f"data/{i:03d}": torch.as_tensor(t).contiguous() for i, t in enumerate((*inputs, *labels))}

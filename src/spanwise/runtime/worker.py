@@ -1,0 +1,333 @@
+"""The one worker process: joins a coordinator, builds its part of the plan, runs it, ends with it."""
+
+from __future__ import annotations
+
+import os
+import queue
+import resource
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import spanwise
+from spanwise.core.cluster import Cluster
+from spanwise.core.errors import InputError, JoinError, PeerError, SpanwiseError
+from spanwise.core.job import LIVE, Job
+from spanwise.core.model import ModelGraph
+from spanwise.core.plan import Plan
+from spanwise.core.program import ProgramFile
+from spanwise.ops.opgraph import OpGraph
+from spanwise.runtime.control import HANDSHAKE_TIMEOUT_S, Channel, Frame, introduce, parse_endpoint
+from spanwise.runtime.device_run import Assignment, DeviceRun
+from spanwise.runtime.emulate import Ledger, PacedTransport
+from spanwise.runtime.executor import StepResult
+from spanwise.runtime.feed import Rows
+from spanwise.runtime.imports import build
+from spanwise.runtime.link_probe import probe_link
+from spanwise.runtime.torch_dist import DistTransport, KeyValueStore, backend_for
+from spanwise.runtime.transport import Transport
+
+_HEARTBEAT_S = 1.0
+
+
+def versions() -> dict[str, str]:
+    """What coordinator and workers must have in common."""
+    return {"spanwise": spanwise.__version__, "torch": torch.__version__.split("+")[0]}
+
+
+# Answers a request of the coordinator: (head, payload) to (head, payload).
+Service = Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes]]
+
+
+def join(
+    endpoint: str,
+    device: str,
+    token: str,
+    *,
+    services: Mapping[str, Service] = MappingProxyType({}),
+    patience_s: float = 30.0,
+) -> int:
+    """Works for a coordinator until it says stop. Returns the process's exit code.
+
+    Args:
+        endpoint: ``host:port`` of the coordinator.
+        device: which device of the cluster this is.
+        token: the run's secret.
+        services: further requests that this worker answers, by name, such as ``profile``.
+        patience_s: how long to wait for a coordinator to listen.
+
+    Raises:
+        JoinError: nobody listens there within ``patience_s``, or the handshake fails.
+    """
+    host, port = parse_endpoint(endpoint)
+    channel = Channel(_connect(host, port, patience_s), endpoint)
+    introduce(channel, token, device, {"versions": versions(), "machine": _machine(), "cores": os.cpu_count()})
+    return _Worker(channel, device, services).serve()
+
+
+def _connect(host: str, port: int, patience_s: float) -> socket.socket:
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=HANDSHAKE_TIMEOUT_S)
+        except OSError as error:
+            if time.monotonic() > end:
+                raise JoinError(
+                    f"coordinator {host}:{port}: no answer within {patience_s:g} s "
+                    f"({error.strerror or error}); is 'spanwise train' running there?"
+                ) from None
+            time.sleep(0.2)
+
+
+def _machine() -> str:
+    import platform  # noqa: PLC0415 - only here
+
+    return f"{platform.machine()} {platform.system()} python {platform.python_version()}"
+
+
+class _Worker:
+    """Two threads: one reads frames and reacts to abort at once, this one obeys commands in order."""
+
+    def __init__(self, channel: Channel, device: str, services: Mapping[str, Service]) -> None:
+        self.channel, self.device, self.services = channel, device, services
+        self.commands: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+        self.values: dict[str, bytes] = {}
+        self.arrived = threading.Condition()
+        self.run: DeviceRun | None = None
+        self.transport: Transport | None = None
+        self.base_memory = 0
+
+    def serve(self) -> int:
+        for target in (self._read, self._beat):
+            threading.Thread(target=target, name=target.__name__, daemon=True).start()
+        while True:
+            frame = self.commands.get()
+            if frame.kind == "stop":
+                self._close()
+                return 0
+            try:
+                self._obey(frame)
+            except SpanwiseError as error:
+                return self._report(type(error).__name__, str(error), error.exit_code)
+            except Exception as error:  # noqa: BLE001 - a bug must reach the coordinator before we end
+                traceback.print_exc()
+                reason = f"device '{self.device}': {type(error).__name__}: {str(error).splitlines()[0][:300]}"
+                return self._report("PeerError", reason, 6)
+
+    def _obey(self, frame: Frame) -> None:
+        commands = {
+            "meet": self._on_meet, "probe": self._on_probe, "service": self._on_service,
+            "setup": self._on_setup, "run": self._on_run, "collect": self._on_collect,
+            "spans": self._on_spans,
+        }  # fmt: skip
+        if frame.kind not in commands:
+            raise PeerError(f"device '{self.device}': the coordinator asked for unknown '{frame.kind}'")
+        commands[frame.kind](frame)
+
+    def _report(self, kind: str, reason: str, code: int) -> int:
+        """Tells the coordinator, then waits for its verdict: the cause may lie with another device."""
+        try:
+            self.channel.send("error", error=kind, reason=reason)
+            time.sleep(8.0)  # abort ends this process sooner
+        except PeerError:
+            pass
+        return code
+
+    def _read(self) -> None:
+        while True:
+            try:
+                frame = self.channel.receive()
+            except PeerError:
+                self._end(f"{self.device}: the coordinator is gone; this worker ends", PeerError.exit_code)
+                return
+            if frame.kind == "abort":
+                self._end(f"{self.device}: {frame.head.get('reason')}", int(frame.head.get("code", 6)))
+            elif frame.kind == "value":
+                with self.arrived:
+                    self.values[frame.head["key"]] = frame.payload
+                    self.arrived.notify_all()
+            elif frame.kind == "clock":
+                self.stamp = frame.head["stamp"]
+            else:
+                self.commands.put(frame)
+                if frame.kind == "stop":
+                    return
+
+    def _end(self, reason: str, code: int) -> None:
+        """Ends the process at once: a transfer that hangs cannot keep it."""
+        print(reason, file=sys.stderr, flush=True)
+        os._exit(code)
+
+    def _beat(self) -> None:
+        self.stamp: float | None = None
+        while True:
+            head: dict[str, Any] = {}
+            if self.stamp is not None:
+                head = {"echo": self.stamp, "clock": time.monotonic()}
+                self.stamp = None
+            try:
+                self.channel.send("heartbeat", **head)
+            except PeerError:
+                return
+            time.sleep(_HEARTBEAT_S)
+
+    def _put(self, key: str, value: bytes) -> None:
+        self.channel.send("put", value, key=key)
+
+    def _fetch(self, key: str, timeout_s: float) -> bytes:
+        with self.arrived:
+            known = key in self.values
+        if not known:
+            self.channel.send("get", key=key)
+        with self.arrived:
+            if not self.arrived.wait_for(lambda: key in self.values, timeout_s):
+                raise PeerError(f"{self.device}: meeting the other devices took more than {timeout_s:g} s")
+            return self.values[key]
+
+    def _close(self) -> None:
+        if self.run is not None:
+            self.run.close()
+        if self.transport is not None:
+            self.transport.close()
+
+    def _on_meet(self, frame: Frame) -> None:
+        """Connects to the other devices."""
+        head = frame.head
+        cluster = Cluster.parse(head["cluster"])
+        spec = cluster.device(self.device)
+        torch.set_num_threads(spec.threads)
+        members = [cluster.device(d) for d in head["members"]]
+        epoch = int(head["epoch"])
+        store = KeyValueStore(
+            lambda key, value: self._put(f"{epoch}/{key}", value),
+            lambda key, timeout_s: self._fetch(f"{epoch}/{key}", timeout_s),
+            float(head["timeout_s"]),
+        )
+        self.transport = DistTransport(
+            store,
+            self.device,
+            tuple(head["members"]),
+            backend=backend_for(members),
+            address=spec.address or "127.0.0.1",
+            timeout_s=float(head["timeout_s"]),
+        )
+        if head.get("ledger"):
+            ledger = Ledger(Path(head["ledger"]), cluster)
+            self.transport = PacedTransport(self.transport, self.device, cluster, ledger)
+        self.channel.send("met")
+
+    def _on_probe(self, frame: Frame) -> None:
+        """Measures the link to a peer, together with it."""
+        assert self.transport is not None
+        head = frame.head
+        samples = probe_link(self.transport, head["peer"], first=bool(head["first"]), sizes=tuple(head["sizes"]))
+        self.channel.send("probed", samples=samples)
+
+    def _on_setup(self, frame: Frame) -> None:
+        """Builds this device's part of the plan."""
+        assert self.transport is not None
+        head = frame.head
+        self.base_memory = _peak_rss()
+        tensors = safetensors.torch.load(frame.payload)
+        job = Job.parse(head["job"])
+        assignment = Assignment(
+            job,
+            Cluster.parse(head["cluster"]),
+            ModelGraph.parse(head["graph"]),
+            OpGraph.from_json(head["ops"]),
+            Plan.parse(head["plan"]),
+            ProgramFile.parse(head["program"]).program(),
+            int(head["dataset_rows"]),
+            bool(head["emulate"]),
+        )
+        parts: dict[str, dict[str, Tensor]] = {"data": {}, "state": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = tensor
+        held = bool(parts["data"])
+        data = _sent_data(parts["data"]) if held else self._own_data(job, assignment.plan)
+        self.run = DeviceRun(
+            assignment, self.device, self.transport, tensors=parts["state"], data=data, held=held
+        )
+        if isinstance(self.transport, PacedTransport):
+            self.transport.on_passed = self.run.recorder.passed
+        if head.get("resume"):
+            self.run.resume(parts["optimizer"], head["resume"]["options"], head["resume"]["scheduler"])
+        self.channel.send("ready")
+
+    def _own_data(self, job: Job, plan: Plan) -> Rows | None:
+        if self.device not in [source.device for source in plan.sources]:
+            return None
+        if job.data.name == LIVE:
+            raise InputError(f"device '{self.device}': live data did not arrive")
+        train, _ = build(job.data.name, job.data.args, "data")
+        return train
+
+    def _on_service(self, frame: Frame) -> None:
+        """Answers one of the requests that this worker was started with."""
+        name = str(frame.head.get("name"))
+        if name not in self.services:
+            raise InputError(f"device '{self.device}': knows no service '{name}'")
+        head, payload = self.services[name](frame.head, frame.payload)
+        self.channel.send("served", payload, **head)
+
+    def _on_run(self, frame: Frame) -> None:
+        """Runs steps and reports each as it ends."""
+        assert self.run is not None
+        self.run.run(int(frame.head["first"]), int(frame.head["count"]), self._on_step)
+        self.channel.send("ran")
+
+    def _on_step(self, result: StepResult) -> None:
+        record = result.record
+        self.channel.send(
+            "step", step=result.step, loss=result.loss, start=record.start, end=record.end, busy_s=record.busy_s
+        )
+
+    def _on_collect(self, frame: Frame) -> None:
+        """Sends a copy of all state that a checkpoint needs, or only the names asked for."""
+        assert self.run is not None
+        state = self.run.state()
+        wanted = frame.head.get("names")
+        tensors = {f"state/{k}": v for k, v in state.tensors.items() if wanted is None or k in wanted}
+        tensors |= {f"buffer/{k}": v for k, v in state.buffers.items()}
+        tensors |= {
+            f"optimizer/{k}": v
+            for k, v in state.optimizer.items()
+            if wanted is None or k.partition("::")[0] in wanted
+        }
+        self.channel.send(
+            "collected",
+            safetensors.torch.save(tensors),
+            options=state.options,
+            scheduler=state.scheduler,
+        )
+
+    def _on_spans(self, _: Frame) -> None:
+        """Sends the recorded spans and the memory used."""
+        assert self.run is not None
+        records = [
+            {"step": r.step, "start": r.start, "end": r.end, "busy_s": r.busy_s, "spans": r.spans}
+            for r in self.run.recorder.records
+        ]
+        self.channel.send("spanned", records=records, peak_bytes=max(0, _peak_rss() - self.base_memory))
+
+
+def _sent_data(tensors: dict[str, Tensor]) -> Rows:
+    from torch.utils.data import TensorDataset  # noqa: PLC0415 - slow to import, rarely needed
+
+    return TensorDataset(*(tensors[name] for name in sorted(tensors)))
+
+
+def _peak_rss() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,59 @@
+"""AlexNet for 32 x 32 images."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from spanwise.core.errors import InputError
+from spanwise.zoo.models.initial import initialise
+
+_HIDDEN = 4096
+
+
+def alexnet(num_classes: int = 10, stem: int = 3, dropout: float = 0.0) -> nn.Module:
+    """AlexNet in one of its two common CIFAR forms, without local response normalisation.
+
+    Krizhevsky, Sutskever, Hinton, "ImageNet classification with deep convolutional neural networks", NIPS
+    2012, section 3.5; channels of the one-tower form of Krizhevsky, "One weird trick for parallelizing
+    convolutional neural networks", arXiv 1404.5997, 2014.
+
+    Args:
+        num_classes: outputs.
+        stem: 3 = 3x3 kernels, stem stride 2, two hidden linear layers of 4096: 23,272,266 parameters at
+            10 classes. 11 = 11x11 stem with stride 4, a 5x5 second kernel, no hidden linear layer: 2,472,266.
+        dropout: probability in front of each hidden linear layer (0.5 in the paper).
+
+    Returns:
+        A module from (rows, 3, 32, 32) to (rows, num_classes) logits.
+    """
+    if stem not in (3, 11):
+        raise InputError(f"alexnet: stem {stem} must be 3 or 11, the kernel of the first convolution")
+    return AlexNet(num_classes, stem, dropout)
+
+
+class AlexNet(nn.Module):
+    """Five convolutions, three max-poolings, and one or three linear layers."""
+
+    def __init__(self, num_classes: int, stem: int, dropout: float) -> None:
+        super().__init__()
+        first = nn.Conv2d(3, 64, 3, 2, 1) if stem == 3 else nn.Conv2d(3, 64, 11, 4, 5)
+        second = nn.Conv2d(64, 192, 3, padding=1) if stem == 3 else nn.Conv2d(64, 192, 5, padding=2)
+        self.features = nn.Sequential(
+            first, nn.ReLU(), nn.MaxPool2d(2),
+            second, nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        )  # fmt: skip
+        hidden: list[nn.Module] = []
+        width = 256 * 2 * 2 if stem == 3 else 256
+        for _ in range(2 if stem == 3 else 0):
+            hidden += [nn.Dropout(dropout)] if dropout else []
+            hidden += [nn.Linear(width, _HIDDEN), nn.ReLU()]
+            width = _HIDDEN
+        self.classifier = nn.Sequential(*hidden, nn.Linear(width, num_classes))
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, 3, 32, 32) to (rows, num_classes)."""
+        return self.classifier(self.features(x).flatten(1))

@@ -1,0 +1,51 @@
+"""VGG-11 for 32 x 32 images."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from spanwise.zoo.models.initial import initialise
+
+# Configuration A of table 1: channels of each 3x3 convolution, a group per max-pooling.
+_VGG11 = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+
+
+def vgg11(num_classes: int = 10, batch_norm: bool = False) -> nn.Module:
+    """VGG-11, CIFAR form: 9,225,610 parameters at 10 classes, 9,231,114 with BatchNorm.
+
+    Simonyan, Zisserman, "Very deep convolutional networks for large-scale image recognition", ICLR 2015,
+    table 1, configuration A. Five poolings leave 1 x 1 of a 32 x 32 image, so one linear layer replaces
+    the three of the original.
+
+    Args:
+        num_classes: outputs.
+        batch_norm: BatchNorm behind every convolution.
+
+    Returns:
+        A module from (rows, 3, 32, 32) to (rows, num_classes) logits.
+    """
+    return VGG(_VGG11, num_classes, batch_norm)
+
+
+class VGG(nn.Module):
+    """Groups of 3x3 convolutions, each followed by max-pooling, and a classifier."""
+
+    def __init__(self, groups: tuple[tuple[int, ...], ...], num_classes: int, batch_norm: bool) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for group in groups:
+            for out in group:
+                layers.append(nn.Conv2d(channels, out, 3, padding=1))
+                if batch_norm:
+                    layers.append(nn.BatchNorm2d(out))
+                layers.append(nn.ReLU())
+                channels = out
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels, num_classes)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, 3, 32, 32) to (rows, num_classes)."""
+        return self.classifier(self.features(x).flatten(1))
