@@ -37,6 +37,7 @@ class Case:
     optimizer: tuple[tuple[str, Any], ...] = (("name", "SGD"), ("lr", 0.05), ("momentum", 0.9))
     clip_norm: float | None = None
     dtype: str = "float64"
+    slice_rows: int = 1  # least rows of a replica: batch statistics over few rows amplify rounding
 
     def job(self, **changes: Any) -> Job:
         data = {
@@ -67,21 +68,31 @@ def traced(case: Case, seed: int = 0) -> tuple[nn.Module, Traced]:
     return model, trace(model, case.loss, (x,), (y[:4],), name=case.name)
 
 
-def random_plan(graph: ModelGraph, batch: int, seed: int, *, max_devices: int = 4) -> Plan:
-    """1 to 4 stages, uneven rows, devices that hold two stages, sources elsewhere, any warm-up."""
+def random_plan(
+    graph: ModelGraph, batch: int, seed: int, *, same_slices: bool = False, least: int = 1
+) -> Plan:
+    """1 to 4 stages, uneven rows, devices that hold two stages, sources elsewhere, any warm-up.
+
+    With ``same_slices`` all stages cut a micro-batch at the same rows, as batch statistics need.
+    """
     rng = random.Random(seed)
     count = rng.randint(1, min(4, len(graph)))
     cuts = sorted(rng.sample(range(1, len(graph)), count - 1))
     bounds = [0, *cuts, len(graph)]
-    divisors = [m for m in range(1, batch + 1) if batch % m == 0 and batch // m >= 2]
+    divisors = [m for m in range(1, batch + 1) if batch % m == 0 and batch // m >= 2 * least]
     micro_batches = rng.choice(divisors)
     rows = batch // micro_batches
-    pool = DEVICES[:max_devices]
+    pool = DEVICES
+    names = [f"n{i}" for i in range(rng.randint(1, min(len(pool), rows // least, 3)))]
+    sizes = [replica.rows for replica in deal(rng, names, rows, least)]
     stages: list[Stage] = []
     warmup = rng.randint(count, 2 * count)
     for start, stop in zip(bounds, bounds[1:], strict=False):
-        devices = rng.sample(pool, rng.randint(1, min(len(pool), rows, 3)))
-        stages.append(Stage(start=start, stop=stop, replicas=deal(rng, devices, rows), warmup=warmup))
+        devices = rng.sample(pool, len(sizes) if same_slices else rng.randint(1, min(len(pool), rows, 3)))
+        replicas = deal(rng, devices, rows)
+        if same_slices:
+            replicas = tuple(Replica(device=d, rows=n) for d, n in zip(devices, sizes, strict=True))
+        stages.append(Stage(start=start, stop=stop, replicas=replicas, warmup=warmup))
         warmup = max(1, warmup - rng.randint(0, 2))
     sources = deal(rng, rng.sample(pool, rng.randint(1, min(2, rows, len(pool)))), rows)
     return plan_of(graph, tuple(stages), sources, micro_batches, rng.choice(["1f1b", "gpipe"]))
@@ -100,10 +111,11 @@ def plan_of(
     )  # fmt: skip
 
 
-def deal(rng: random.Random, devices: list[str], rows: int) -> tuple[Replica, ...]:
-    """Uneven rows, at least one each."""
-    marks = sorted(rng.sample(range(1, rows), len(devices) - 1))
-    sizes = [b - a for a, b in zip([0, *marks], [*marks, rows], strict=False)]
+def deal(rng: random.Random, devices: list[str], rows: int, least: int = 1) -> tuple[Replica, ...]:
+    """Uneven rows, at least ``least`` each."""
+    spare = rows - least * len(devices)
+    marks = sorted(rng.randint(0, spare) for _ in devices[1:])
+    sizes = [least + b - a for a, b in zip([0, *marks], [*marks, spare], strict=False)]
     return tuple(Replica(device=d, rows=n) for d, n in zip(devices, sizes, strict=True))
 
 
@@ -140,7 +152,7 @@ def reference(
                 weight = share if ignore_rows else (b - a) / work.plan.batch
                 loss = case.loss(model(x[a:b]), y[a:b]) * weight
                 loss.backward()
-                total += float(loss)
+                total += float(loss.detach())
         losses.append(total)
         if case.clip_norm is not None:
             nn.utils.clip_grad_norm_(list(parameters.values()), case.clip_norm)

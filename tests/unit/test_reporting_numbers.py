@@ -20,6 +20,7 @@ from spanwise.reporting.axis import axis, time_unit
 from spanwise.reporting.curves import buckets
 from spanwise.reporting.markup import Markup, el, fit, join
 from spanwise.reporting.step import Bar, merge, step_view
+from spanwise.reporting.transfers import name_transfers
 
 
 def timeline(**changes: Any) -> Timeline:
@@ -46,8 +47,11 @@ class TestSummarize:
     def test_keys_never_change(self) -> None:
         simulated, measured = timeline(), timeline(origin="measured", step_time_s=1.25)
         sides = [(None, None), (simulated, None), (None, measured), (simulated, measured)]
-        every = [keys(summarize(*pair, batch=batch)) for pair in sides for batch in (None, 10)]
+        every = [keys(summarize(*pair, batch=10)) for pair in sides]
         assert all(one == every[0] for one in every)
+        bare = [keys(summarize(*pair)) for pair in sides]
+        rates = {f"{side}throughput_samples_per_s" for side in ("", "predicted.", "measured.")}
+        assert all(one == every[0] - rates for one in bare)
         assert {"step_time_s", "throughput_samples_per_s", "devices", "error_ratio"} < every[0]
         assert {"predicted.step_time_s", "measured.devices"} < every[0]
 
@@ -61,7 +65,7 @@ class TestSummarize:
     def test_prediction_stands_in_for_a_run(self) -> None:
         told = summarize(timeline(), None)
         assert told["step_time_s"] == 1.0
-        assert told["measured"] == {"step_time_s": None, "throughput_samples_per_s": None, "devices": {}}
+        assert told["measured"] == {"step_time_s": None, "devices": {}}
         assert json.loads(json.dumps(told)) == told
 
     def test_error_ratio_needs_both(self) -> None:
@@ -153,6 +157,63 @@ class TestStepView:
         assert [b.count for b in merged] == [100, 1, 1]
         assert merged[0].end_s == pytest.approx(0.995)
         assert merge(bars, 0.0) == tuple(bars)
+
+
+class TestTransfers:
+    @staticmethod
+    def measured(*, drop: int = 0) -> tuple[Timeline, Timeline]:
+        """A timeline as it was, and as a network recorder would tell it."""
+        graph = small_graph()
+        known = play(hybrid_plan(graph), graph, default_cluster(), noise=0.1, steps=2)
+        spans = tuple(s for s in known.spans if s.kind != "reduce")
+        spans = tuple(s for s in spans if s.kind == "send")[drop:] + tuple(
+            s for s in spans if s.kind != "send"
+        )
+        bare = tuple(
+            s.model_copy(update={"kind": "transfer", "action": s.action.rsplit(" ", 1)[-1]})
+            if s.kind == "send"
+            else s
+            for s in spans
+        )
+        return known.model_copy(update={"spans": spans}), known.model_copy(update={"spans": bare})
+
+    def test_messages_get_back_their_actions(self) -> None:
+        known, bare = self.measured()
+        graph = small_graph()
+        assert len(known.spans) > 50
+        assert name_transfers(bare, hybrid_plan(graph), graph) == known
+        assert name_transfers(known, hybrid_plan(graph), graph) is known
+
+    def test_message_that_arrives_in_the_next_step(self) -> None:
+        graph = small_graph()
+        known, bare = self.measured()
+        late = max(
+            range(len(bare.spans)), key=lambda i: (bare.spans[i].step == 0) * (">" in bare.spans[i].lane) * i
+        )
+        moved = list(bare.spans)
+        moved[late] = moved[late].model_copy(update={"step": 1})
+        told = name_transfers(bare.model_copy(update={"spans": tuple(moved)}), hybrid_plan(graph), graph)
+        assert told == known
+
+    def test_half_a_step_names_payloads_only(self) -> None:
+        graph = small_graph()
+        known, bare = self.measured(drop=1)
+        named = name_transfers(bare, hybrid_plan(graph), graph)
+        lane = play(hybrid_plan(graph), graph, default_cluster(), noise=0.1, steps=2).spans[0].lane
+        pairs = [(t, k) for t, k in zip(named.spans, known.spans, strict=True) if t.action != k.action]
+        assert pairs
+        for told, was in pairs:
+            assert (was.lane, was.step) == (lane, 0)
+            assert told.action.split()[0] == was.action.split()[1]
+
+    def test_gradient_sums_and_strangers(self) -> None:
+        graph = small_graph()
+        spans = (
+            span("end-1>end-2", "transfer", 0, 1, action="1B"),
+            span("edge>cloud", "transfer", 0, 1, action="1B"),
+        )
+        named = name_transfers(timeline(origin="measured", spans=spans), hybrid_plan(graph), graph)
+        assert [s.kind for s in named.spans] == ["reduce", "transfer"]
 
 
 class TestParts:

@@ -181,7 +181,7 @@ class _Run:
     def close(self) -> None:
         if self.session is not None:
             self.session.close()
-        elif self.pool is not None:
+        if self.pool is not None:
             self.pool.close()
 
     def _checkpoint(self, graph: ModelGraph) -> tuple[int, Snapshot] | None:

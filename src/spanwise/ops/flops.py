@@ -126,7 +126,9 @@ def _attention(args: tuple[Any, ...], result: tuple[int, ...]) -> Flops:
     first, second = 2.0 * scores * query.shape[-1], 2.0 * scores * value.shape[-1]
     del result
     upstream = query.needs_gradient or key.needs_gradient
-    backward = first * (query.needs_gradient + key.needs_gradient) + second * (upstream + value.needs_gradient)
+    backward = first * (query.needs_gradient + key.needs_gradient) + second * (
+        upstream + value.needs_gradient
+    )
     return Flops(first + second, backward, product=True)
 
 

@@ -39,7 +39,8 @@ class Op:
 @dataclass(frozen=True, slots=True)
 class Slot:
     """A tensor from outside: a parameter or buffer of the model (``shape`` whole), or an input or label
-    (``shape`` without the batch dimension)."""
+    (``shape`` without the batch dimension).
+    """
 
     name: str
     shape: tuple[int, ...]

@@ -150,9 +150,7 @@ class StageModule(nn.Module):
             if ref in used:
                 scope[f"c{number}"] = unpack_constant(constant, self.device)
         writer = _Source(scope, names, self.device)
-        text = writer.function(
-            [ops.nodes[i] for i in self._nodes], self._inputs, self._labels, self._results
-        )
+        text = writer.function([ops.nodes[i] for i in self._nodes], self._inputs, self._labels, self._results)
         exec(compile(text, f"<stage [{self.start}:{self.stop})>", "exec"), scope)
         return scope["forward"]
 
@@ -187,7 +185,9 @@ class _Source:
             lines.append(f"    v{index} = {self.call(node)}")
             own.add(Ref("node", node.name))
             read = dict.fromkeys((*node.references(), Ref("node", node.name)))
-            dead = [self.names[r] for r in read if last.get(r, index) == index and r in own and r not in results]
+            dead = [
+                self.names[r] for r in read if last.get(r, index) == index and r in own and r not in results
+            ]
             if dead:
                 lines.append(f"    del {', '.join(dead)}")
         lines.append(f"    return ({''.join(self.names[ref] + ', ' for ref in results)})")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -12,30 +11,11 @@ from spanwise.core.plan import Plan, Replica, ScheduleName, Stage
 from spanwise.lowering import natural_syncs
 from spanwise.planner.feasible import Shortage, broken_rule, shortage
 from spanwise.planner.links import Shares
+from spanwise.planner.outline import Outline, Span
 from spanwise.planner.problem import Problem
 from spanwise.planner.rows import min_max_rows
 
-Group = tuple[int, ...]  # device indices in file order
 Depth = Literal["deep", "shallow"]
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Layers ``[start, stop)`` on a group; ``rows`` where they are given and not to be worked out."""
-
-    start: int
-    stop: int
-    group: Group
-    rows: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Outline:
-    """What a search finds: micro-batches, layers and groups, and the price by formula."""
-
-    micro_batches: int
-    spans: tuple[Span, ...]
-    price_s: float = 0.0
 
 
 def fixed_span(problem: Problem, start: int, stop: int, micro_batches: int) -> Span:

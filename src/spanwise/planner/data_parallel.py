@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from spanwise.core.plan import Plan
-from spanwise.planner.build import Outline, Span, fixed_span
+from spanwise.planner.build import fixed_span
 from spanwise.planner.groups import Groups
+from spanwise.planner.outline import Outline, Span
 from spanwise.planner.problem import Problem, largest_remainder
 from spanwise.planner.search import Search, mask_of, members
 from spanwise.planner.trial import fastest, priced
@@ -46,6 +47,13 @@ def weighted_data_parallel(problem: Problem) -> Plan:
 
 def weighted_outlines(problem: Problem, in_flight: int) -> list[Outline]:
     """Data parallelism over sets of devices, cheapest by formula first."""
+    key = f"weighted_data_parallel {in_flight}"
+    if key not in problem.memo.outlines:
+        problem.memo.outlines[key] = _weighted(problem, in_flight)
+    return problem.memo.outlines[key]
+
+
+def _weighted(problem: Problem, in_flight: int) -> list[Outline]:
     groups = Groups(problem, (0, len(problem.graph)), problem.micro_batch_choices(), in_flight)
     count = len(problem.cluster.devices)
     whole = mask_of(range(count))

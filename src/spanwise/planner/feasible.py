@@ -29,8 +29,8 @@ class Shortage:
         """As an error that says where and by how much."""
         return InfeasibleError(
             f"{strategy}: {self.device} needs {format_bytes(self.needed_bytes)} for {self.where}, "
-            f"its budget is {format_bytes(self.budget_bytes)}, {format_bytes(self.over_bytes)} short; raise its memory, "
-            "shrink the batch or add devices"
+            f"its budget is {format_bytes(self.budget_bytes)}, {format_bytes(self.over_bytes)} short; "
+            "raise its memory, shrink the batch or add devices"
         )
 
 

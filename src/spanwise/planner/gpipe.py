@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from spanwise.core.plan import Plan
-from spanwise.planner.build import Outline, Span, fixed_span
+from spanwise.planner.build import fixed_span
+from spanwise.planner.outline import Outline, Span
 from spanwise.planner.pipeline import one_source
 from spanwise.planner.problem import Problem
 from spanwise.planner.trial import fastest, priced

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from spanwise.planner.build import Group
-from spanwise.planner.links import Lane, Shares
+from spanwise.planner.lanes import Group
 from spanwise.planner.problem import Problem
 from spanwise.planner.rows import min_max_rows
 from spanwise.planner.tables import Floats, Ints
@@ -35,7 +34,7 @@ class StageTimes:
 
 @dataclass(slots=True)
 class Groups:
-    """Stage times and lanes of groups on a grid of cuts, worked out when first asked for.
+    """Stage times of groups on a grid of cuts, worked out when first asked for.
 
     Attributes:
         cuts: grid positions.
@@ -48,10 +47,6 @@ class Groups:
     micro_batches: tuple[int, ...]
     in_flight: int = 1
     _times: dict[Group, StageTimes] = field(default_factory=dict[Group, StageTimes])
-    _shares: dict[Group, Shares] = field(default_factory=dict[Group, Shares])
-    _lanes: dict[tuple[Group, Group], tuple[Lane, Lane] | None] = field(
-        default_factory=dict[tuple[Group, Group], "tuple[Lane, Lane] | None"]
-    )
     _both: dict[int, Floats] = field(default_factory=dict[int, Floats])
 
     @property
@@ -78,34 +73,6 @@ class Groups:
                 if cap is not None:
                     feasible[m] &= found[m, :, at] <= cap
         return self._from_rows(group, list(found), list(feasible))
-
-    def lanes(self, before: Group, after: Group) -> tuple[Lane, Lane] | None:
-        """Forward and backward messages between two groups at typical rows; None without a link each way."""
-        key = (before, after)
-        if key not in self._lanes:
-            self._lanes[key] = self._both_lanes(before, after)
-        return self._lanes[key]
-
-    def shares(self, group: Group) -> Shares:
-        """Typical fractions of a micro-batch, by the time of the whole model."""
-        if group not in self._shares:
-            order = self.problem.links.in_order(group)
-            tables = self.problem.tables
-            whole = (tables.forward + tables.backward)[list(order), -1, 1:]
-            rows, _ = min_max_rows(whole[None], whole.shape[1])
-            total = float(whole.shape[1])
-            self._shares[group] = tuple(
-                (d, max(int(y), 1) / total) for d, y in zip(order, rows[0], strict=True)
-            )
-        return self._shares[group]
-
-    def _both_lanes(self, before: Group, after: Group) -> tuple[Lane, Lane] | None:
-        links = self.problem.links
-        if not links.joined(before, after):
-            return None
-        a, b = self.shares(before), self.shares(after)
-        forth, back = links.lane(a, b), links.lane(b, a)
-        return None if forth is None or back is None else (forth, back)
 
     def _stage_times(self, group: Group) -> StageTimes:
         start, _ = self.ranges

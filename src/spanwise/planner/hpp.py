@@ -7,8 +7,9 @@ parts are public; the search over sets of devices instead of one device order is
 from __future__ import annotations
 
 from spanwise.core.plan import Plan
-from spanwise.planner.build import Outline, warmup
+from spanwise.planner.build import warmup
 from spanwise.planner.data_parallel import weighted_outlines
+from spanwise.planner.outline import Outline
 from spanwise.planner.outlines import refined_outlines
 from spanwise.planner.pipeline import pipeline_outlines
 from spanwise.planner.problem import Problem

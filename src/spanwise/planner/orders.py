@@ -11,20 +11,24 @@ from itertools import islice, permutations, product
 
 import numpy as np
 
-from spanwise.planner.build import Group
 from spanwise.planner.groups import Groups
+from spanwise.planner.lanes import Group
 from spanwise.planner.problem import Problem
 from spanwise.planner.search import Search, runs_of
 
 MOST_ORDERS = 120  # scored in one search
 MOST_STARTS = 12
+KEPT_ORDERS = 4
 MOST_IN_GROUP = 6
 JUMP = 1.5  # ratio of neighbouring link rates that parts clusters
 
 
 def searched_orders(groups: Groups, *, singles: bool) -> list[Search]:
-    """The searches of the best orders met, best first."""
+    """The searches of the best orders met, best first; on a second grid only those of the first."""
     most = 1 if singles else MOST_IN_GROUP
+    known = groups.problem.memo.orders.get(singles)
+    if known is not None:
+        return [Search(groups, runs_of(order, most)) for order in known]
     scored: dict[Group, tuple[float, Search]] = {}
 
     def score(order: Group) -> float:
@@ -43,7 +47,9 @@ def searched_orders(groups: Groups, *, singles: bool) -> list[Search]:
             best = min(near, key=score, default=order)
             moved = score(best) < score(order) * (1 - 1e-9)
             order = best if moved else order
-    return [search for _, search in sorted(scored.values(), key=lambda pair: pair[0])[:4]]
+    best = sorted(scored, key=lambda order: scored[order][0])[:KEPT_ORDERS]
+    groups.problem.memo.orders[singles] = tuple(best)
+    return [scored[order][1] for order in best]
 
 
 def neighbours(order: Group) -> Iterator[Group]:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from spanwise.planner.build import Group, Outline, fixed_span
+from spanwise.planner.build import fixed_span
 from spanwise.planner.grid import all_cuts, coarse_cuts, fine_cuts
 from spanwise.planner.groups import Groups
+from spanwise.planner.lanes import Group
 from spanwise.planner.orders import searched_orders
+from spanwise.planner.outline import Outline
 from spanwise.planner.problem import Problem
-from spanwise.planner.search import Extension, Head, Search, Tail, all_subsets
+from spanwise.planner.search import Extension, Head, Search, Tail, all_subsets, mask_of
 
 EXACT_DEVICES = 8  # up to here all orders and groups, beyond it a local search over device orders
 EXACT_PAIRS = 6  # the same for each of the cuts tried behind a fixed first and before a fixed last stage
 KEPT = 64
 
-Sets = Callable[[], Iterable[Extension]]
-
 
 def best_outlines(
-    problem: Problem, *, singles: bool, in_flight: int, cuts: tuple[int, ...], keep: int = KEPT
+    problem: Problem,
+    *,
+    singles: bool,
+    in_flight: int,
+    cuts: tuple[int, ...],
+    keep: int = KEPT,
+    only: frozenset[Group] = frozenset(),
 ) -> list[Outline]:
     """The ``keep`` cheapest outlines on a grid of cuts, each the best of its devices, first group and M.
 
@@ -30,14 +36,15 @@ def best_outlines(
         singles: one device a stage.
         in_flight: micro-batches whose activations must fit; 0 = memory is ignored.
         cuts: grid of layer positions.
-        keep: how many.
+        keep: how many, about.
+        only: groups to build from; all if empty.
     """
     groups = Groups(problem, cuts, problem.micro_batch_choices(), in_flight)
     devices = tuple(range(len(problem.cluster.devices)))
     if problem.first_is_fixed:
-        return _fixed_outlines(problem, groups, singles, keep)
+        return _fixed_outlines(problem, groups, singles, keep, only)
     if len(devices) <= EXACT_DEVICES:
-        return _outlines([Search(groups, all_subsets(devices, singles=singles))], keep)
+        return _outlines([Search(groups, _extensions(devices, singles, only))], keep)
     return _outlines(searched_orders(groups, singles=singles), keep)
 
 
@@ -52,7 +59,8 @@ def refined_outlines(
         return found
     around = [span.stop for outline in found[:8] for span in outline.spans]
     fine = fine_cuts(layers, around)
-    more = best_outlines(problem, singles=singles, in_flight=in_flight, cuts=fine, keep=keep)
+    only = frozenset(span.group for outline in found[:keep] for span in outline.spans)
+    more = best_outlines(problem, singles=singles, in_flight=in_flight, cuts=fine, keep=keep, only=only)
     return sorted(found + more, key=lambda o: o.price_s)[:keep]
 
 
@@ -70,13 +78,17 @@ def _outlines(searches: Sequence[Search], keep: int) -> list[Outline]:
     found.sort(key=lambda pair: pair[0].price_s)
     kept = found[:keep]
     few = max(4, keep // 6)
+    for search in searches:
+        kept += [pair for pair in found if pair[1] is search][:2]
     for size in {f.used.bit_count() for f, _ in found}:
         kept += [pair for pair in found if pair[0].used.bit_count() == size][:few]
     outlines = dict.fromkeys(search.outline(f) for f, search in kept)
     return sorted(outlines, key=lambda o: o.price_s)
 
 
-def _fixed_outlines(problem: Problem, groups: Groups, singles: bool, keep: int) -> list[Outline]:
+def _fixed_outlines(
+    problem: Problem, groups: Groups, singles: bool, keep: int, only: frozenset[Group]
+) -> list[Outline]:
     """The data devices hold the first stage and, unless labels may leave, the last; others the middle."""
     layers = len(problem.graph)
     held = tuple(problem.cluster.ids.index(d) for d in problem.sources)
@@ -84,13 +96,22 @@ def _fixed_outlines(problem: Problem, groups: Groups, singles: bool, keep: int) 
     if singles and len(held) > 1:
         return []
     searches: list[Search] = []
-    middle = tuple(range(len(problem.cluster.devices)))
+    total = problem.tables.forward + problem.tables.backward
+    middle = tuple(int(d) for d in np.argsort(total[:, -1, -1], kind="stable"))  # fastest first
     if singles or len(middle) > EXACT_PAIRS or len(held) == 1:
         middle = tuple(d for d in middle if d not in held)
     for head, tail in _ends(problem, groups, held, len(middle)):
-        extensions = list(all_subsets(middle, singles=singles)) if len(middle) <= EXACT_DEVICES else []
+        extensions = _extensions(middle, singles, only)
         searches.append(Search(groups, extensions, head=head, tail=tail))
     return alone + _outlines(searches, keep)
+
+
+def _extensions(devices: Group, singles: bool, only: frozenset[Group]) -> list[Extension]:
+    """All sets of few devices; of many those that the fastest ones make."""
+    if len(devices) > EXACT_DEVICES:
+        devices = tuple(sorted(devices[:EXACT_DEVICES]))
+    masks = {mask_of(group) for group in only}
+    return [(used, g) for used, g in all_subsets(devices, singles=singles) if not masks or g in masks]
 
 
 def _ends(problem: Problem, groups: Groups, held: Group, middle: int) -> Iterator[tuple[Head, Tail | None]]:
@@ -102,7 +123,7 @@ def _ends(problem: Problem, groups: Groups, held: Group, middle: int) -> Iterato
     side = len(groups.cuts)
     tries = 5 if middle <= 4 else 3 if middle <= EXACT_PAIRS else 2
     others = tuple(d for d in range(len(problem.cluster.devices)) if d not in held)
-    lanes = groups.lanes(held, others) if others else None
+    lanes = problem.lanes.between(held, others) if others else None
     per_byte = max(lanes[0].s_per_byte, lanes[1].s_per_byte) if lanes else 0.0
     at = np.array(groups.cuts)
     crossing = problem.job.batch * per_byte * np.maximum(problem.tables.into, problem.tables.back)[at]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
-from spanwise.planner.build import Outline
+from spanwise.planner.outline import Outline
 from spanwise.planner.outlines import all_cut_outlines, refined_outlines
 from spanwise.planner.problem import Problem
 from spanwise.planner.trial import at_both_depths
@@ -26,10 +26,15 @@ def pipeline(problem: Problem) -> Plan:
 
 def pipeline_outlines(problem: Problem) -> list[Outline]:
     """Cheapest by formula first; if memory allows none, the best without regard to memory."""
+    known = problem.memo.outlines.get("pipeline")
+    if known is not None:
+        return known
     small = len(problem.cluster.devices) <= ALL_CUTS_DEVICES and len(problem.graph) <= ALL_CUTS_LAYERS
     search = all_cut_outlines if small else refined_outlines
     found = search(problem, singles=True, keep=24)
-    return found or search(problem, singles=True, in_flight=0, keep=1)
+    found = found or search(problem, singles=True, in_flight=0, keep=1)
+    problem.memo.outlines["pipeline"] = found
+    return found
 
 
 def one_source(problem: Problem, strategy: str) -> None:

@@ -14,7 +14,9 @@ from spanwise.core.plan import Plan, Replica
 from spanwise.core.profile import Profile
 from spanwise.core.timeline import Timeline
 from spanwise.cost import optimizer_copies
+from spanwise.planner.lanes import Group, Lanes
 from spanwise.planner.links import Links
+from spanwise.planner.outline import Outline
 from spanwise.planner.tables import Tables
 
 MOST_MICRO_BATCHES = 64
@@ -27,6 +29,9 @@ class Memo:
 
     tables: Tables | None = None
     links: Links | None = None
+    lanes: Lanes | None = None
+    orders: dict[bool, tuple[Group, ...]] = field(default_factory=dict[bool, "tuple[Group, ...]"])
+    outlines: dict[str, list[Outline]] = field(default_factory=dict[str, "list[Outline]"])
     trials: dict[Plan, Timeline | InfeasibleError] = field(
         default_factory=dict[Plan, "Timeline | InfeasibleError"]
     )
@@ -86,6 +91,15 @@ class Problem:
         if self.memo.links is None:
             self.memo.links = Links.of(self.cluster)
         return self.memo.links
+
+    @property
+    def lanes(self) -> Lanes:
+        """Messages between groups at typical rows."""
+        if self.memo.lanes is None:
+            ids, batch = self.cluster.ids, self.job.batch
+            held = tuple((ids.index(r.device), r.rows / batch) for r in self.source_rows(batch))
+            self.memo.lanes = Lanes(self.tables, self.links, held)
+        return self.memo.lanes
 
     def source_rows(self, rows: int) -> tuple[Replica, ...]:
         """Where ``rows`` rows of a micro-batch start out: by share, largest remainder, at least one each."""

@@ -7,8 +7,8 @@ the stages from here on and ``X`` their exposed gradient sum,
 
 A state is the set of devices used from here to the end, the group at its head and the layer where it
 starts. All micro-batch counts and cuts are array axes. One plan, that with the least ``G + max(0, X)``, is
-kept per state. Without gradient sums this is exact for the price. Sets are all subsets of few devices, or the runs of a device order
-(Asteroid's dynamic programme, MobiCom 2024) if there are many.
+kept per state. Without gradient sums this is exact for the price. Sets are all subsets of few devices, or
+the runs of a device order (Asteroid's dynamic programme, MobiCom 2024) if there are many.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from spanwise.planner.build import Group, Outline, Span
 from spanwise.planner.groups import INFEASIBLE_S, Groups, StageTimes
-from spanwise.planner.links import Lane
+from spanwise.planner.lanes import Group, Ways
+from spanwise.planner.outline import Outline, Span
+from spanwise.planner.price import SHARED
 from spanwise.planner.tables import Floats, Ints
 
 Extension = tuple[int, int]  # (set used afterwards, group at its head), as bit masks
@@ -49,6 +50,7 @@ class _State:
     """All heads of one set of devices. Arrays are ``[head, M, position]``."""
 
     heads: list[int] = field(default_factory=list[int])
+    groups: list[Group] = field(default_factory=list[Group])
     most: list[Floats] = field(default_factory=list[Floats])
     exposed: list[Floats] = field(default_factory=list[Floats])
     cut: list[Ints] = field(default_factory=list[Ints])
@@ -116,10 +118,14 @@ class Search:
         tail: Tail | None = None,
     ) -> None:
         self.groups, self.head, self.tail = groups, head, tail
+        self.lanes = groups.problem.lanes
+        self.labels = groups.problem.graph.label_row_bytes > 0
         self.counts = np.array(groups.micro_batches, dtype=np.float64)
         tables = groups.problem.tables
         at = np.array(groups.cuts)
         batch = groups.problem.job.batch
+        self.m_index = np.arange(len(self.counts))[:, None]
+        self.at_index = np.arange(len(at))[None, :]
         self.forth = (batch / self.counts)[:, None] * tables.into[at][None, :]
         self.back = (batch / self.counts)[:, None] * tables.back[at][None, :]
         self.barrier = groups.problem.job.clip_norm is not None
@@ -148,10 +154,12 @@ class Search:
         extra = np.zeros(len(self.counts))
         for device in devices:
             extra = np.maximum(extra, self.load.get(device, 0.0))
-        busy = times.both + extra[:, None, None]
+        busy = times.both
+        if extra.any():
+            busy = SHARED * (times.both + extra[:, None, None])
         whole = (self.counts - 1)[:, None, None] * busy + times.both
         if rest == 0 and self.tail is None:
-            if not self.gets_labels(devices):
+            if self.labels and not self.lanes.gets_labels(devices):
                 return
             most = whole[:, :, -1]
             exposed = np.broadcast_to(times.sum_s[None, :, -1], most.shape)
@@ -166,25 +174,13 @@ class Search:
         less = times.backward if self.barrier else times.both
         exposed = np.maximum(times.sum_s[None], hidden[:, None, :] - less)
         cut = np.argmin(most + np.maximum(exposed, 0.0), axis=2)
-        pick = cut[:, :, None]
-        self._keep(
-            used,
-            group,
-            np.take_along_axis(most, pick, 2)[:, :, 0],
-            np.take_along_axis(exposed, pick, 2)[:, :, 0],
-            cut,
-            np.take_along_axis(who, cut, 1),
-        )
-
-    def gets_labels(self, last: Group) -> bool:
-        """Whether the data devices reach every device of a last stage."""
-        problem = self.groups.problem
-        held = tuple(problem.cluster.ids.index(d) for d in problem.sources)
-        return not problem.graph.label_row_bytes or problem.links.reach(held, last)
+        chosen = (self.m_index, self.at_index, cut)
+        self._keep(used, group, most[chosen], exposed[chosen], cut, who[self.m_index, cut])
 
     def _keep(self, used: int, group: int, most: Floats, exposed: Floats, cut: Ints, follower: Ints) -> None:
         state = self.states.setdefault(used, _State())
         state.heads.append(group)
+        state.groups.append(members(group))
         state.most.append(most)
         state.exposed.append(exposed)
         state.cut.append(cut)
@@ -201,8 +197,8 @@ class Search:
             if state is None:
                 return None
             most, exposed = state.arrays()
-            heads = [members(h) for h in state.heads]
-        lanes = [self.groups.lanes(devices, head) for head in heads]
+            heads = state.groups
+        lanes = [self.lanes.between(devices, head) for head in heads]
         linked = [i for i, lane in enumerate(lanes) if lane is not None]
         if not linked:
             return None
@@ -211,7 +207,7 @@ class Search:
         )
 
     def _through(
-        self, lanes: list[tuple[Lane, Lane]], most: Floats, exposed: Floats, who: list[int]
+        self, lanes: list[Ways], most: Floats, exposed: Floats, who: list[int]
     ) -> tuple[Floats, Floats, Ints]:
         columns = np.array([[f.s_per_byte, b.s_per_byte, f.latency_s, b.latency_s] for f, b in lanes])
         out = self.forth[None] * columns[:, 0, None, None]
@@ -220,11 +216,11 @@ class Search:
         whole = (self.counts - 1)[None, :, None] * np.maximum(out, into) + both
         after = np.maximum(whole, both + most)
         hidden = exposed - (into + columns[:, 3, None, None] if self.barrier else both)
-        best = np.argmin(after + np.maximum(hidden, 0.0), axis=0)[None]
+        best = np.argmin(after + np.maximum(hidden, 0.0), axis=0)
         return (
-            np.take_along_axis(after, best, 0)[0],
-            np.take_along_axis(hidden, best, 0)[0],
-            np.array(who, dtype=np.int64)[best[0]],
+            after[best, self.m_index, self.at_index],
+            hidden[best, self.m_index, self.at_index],
+            np.array(who, dtype=np.int64)[best],
         )
 
     def _tail_arrays(self, tail: Tail) -> tuple[Floats, Floats]:
@@ -233,7 +229,7 @@ class Search:
         most = np.full((1, len(self.counts), side), INFEASIBLE_S)
         exposed = np.zeros_like(most)
         own = tail.times.both[:, tail.at, side - 1]
-        load = np.max(np.stack([self.load[d] for d in tail.group]), axis=0)
+        load = SHARED * np.max(np.stack([self.load[d] for d in tail.group]), axis=0)
         most[0, :, tail.at] = (self.counts - 1) * load + own
         exposed[0, :, tail.at] = tail.times.sum_s[tail.at, side - 1]
         return most, exposed
@@ -243,7 +239,7 @@ class Search:
         out: list[Found] = []
         for used, state in self.states.items():
             for index, (most, exposed) in enumerate(zip(state.most, state.exposed, strict=True)):
-                devices = members(state.heads[index])
+                devices = state.groups[index]
                 if self.head is not None:
                     total = self._headed(self.head, devices, most, exposed)
                 else:
@@ -257,12 +253,8 @@ class Search:
 
     def _fed(self, used: int, devices: Group, most: Floats, exposed: Floats) -> Floats:
         """``[M]`` price with the raw data on its way to the first stage, where it is not there already."""
-        problem = self.groups.problem
-        ids = problem.cluster.ids
-        rows = problem.source_rows(problem.job.batch)
-        sources = tuple((ids.index(r.device), r.rows / problem.job.batch) for r in rows)
-        held = tuple(d for d, _ in sources)
-        lane = problem.links.lane(sources, problem.links.aligned(self.groups.shares(devices), sources))
+        lane = self.lanes.inputs(devices)
+        held = [device for device, _ in self.lanes.sources]
         if lane is None:
             return np.full(len(self.counts), INFEASIBLE_S)
         occupied = self.forth[:, 0] * lane.s_per_byte
@@ -273,13 +265,15 @@ class Search:
         return total + np.maximum(exposed - (0.0 if self.barrier else fill), 0.0)
 
     def _headed(self, head: Head, devices: Group, most: Floats, exposed: Floats) -> Floats:
-        lanes = self.groups.lanes(head.group, devices)
+        lanes = self.lanes.between(head.group, devices)
         if lanes is None:
             return np.full(len(self.counts), INFEASIBLE_S)
         after, hidden, _ = self._through([lanes], most[None], exposed[None], [0])
         own = head.times.both[:, 0, head.at]
         less = head.times.backward[:, 0, head.at] if self.barrier else own
-        load = np.max(np.stack([self.load[d] for d in head.group]), axis=0)
+        load = own
+        if self.tail is not None:
+            load = SHARED * np.max(np.stack([self.load[d] for d in head.group]), axis=0)
         total = np.maximum((self.counts - 1) * load + own, own + after[:, head.at])
         return total + np.maximum(np.maximum(head.times.sum_s[0, head.at], hidden[:, head.at] - less), 0.0)
 
@@ -293,7 +287,7 @@ class Search:
             spans.append(Span(0, cuts[at], self.head.group, self._given(self.head.group, m)))
         while used:
             state = self.states[used]
-            devices = members(state.heads[index])
+            devices = state.groups[index]
             cut, follower = int(state.cut[index][m, at]), int(state.follower[index][m, at])
             stop = len(cuts) - 1 if cut < 0 else cut
             spans.append(Span(cuts[at], cuts[stop], devices))

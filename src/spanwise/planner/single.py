@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
-from spanwise.planner.build import Outline, Span
+from spanwise.planner.outline import Outline, Span
 from spanwise.planner.problem import Problem
 from spanwise.planner.trial import fastest, priced
 

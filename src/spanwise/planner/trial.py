@@ -10,7 +10,8 @@ from spanwise.core.plan import Plan, ScheduleName
 from spanwise.core.timeline import Timeline
 from spanwise.core.units import format_bytes
 from spanwise.lowering import lower
-from spanwise.planner.build import Depth, Outline, build
+from spanwise.planner.build import Depth, build
+from spanwise.planner.outline import Outline
 from spanwise.planner.price import price
 from spanwise.planner.problem import Problem
 from spanwise.simulator import simulate
@@ -62,7 +63,7 @@ def _simulated(problem: Problem, plan: Plan) -> Timeline | InfeasibleError:
         budget = problem.cluster.device(use.device).memory_bytes
         if use.peak_memory_bytes > budget:
             return InfeasibleError(
-                f"{plan.strategy}: {use.device} peaks at {format_bytes(use.peak_memory_bytes)} in simulation, "
+                f"{plan.strategy}: {use.device} peaks at {format_bytes(use.peak_memory_bytes)} when simulated, "
                 f"its budget is {format_bytes(budget)}, {format_bytes(use.peak_memory_bytes - budget)} short"
             )
     return result
@@ -96,8 +97,8 @@ def priced(
     return sorted((Priced(plan, p) for plan, p in found.items()), key=lambda entry: entry.price_s)
 
 
-def fastest(problem: Problem, candidates: Sequence[Priced], limit: int) -> Plan:
-    """The plan with the least simulated step time among ``limit`` candidates worth simulating.
+def simulated(problem: Problem, candidates: Sequence[Priced], limit: int) -> list[Plan]:
+    """About ``limit`` candidates worth simulating, least simulated step time first.
 
     The formula is optimistic by a factor that grows with the number of stages, above all where a device holds
     several. That factor is learnt on the way, per kind of plan: next comes the candidate with the least price
@@ -107,14 +108,13 @@ def fastest(problem: Problem, candidates: Sequence[Priced], limit: int) -> Plan:
         InfeasibleError: none fits in simulation.
     """
     left = list(candidates)
-    factor: dict[tuple[int, bool], float] = {}
-    best: Plan | None = None
-    least = float("inf")
+    factor: dict[Kind, float] = {}
+    done: list[tuple[float, int, Plan]] = []
     reason: InfeasibleError | None = None
     tried = 0
     while left:
         candidate = min(left, key=lambda c: c.price_s * factor.get(_kind(c.plan), 1.0))
-        if best is not None and (tried >= limit or candidate.price_s > HOPELESS * least):
+        if done and (tried >= limit or candidate.price_s > HOPELESS * min(done)[0]):
             break
         left.remove(candidate)
         tried += 1
@@ -125,23 +125,50 @@ def fastest(problem: Problem, candidates: Sequence[Priced], limit: int) -> Plan:
             continue
         kind = _kind(candidate.plan)
         factor[kind] = min(factor.get(kind, float("inf")), seconds / max(candidate.price_s, 1e-12))
-        if seconds < least:
-            best, least = candidate.plan, seconds
-    if best is None:
+        done.append((seconds, tried, candidate.plan))
+    if not done:
         raise reason or InfeasibleError("there is nothing to choose from")
-    return best
+    return [plan for _, _, plan in sorted(done, key=lambda entry: entry[:2])]
 
 
-def _kind(plan: Plan) -> tuple[int, bool]:
-    """Number of stages, and whether a device holds several."""
-    held = [device for stage in plan.stages for device in stage.devices]
-    return len(plan.stages), len(set(held)) < len(held)
+def fastest(problem: Problem, candidates: Sequence[Priced], limit: int) -> Plan:
+    """The first of ``simulated``."""
+    return simulated(problem, candidates, limit)[0]
 
 
 def at_both_depths(problem: Problem, strategy: str, outlines: Sequence[Outline], limit: int) -> Plan:
-    """The fastest of the outlines with warm-up 2(P-p)-1, and of the best few also with P-p."""
-    deep = priced(problem, strategy, outlines)
-    best = fastest(problem, deep, limit)
-    shallow = priced(problem, strategy, outlines[: max(2, limit // 4)], depth="shallow")
-    rivals = [Priced(best, 0.0), *shallow]
-    return fastest(problem, rivals, 1 + max(2, limit // 4))
+    """The fastest of the outlines with warm-up 2(P-p)-1, the best quarter of them also with P-p.
+
+    Where a device holds several stages, which depth is better cannot be told before, and both are candidates.
+    """
+    pool = priced(problem, strategy, outlines)
+    shared = [outline for outline in outlines if _is_shared(outline)]
+    if shared:
+        pool += priced(problem, strategy, shared, depth="shallow")
+    best = simulated(problem, pool, limit)[: max(2, limit // 4)]
+    shallow = [Priced(_shallow(plan), 0.0) for plan in best if len(plan.stages) > 1]
+    return fastest(problem, [Priced(plan, 0.0) for plan in best] + shallow, 2 * len(best))
+
+
+def _shallow(plan: Plan) -> Plan:
+    """The same with warm-up depths of at most P-p; it needs no more memory."""
+    total = len(plan.stages)
+    stages = tuple(
+        stage.model_copy(update={"warmup": min(stage.warmup, total - number)})
+        for number, stage in enumerate(plan.stages)
+    )
+    return plan.model_copy(update={"stages": stages})
+
+
+Kind = tuple[int, int]
+
+
+def _kind(plan: Plan) -> Kind:
+    """Number of stages; where a device holds several also the depth of the first."""
+    held = [device for stage in plan.stages for device in stage.devices]
+    return len(plan.stages), 0 if len(set(held)) == len(held) else plan.stages[0].warmup
+
+
+def _is_shared(outline: Outline) -> bool:
+    held = [device for span in outline.spans for device in span.group]
+    return len(set(held)) < len(held)

@@ -7,7 +7,7 @@ import logging
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +90,7 @@ def export(wrapper: ModelWithLoss, sample: Sample, name: str) -> torch.export.Ex
     batch = torch.export.Dim("batch", min=1)
     shapes = (tuple({0: batch} for _ in tensors),)
     try:
-        with silence(), torch.random.fork_rng(devices=[]):
+        with silence(), fixed_seed():
             return torch.export.export(wrapper, tensors, dynamic_shapes=shapes)
     except ExportError:
         raise
@@ -99,7 +99,18 @@ def export(wrapper: ModelWithLoss, sample: Sample, name: str) -> torch.export.Ex
 
 
 @contextmanager
-def silence() -> Iterator[None]:
+def fixed_seed() -> Generator[None]:
+    """The same random numbers every time, and afterwards the random state as it was."""
+    state = torch.random.get_rng_state()
+    torch.random.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)
+
+
+@contextmanager
+def silence() -> Generator[None]:
     """No warnings, no log lines and no printed graphs of torch: what matters is raised."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -132,7 +143,9 @@ def _explain(error: Exception, name: str) -> str:
             f"model '{name}': {place}fixes the number of rows to a constant, but every micro-batch has its own; "
             "use x.shape[0] or -1 instead of a number for the batch dimension"
         )
-    unsupported = re.search(r"(?:torch\.ops\.)?(\w+(?:::|\.)\w+)[^.]*(?:not supported|no fake impl|no meta)", text)
+    unsupported = re.search(
+        r"(?:torch\.ops\.)?(\w+(?:::|\.)\w+)[^.]*(?:not supported|no fake impl|no meta)", text
+    )
     if unsupported or "Unsupported" in kind:
         what = f"operation '{unsupported.group(1)}'" if unsupported else "an operation"
         return (

@@ -77,7 +77,9 @@ class _Normalizer:
         kinds = [spec.kind for spec in self.program.graph_signature.output_specs]
         wanted = (OutputKind.USER_OUTPUT, OutputKind.LOSS_OUTPUT)
         loss, *outputs = [
-            self._argument(value) for value, kind in zip(_items(results), kinds, strict=True) if kind in wanted
+            self._argument(value)
+            for value, kind in zip(_items(results), kinds, strict=True)
+            if kind in wanted
         ]
         return self._finish(loss, outputs)
 
@@ -90,16 +92,20 @@ class _Normalizer:
         keep = _alive(self.nodes, {loss, *results})
         nodes = tuple(self.nodes[i] for i in keep)
         used = {ref for node in nodes for ref in node.references()} | {loss, *results}
-        ops = self._checked(OpGraph(
-            nodes=nodes,
-            parameters=tuple(_slot(n, t) for n, t in self.parameters.items() if Ref("parameter", n) in used),
-            buffers=tuple(_slot(n, t) for n, t in self.buffers.items() if Ref("buffer", n) in used),
-            constants=tuple(c for c in self.constants.values() if Ref("constant", c.name) in used),
-            inputs=tuple(self.inputs),
-            labels=tuple(self.labels),
-            loss=loss,
-            outputs=results,
-        ))
+        ops = self._checked(
+            OpGraph(
+                nodes=nodes,
+                parameters=tuple(
+                    _slot(n, t) for n, t in self.parameters.items() if Ref("parameter", n) in used
+                ),
+                buffers=tuple(_slot(n, t) for n, t in self.buffers.items() if Ref("buffer", n) in used),
+                constants=tuple(c for c in self.constants.values() if Ref("constant", c.name) in used),
+                inputs=tuple(self.inputs),
+                labels=tuple(self.labels),
+                loss=loss,
+                outputs=results,
+            )
+        )
         added = len(ops.nodes) - len(nodes)
         return Normalized(
             ops,
@@ -120,11 +126,15 @@ class _Normalizer:
                 self.env[node] = self._user_input(node, next(given))
                 continue
             if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-                raise self._refusal(node, f"is a {spec.kind.name.lower()}, which cannot travel to another device")
+                raise self._refusal(
+                    node, f"is a {spec.kind.name.lower()}, which cannot travel to another device"
+                )
             self.env[node] = self._state(str(spec.target), own, persistent)
 
     def _user_input(self, node: fx.Node, value: Tensor) -> Ref:
-        kind, slots = ("input", self.inputs) if len(self.inputs) < len(self.sample.inputs) else ("label", self.labels)
+        kind, slots = (
+            ("input", self.inputs) if len(self.inputs) < len(self.sample.inputs) else ("label", self.labels)
+        )
         if self.batch is None:
             self.batch = _expression(node.meta["val"].shape[0])
         name = f"{kind}_{len(slots)}"
@@ -211,7 +221,11 @@ class _Normalizer:
         if expression == self.batch:
             return Ref("batch", "")
         polynomial = sympy.Poly(expression, self.batch) if expression.is_polynomial(self.batch) else None
-        if polynomial is None or polynomial.degree() != 1 or not all(c.is_Integer for c in polynomial.all_coeffs()):
+        if (
+            polynomial is None
+            or polynomial.degree() != 1
+            or not all(c.is_Integer for c in polynomial.all_coeffs())
+        ):
             if op in OPERATORS:
                 return self._add(node, op)
             raise self._refusal(node, f"gives the size {expression}, which is not linear in the batch size")
@@ -253,7 +267,9 @@ class _Normalizer:
     def _argument(self, value: Any) -> Argument:
         if isinstance(value, fx.Node):
             if value not in self.env:
-                raise self._refusal(value, "computes a number or truth value that cannot be traced; keep to tensors")
+                raise self._refusal(
+                    value, "computes a number or truth value that cannot be traced; keep to tensors"
+                )
             return self.env[value]
         if isinstance(value, (list, tuple)):
             items: Any = value

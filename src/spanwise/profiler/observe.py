@@ -72,7 +72,10 @@ class _Run:
         for constant in ops.constants:
             self.env[Ref("constant", constant.name)] = unpack_constant(constant, self.device)
         self.held = {_storage(value) for value in self.env.values() if isinstance(value, Tensor)}
-        for kind, slots, tensors in (("input", ops.inputs, sample.inputs), ("label", ops.labels, sample.labels)):
+        for kind, slots, tensors in (
+            ("input", ops.inputs, sample.inputs),
+            ("label", ops.labels, sample.labels),
+        ):
             for slot, tensor in zip(slots, tensors, strict=True):
                 self.env[Ref(kind, slot.name)] = tensor
         self.seen = Observation(sample.rows, {ref: _seen(value) for ref, value in self.env.items()})

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor, nn
 
 from spanwise.core.model import ModelGraph, TensorSpec
-from spanwise.ops.opgraph import OpGraph, Slot
+from spanwise.ops.opgraph import Slot
 from spanwise.ops.resolve import dtype_of
 from spanwise.profiler.cut import clean_cuts
-from spanwise.profiler.export import LossFunction, ModelWithLoss, Sample, check_sample, export, silence
+from spanwise.profiler.export import (
+    LossFunction,
+    ModelWithLoss,
+    Sample,
+    check_sample,
+    export,
+    fixed_seed,
+    silence,
+)
 from spanwise.profiler.layers import Chain, build_layers, choose_cuts
 from spanwise.profiler.normalize import normalize
 from spanwise.profiler.observe import observe
+from spanwise.profiler.traced import Traced
 from spanwise.profiler.verify import check_gradients, check_mean
 
+__all__ = ["Traced", "trace"]
+
 FEW_ROWS, MORE_ROWS = 3, 5
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A traced model.
-
-    ``parameters`` and ``buffers`` are the model's own tensors that the operations use, under the model's own
-    ``state_dict`` names (the first of several for tied ones). Frozen parameters are among the buffers.
-    """
-
-    graph: ModelGraph
-    ops: OpGraph
-    parameters: dict[str, nn.Parameter]
-    buffers: dict[str, Tensor]
 
 
 def trace(
@@ -71,7 +65,7 @@ def _trace(wrapper: ModelWithLoss, sample: Sample, name: str) -> Traced:
     check_mean(wrapper, sample.resized(MORE_ROWS), name)
     program = export(wrapper, sample, name)
     found = normalize(program, wrapper, sample, name)
-    with torch.random.fork_rng(devices=[]), silence():
+    with silence(), fixed_seed():
         few, more = (
             observe(found.ops, found.parameters, found.buffers, sample.resized(rows))
             for rows in (FEW_ROWS, MORE_ROWS)

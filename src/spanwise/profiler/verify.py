@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,11 @@ from spanwise.core.errors import ExportError
 from spanwise.core.model import Layer
 from spanwise.ops.flow import is_random
 from spanwise.ops.stage_module import StageModule
-from spanwise.profiler.export import ModelWithLoss, Sample, failure, loss_target, silence
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from spanwise.profiler.trace import Traced
+from spanwise.profiler.export import ModelWithLoss, Sample, failure, fixed_seed, loss_target, silence
+from spanwise.profiler.traced import Traced, layer_stages, received
 
 # Same kernels in the same order: what differs is rounding, and a wrong formula differs by far more.
 RELATIVE_TOLERANCE = 1e-3
-_SEED = 0
 
 
 def check_mean(wrapper: ModelWithLoss, sample: Sample, name: str) -> None:
@@ -76,8 +71,7 @@ def check_gradients(traced: Traced, wrapper: ModelWithLoss, sample: Sample, name
     """
     with silence(), _reproducible(wrapper.model):
         loss, gradients, buffers = _eager(traced, wrapper, sample)
-    with silence(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
+    with silence(), fixed_seed():
         chain = _Chain(traced, sample)
         chain.run()
     _compare("the loss", loss, chain.loss, name)
@@ -112,13 +106,8 @@ class _Chain:
     def __init__(self, traced: Traced, sample: Sample) -> None:
         self.graph, self.sample = traced.graph, sample.resized(sample.rows)
         self.buffers = {key: value.detach().clone() for key, value in traced.buffers.items()}
-        self.stages = [
-            StageModule(
-                traced.ops, traced.graph, i, i + 1, parameters=traced.parameters, buffers=self.buffers,
-                device=str(sample.inputs[0].device),
-            )
-            for i in range(len(traced.graph))
-        ]  # fmt: skip
+        device = str(sample.inputs[0].device)
+        self.stages = layer_stages(traced, traced.parameters, self.buffers, device)
         self.loss = torch.zeros(())
         self.gradients: dict[str, Tensor] = {}
         self.flowing: list[tuple[bool, ...]] = [()] * len(traced.graph)
@@ -130,10 +119,7 @@ class _Chain:
         passes: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
         for index, stage in enumerate(self.stages):
             if index:
-                specs = self.graph.cut_before(index)
-                values = tuple(
-                    v.detach().requires_grad_(s.differentiable) for v, s in zip(values, specs, strict=True)
-                )
+                values = received(values, self.graph.cut_before(index))
             mixing = self.graph.layers[index].batch_statistics or self._mixes_rows(index, values)
             self.mixing.append(mixing)
             outputs = stage(values, self.sample.labels)
@@ -178,9 +164,7 @@ class _Chain:
         wanted = [*leaves, *parameters.values()]
         if not pairs or not wanted:
             return (None,) * len(inputs)
-        found = torch.autograd.grad(
-            [o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
-        )
+        found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
         for key, gradient in zip(parameters, found[len(leaves) :], strict=True):
             if gradient is not None:
                 before = self.gradients.get(key)
@@ -198,12 +182,11 @@ def _with_facts(layer: Layer, flowing: tuple[bool, ...], mixing: bool) -> Layer:
 
 
 @contextmanager
-def _reproducible(model: nn.Module) -> Iterator[None]:
+def _reproducible(model: nn.Module) -> Generator[None]:
     """A fixed seed, and afterwards the random state and the buffers as they were."""
     before = {key: value.detach().clone() for key, value in model.named_buffers()}
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_SEED)
+        with fixed_seed():
             yield
     finally:
         with torch.no_grad():

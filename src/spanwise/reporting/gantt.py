@@ -17,6 +17,7 @@ ZOOMS = (1, 2, 4, 8)
 LEGEND = (
     ("fwd", "forward"), ("bwd", "backward"), ("upd", "optimizer step"), ("wait", "waiting"),
     ("act", "activations"), ("grad", "gradients"), ("inp", "inputs and labels"), ("red", "gradient sum"),
+    ("other", "other message"),
 )  # fmt: skip
 MOST_LINKS = 24
 _TOP = 30

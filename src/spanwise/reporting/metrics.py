@@ -13,12 +13,12 @@ def summarize(
     Args:
         simulated: what was predicted, if it was.
         measured: what happened, if it ran.
-        batch: rows of a global batch; without it throughputs are None.
+        batch: rows of a global batch; without it ``throughput_samples_per_s`` is left out.
 
     Returns:
         ``step_time_s``, ``throughput_samples_per_s`` and ``devices`` (id to ``utilization``,
         ``peak_memory_bytes``, ``sent_bytes``) as measured, or as predicted where nothing was measured;
-        ``predicted`` and ``measured`` with the same three keys each; ``error_ratio``, predicted over
+        ``predicted`` and ``measured`` with the same keys each; ``error_ratio``, predicted over
         measured step time minus one (negative: the run was slower than predicted). The keys are always
         there; a side that does not exist holds None and no devices.
     """
@@ -43,18 +43,18 @@ def error_ratio(predicted_s: float | None, measured_s: float | None) -> float | 
 
 
 def _side(timeline: Timeline | None, batch: int | None) -> dict[str, object]:
-    if timeline is None:
-        return {"step_time_s": None, "throughput_samples_per_s": None, "devices": {}}
-    known = batch is not None and timeline.step_time_s > 0
+    step_s = None if timeline is None else timeline.step_time_s
+    rate = {} if batch is None else {"throughput_samples_per_s": batch / step_s if step_s else None}
+    uses = () if timeline is None else timeline.devices
     return {
-        "step_time_s": timeline.step_time_s,
-        "throughput_samples_per_s": batch / timeline.step_time_s if batch is not None and known else None,
+        "step_time_s": step_s,
+        **rate,
         "devices": {
             use.device: {
                 "utilization": use.utilization,
                 "peak_memory_bytes": use.peak_memory_bytes,
                 "sent_bytes": use.sent_bytes,
             }
-            for use in timeline.devices
+            for use in uses
         },
     }

@@ -18,6 +18,7 @@ from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.core.run_folder import RunFolder
 from spanwise.core.timeline import Timeline
+from spanwise.reporting.transfers import name_transfers
 
 N = TypeVar("N", bound=Noun)
 
@@ -66,6 +67,9 @@ class RunRecord:
                 f"{folder.plan}: covers {plan.stages[-1].stop} layers, but {folder.graph.name} has "
                 f"{len(graph)}; plan and graph must come from the same run"
             )
+        measured = _noun(Timeline, folder.measured)
+        if measured is not None and plan is not None and graph is not None:
+            measured = name_transfers(measured, plan, graph)
         steps, epochs = _metrics(folder)
         return cls(
             job=Job.load(folder.job),
@@ -74,7 +78,7 @@ class RunRecord:
             plan=plan,
             profile=_noun(Profile, folder.profile),
             simulated=_noun(Timeline, folder.simulated),
-            measured=_noun(Timeline, folder.measured),
+            measured=measured,
             steps=steps,
             epochs=epochs,
             summary=_object(folder.summary),

@@ -116,6 +116,7 @@ def parse_endpoint(text: str) -> tuple[str, int]:
 
 def listen(host: str, port: int) -> socket.socket:
     """Listens on exactly the address asked for; ``ResourceError`` if it is taken."""
+    server: socket.socket | None = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         server = socket.socket(family, socket.SOCK_STREAM)
@@ -123,6 +124,8 @@ def listen(host: str, port: int) -> socket.socket:
         server.bind((host, port))
         server.listen(128)
     except OSError as error:
+        if server is not None:
+            server.close()
         raise ResourceError(
             f"listen on {host}:{port}: {error.strerror or error}; choose another port or 0 for a free one"
         ) from None

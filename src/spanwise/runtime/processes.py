@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import subprocess
@@ -255,9 +254,7 @@ class ProcessSession:
         self._coordinator.fail(error)
 
     def close(self) -> None:
-        """Ends the pool."""
-        with contextlib.suppress(SpanwiseError):
-            self._pool.close()
+        """The workers stay with their pool, ready for the next plan."""
 
 
 def _own_rows(assignment: Assignment, device: str, data: Rows) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -29,14 +29,16 @@ class ThreadSession:
         data: Rows,
         *,
         resume: Snapshot | None = None,
+        wrap: Callable[[str, Transport], Transport] = lambda _, transport: transport,
     ) -> None:
+        """Builds every device's part. ``wrap`` puts something around a device's transport, such as a recorder."""
         self._assignment = assignment
         self._fabric = LocalFabric()
         self._ledger_path: Path | None = ledger_path() if assignment.emulate else None
         self._transports: list[Transport] = []
         self._runs: dict[str, DeviceRun] = {}
         for device in assignment.plan.devices:
-            transport = self._transport(device)
+            transport = self._transport(device, wrap)
             run = DeviceRun(assignment, device, transport, tensors=tensors, data=data)
             if isinstance(transport, PacedTransport):
                 transport.on_passed = run.recorder.passed
@@ -114,10 +116,11 @@ class ThreadSession:
         if self._ledger_path is not None:
             self._ledger_path.unlink(missing_ok=True)
 
-    def _transport(self, device: str) -> Transport:
+    def _transport(self, device: str, wrap: Callable[[str, Transport], Transport]) -> Transport:
         transport: Transport = self._fabric.transport(device)
         if self._ledger_path is not None:
             cluster = self._assignment.cluster
             transport = PacedTransport(transport, device, cluster, Ledger(self._ledger_path, cluster))
+        transport = wrap(device, transport)
         self._transports.append(transport)
         return transport

@@ -254,6 +254,8 @@ class _Worker:
         for name, tensor in tensors.items():
             part, _, rest = name.partition("/")
             parts[part][rest] = tensor
+        if self.run is not None:
+            self.run.close()
         held = bool(parts["data"])
         data = _sent_data(parts["data"]) if held else self._own_data(job, assignment.plan)
         self.run = DeviceRun(

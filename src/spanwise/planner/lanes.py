@@ -1,0 +1,65 @@
+"""Messages between groups at typical rows: what a search assumes before it knows the rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from spanwise.planner.links import Lane, Links, Shares
+from spanwise.planner.rows import min_max_rows
+from spanwise.planner.tables import Tables
+
+Group = tuple[int, ...]  # device indices in file order
+Ways = tuple[Lane, Lane]
+
+
+@dataclass(slots=True)
+class Lanes:
+    """Lanes between groups, worked out when first asked for.
+
+    Typical rows of a group are those that balance the time of the whole model over a whole batch.
+    """
+
+    tables: Tables
+    links: Links
+    sources: Shares
+    _shares: dict[Group, Shares] = field(default_factory=dict[Group, Shares])
+    _between: dict[tuple[Group, Group], Ways | None] = field(
+        default_factory=dict[tuple[Group, Group], "Ways | None"]
+    )
+    _inputs: dict[Group, Lane | None] = field(default_factory=dict[Group, "Lane | None"])
+
+    def shares(self, group: Group) -> Shares:
+        """Fractions of a micro-batch."""
+        if group not in self._shares:
+            order = self.links.in_order(group)
+            whole = (self.tables.forward + self.tables.backward)[list(order), -1, 1:]
+            total = whole.shape[1]
+            rows, _ = min_max_rows(whole[None], total)
+            counts = [max(int(y), 1) / total for y in rows[0]]
+            self._shares[group] = tuple(zip(order, counts, strict=True))
+        return self._shares[group]
+
+    def between(self, before: Group, after: Group) -> Ways | None:
+        """Forward and backward messages of two consecutive stages; None without links both ways."""
+        key = (before, after)
+        if key not in self._between:
+            self._between[key] = self._ways(before, after)
+        return self._between[key]
+
+    def inputs(self, first: Group) -> Lane | None:
+        """Raw data to a first stage, in the replica order that moves least."""
+        if first not in self._inputs:
+            shares = self.links.aligned(self.shares(first), self.sources)
+            self._inputs[first] = self.links.lane(self.sources, shares)
+        return self._inputs[first]
+
+    def gets_labels(self, last: Group) -> bool:
+        """Whether the data devices reach every device of a last stage."""
+        return self.links.reach(tuple(d for d, _ in self.sources), last)
+
+    def _ways(self, before: Group, after: Group) -> Ways | None:
+        if not self.links.joined(before, after):
+            return None
+        a, b = self.shares(before), self.shares(after)
+        forth, back = self.links.lane(a, b), self.links.lane(b, a)
+        return None if forth is None or back is None else (forth, back)

@@ -1,0 +1,262 @@
+"""Layer times of one device: forward and backward of every layer, inside one pass over the whole chain."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor, nn
+
+from spanwise.core.errors import InputError
+from spanwise.core.profile import LayerTimes, TimeTable
+from spanwise.ops.stage_module import StageModule
+from spanwise.profiler.export import Sample, fixed_seed
+from spanwise.profiler.traced import Traced, layer_stages, received
+
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+WARM_UP = 2
+MIN_REPEATS = 3
+
+# One pass: seconds of each layer, forward and backward.
+Pass = tuple[list[float], list[float]]
+
+
+def measure_layers(
+    traced: Traced,
+    *,
+    rows: tuple[int, ...] = ROWS,
+    device: str = "cpu",
+    threads: int = 1,
+    sample: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
+    repeats: int = 5,
+    budget_s: float = 60.0,
+    max_rows: int | None = None,
+) -> TimeTable:
+    """Times every layer at several numbers of rows.
+
+    The chain is run layer by layer, forward and then backward, with the clock read at every boundary: each layer
+    meets the caches that its neighbours leave, and the backward pass of a layer runs that layer alone. What
+    one call costs by itself, measured on an empty layer, is taken off.
+
+    Args:
+        traced: the model; its weights, gradients and buffers stay untouched.
+        rows: numbers of rows, rising.
+        device: where to measure.
+        threads: torch intra-op threads while measuring; restored afterwards.
+        sample: inputs and labels of some rows; repeated to the wanted number.
+        repeats: timed passes per number of rows, after two warm-up passes; the median counts.
+        budget_s: seconds after which larger numbers of rows are left out (times are extrapolated from the two
+            largest measured).
+        max_rows: larger numbers of rows are not measured.
+
+    Raises:
+        InputError: not a single number of rows can be measured.
+    """
+    start = time.perf_counter()
+    wanted = [count for count in rows if max_rows is None or count <= max_rows] or [min(rows)]
+    measured: list[int] = []
+    passes: list[list[Pass]] = []
+    with _threads(threads), fixed_seed():
+        bench = LayerBench(traced, Sample(*sample), device)
+        for count in wanted:
+            spent = time.perf_counter() - start
+            last = _pass_s(passes[-1]) * count / measured[-1] if measured else 0.0
+            if len(measured) > 1 and spent + (MIN_REPEATS + 1) * last > budget_s:
+                break
+            fits = int((budget_s - spent) / last) if last else repeats
+            try:
+                passes.append(bench.passes(count, max(MIN_REPEATS, min(repeats, fits))))
+            except (ValueError, RuntimeError):
+                if count > 1:  # BatchNorm refuses one value per channel
+                    raise
+                continue
+            measured.append(count)
+        update = _update_s_per_byte(bench.parameters, device)
+        overhead = bench.overhead()
+    if not measured:
+        raise InputError(
+            f"profile: model '{traced.graph.name}' cannot be measured with {wanted} rows; measure with more"
+        )
+    return TimeTable(
+        rows=tuple(measured),
+        layers=tuple(_layer_times(passes, index, overhead) for index in range(len(traced.graph))),
+        update_s_per_byte=update,
+        environment=f"torch {torch.__version__}, {device}, {threads} threads",
+    )
+
+
+class LayerBench:
+    """The layers of a model on copies of its weights, ready to be timed."""
+
+    def __init__(self, traced: Traced, sample: Sample, device: str) -> None:
+        self.graph, self.sample, self.device = traced.graph, sample, device
+        self.parameters = {
+            key: nn.Parameter(value.detach().to(device, copy=True))
+            for key, value in traced.parameters.items()
+        }
+        self.buffers = {key: value.detach().to(device, copy=True) for key, value in traced.buffers.items()}
+        self.stages = layer_stages(traced, self.parameters, self.buffers, device)
+        self.whole = StageModule(
+            traced.ops, traced.graph, 0, len(traced.graph),
+            parameters=self.parameters, buffers=self.buffers, device=device,
+        )  # fmt: skip
+
+    def passes(self, rows: int, repeats: int) -> list[Pass]:
+        """Warm-up passes, then timed ones. Gradients add up, as they do over micro-batches."""
+        data = self.rows(rows)
+        for _ in range(WARM_UP):
+            self.layer_pass(data)
+        return [self.layer_pass(data) for _ in range(repeats)]
+
+    def rows(self, rows: int) -> Sample:
+        """A micro-batch on the device."""
+        data = self.sample.resized(rows)
+        inputs = tuple(value.to(self.device) for value in data.inputs)
+        return Sample(inputs, tuple(value.to(self.device) for value in data.labels))
+
+    def layer_pass(self, data: Sample) -> Pass:
+        """Forward and backward, layer by layer."""
+        forward: list[float] = []
+        kept: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
+        values = data.inputs
+        for index, stage in enumerate(self.stages):
+            if index:
+                values = received(values, self.graph.cut_before(index))
+            start = self.clock()
+            outputs = stage(values, data.labels)
+            forward.append(self.clock() - start)
+            kept.append((values, outputs))
+            values = outputs
+        gradients: tuple[Tensor | None, ...] = (torch.ones_like(values[0]), *[None] * (len(values) - 1))
+        del values
+        backward: list[float] = []
+        while kept:
+            inputs, outputs = kept.pop()
+            start = self.clock()
+            gradients = _backward(inputs, outputs, gradients)
+            backward.append(self.clock() - start)
+            del inputs, outputs
+        return forward, backward[::-1]
+
+    def whole_pass(self, data: Sample) -> tuple[float, float]:
+        """Forward and backward of the whole model as one stage, in seconds."""
+        start = self.clock()
+        loss = self.whole(data.inputs, data.labels)[0]
+        middle = self.clock()
+        if loss.requires_grad:
+            torch.autograd.backward([loss])
+        return middle - start, self.clock() - middle
+
+    def overhead(self) -> tuple[float, float]:
+        """Seconds that the call of a layer takes by itself: forward and backward of an empty one."""
+        value = torch.zeros(1, device=self.device, requires_grad=True)
+        gradient = torch.zeros(1, device=self.device)
+        module = _Empty()
+        forward: list[float] = []
+        backward: list[float] = []
+        for _ in range(50):
+            start = self.clock()
+            (output,) = module((value,), ())
+            middle = self.clock()
+            torch.autograd.backward([output], [gradient])
+            backward.append(self.clock() - middle)
+            forward.append(middle - start)
+            value.grad = None
+        return median(forward), median(backward)
+
+    def clock(self) -> float:
+        """Now, when all that was started on the device is done."""
+        if self.device != "cpu":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class _Empty(nn.Module):
+    def forward(self, inputs: tuple[Tensor, ...], labels: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        del labels
+        return (inputs[0].view(1),)
+
+
+def _backward(
+    inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs of one layer.
+
+    What only passes through a layer stays out of autograd, which would copy it: inside a stage of
+    several layers there is no such copy.
+    """
+    passing: dict[int, Tensor] = {}
+    ends: list[Tensor] = []
+    seeds: list[Tensor] = []
+    for output, gradient in zip(outputs, gradients, strict=True):
+        if gradient is None or not output.requires_grad:
+            continue
+        if output.is_leaf:
+            passing[id(output)] = gradient
+        else:
+            ends.append(output)
+            seeds.append(gradient)
+    if ends:
+        torch.autograd.backward(ends, seeds)
+    back: list[Tensor | None] = []
+    for value in inputs:
+        own, through = value.grad, passing.get(id(value))
+        back.append(through if own is None else own if through is None else own.add_(through))
+    return tuple(back)
+
+
+@contextmanager
+def _threads(count: int) -> Generator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _pass_s(passes: list[Pass]) -> float:
+    return median(sum(forward) + sum(backward) for forward, backward in passes)
+
+
+def _layer_times(passes: list[list[Pass]], layer: int, overhead: tuple[float, float]) -> LayerTimes:
+    forward = tuple(_net([p[0][layer] for p in at], overhead[0]) for at in passes)
+    backward = tuple(_net([p[1][layer] for p in at], overhead[1]) for at in passes)
+    return LayerTimes(
+        forward_s=forward,
+        backward_s=backward,
+        spread=_spread([p[0][layer] + p[1][layer] for p in passes[-1]]),
+    )
+
+
+def _net(times: list[float], overhead: float) -> float:
+    """The median without the cost of the call, of which at most half is taken off."""
+    middle = median(times)
+    return max(middle - overhead, middle / 2)
+
+
+def _spread(times: list[float]) -> float:
+    if len(times) < 2 or not median(times):
+        return 0.0
+    low, _, high = quantiles(times, n=4, method="inclusive")
+    return (high - low) / median(times)
+
+
+def _update_s_per_byte(parameters: dict[str, nn.Parameter], device: str) -> float:
+    """Seconds per byte of parameters of one SGD step with momentum."""
+    trained = [value for value in parameters.values() if value.grad is not None]
+    size = sum(value.numel() * value.element_size() for value in trained)
+    if not size:
+        return 0.0
+    optimizer = torch.optim.SGD(trained, lr=1e-6, momentum=0.9)
+    times: list[float] = []
+    for _ in range(WARM_UP + 5):
+        start = time.perf_counter()
+        optimizer.step()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return median(times[WARM_UP:]) / size

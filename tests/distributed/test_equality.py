@@ -1,0 +1,160 @@
+"""The equality ladder: (a) one device = plain PyTorch, (b) threads, (c) gloo processes, (d) order of actions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cases import ALL, BATCH_STATISTICS, GPT, MLP
+from equality import (
+    Case,
+    assignment,
+    cluster,
+    largest_difference,
+    plan_of,
+    random_plan,
+    reference,
+    traced,
+)
+from torch import nn
+
+from spanwise.core.plan import Plan, Replica, Stage
+from spanwise.profiler.trace import Traced
+from spanwise.runtime.processes import ProcessSession, WorkerPool
+from spanwise.runtime.session import Snapshot, StepReport
+from spanwise.runtime.threads import ThreadSession
+
+STEPS = 5
+_TRACED: dict[str, tuple[nn.Module, Traced]] = {}
+
+
+def of(case: Case) -> tuple[nn.Module, Traced]:
+    key = f"{case.name} {case.dtype}"
+    if key not in _TRACED:
+        _TRACED[key] = traced(case)
+    return _TRACED[key]
+
+
+def plan_for(case: Case, seed: int) -> Plan:
+    same = case.name in BATCH_STATISTICS
+    return random_plan(of(case)[1].graph, case.batch, seed, same_slices=same, least=case.slice_rows)
+
+
+def on_threads(case: Case, plan: Plan, steps: int = STEPS, **more: Any) -> tuple[Snapshot, list[StepReport]]:
+    _, source = of(case)
+    work = assignment(case, source, plan)
+    session = ThreadSession(work, source.parameters | source.buffers, case.data(), **more)
+    try:
+        return_value = list(session.run(0, steps))
+        return session.snapshot(), return_value
+    finally:
+        session.close()
+
+
+def difference(case: Case, plan: Plan, found: Snapshot, losses: list[float], **how: Any) -> float:
+    model, source = of(case)
+    expected, expected_losses = reference(case, model, assignment(case, source, plan), STEPS, **how)
+    kept = {k: expected[k] for k in found.parameters}
+    far = max(abs(a - b) for a, b in zip(losses, expected_losses, strict=True))
+    return max(largest_difference(found.parameters, kept), far)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", ALL)
+def test_random_plans_on_threads_equal_plain_pytorch(name: str, seed: int) -> None:
+    case = ALL[name]
+    plan = plan_for(case, seed)
+    found, reports = on_threads(case, plan)
+    assert difference(case, plan, found, [r.loss for r in reports]) < 1e-10
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_float32_stays_within_1e_4(name: str) -> None:
+    case = replace(ALL[name], dtype="float32")
+    plan = plan_for(case, 3)
+    found, reports = on_threads(case, plan)
+    assert difference(case, plan, found, [r.loss for r in reports]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_device_equals_plain_pytorch(name: str) -> None:
+    case = ALL[name]
+    graph = of(case)[1].graph
+    one = (Replica(device="a", rows=case.batch // 2),)
+    plan = plan_of(graph, (Stage(start=0, stop=len(graph), replicas=one),), one, 2)
+    found, reports = on_threads(case, plan)
+    assert difference(case, plan, found, [r.loss for r in reports]) < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(20, 26))
+@pytest.mark.parametrize("name", ALL)
+def test_gloo_processes_equal_plain_pytorch(pool: WorkerPool, name: str, seed: int) -> None:
+    case = ALL[name]
+    _, source = of(case)
+    plan = plan_for(case, seed)
+    session = ProcessSession(pool, assignment(case, source, plan), source.parameters | source.buffers, case.data())
+    losses = [report.loss for report in session.run(0, STEPS)]
+    assert difference(case, plan, session.snapshot(), losses) < 1e-10
+
+
+def test_ignoring_rows_in_the_weighting_fails() -> None:
+    """Negative control: replicas of 6 and 2 rows averaged as equals are far from the right gradient."""
+    graph = of(MLP)[1].graph
+    uneven = (Replica(device="a", rows=10), Replica(device="b", rows=2))
+    plan = plan_of(graph, (Stage(start=0, stop=len(graph), replicas=uneven),), uneven, 1)
+    found, reports = on_threads(MLP, plan)
+    losses = [r.loss for r in reports]
+    assert difference(MLP, plan, found, losses) < 1e-12
+    assert difference(MLP, plan, found, losses, ignore_rows=True) > 1e-3
+
+
+def test_replicas_end_with_the_same_bits(pool: WorkerPool) -> None:
+    _, source = of(GPT)
+    three = tuple(Replica(device=d, rows=n) for d, n in (("a", 5), ("b", 4), ("c", 3)))
+    plan = plan_of(source.graph, (Stage(start=0, stop=len(source.graph), replicas=three),), three, 1)
+    work = assignment(GPT, source, plan)
+    session = ThreadSession(work, source.parameters | source.buffers, GPT.data())
+    list(session.run(0, 3))
+    states = [run.state().tensors for run in session._runs.values()]  # noqa: SLF001
+    session.close()
+    for name, tensor in states[0].items():
+        assert all(torch.equal(tensor, other[name]) for other in states[1:])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_recorded_order_is_the_program(seed: int) -> None:
+    case = GPT
+    _, source = of(case)
+    work = assignment(case, source, random_plan(source.graph, case.batch, seed))
+    session = ThreadSession(work, source.parameters | source.buffers, case.data())
+    list(session.run(0, 2))
+    spans = session.spans()
+    session.close()
+    for device in spans:
+        compute = [str(a) for a in work.program.devices[device.device] if a.kind in ("forward", "backward", "step")]
+        for _, start, end, busy, entries in device.steps:
+            done = [e for e in entries if e[1] in ("forward", "backward", "step")]
+            assert [e[2] for e in done] == compute
+            assert all(a <= b for a, b in zip([e[3] for e in done], [e[3] for e in done][1:], strict=False))
+            assert 0 <= busy <= end - start + 1e-6
+
+
+def test_gradient_norm_is_global_across_stages() -> None:
+    """With a tight clip a stage-local norm would give other parameters."""
+    graph = of(GPT)[1].graph
+    stages = (
+        Stage(start=0, stop=4, replicas=(Replica(device="a", rows=6),), warmup=2),
+        Stage(start=4, stop=len(graph), replicas=(Replica(device="b", rows=6),), warmup=1),
+    )
+    plan = plan_of(graph, stages, (Replica(device="a", rows=6),), 2)
+    found, reports = on_threads(GPT, plan)
+    assert difference(GPT, plan, found, [r.loss for r in reports]) < 1e-12
+    unclipped = replace(GPT, clip_norm=None)
+    other, _ = on_threads(unclipped, plan)
+    assert largest_difference(found.parameters, other.parameters) > 1e-6
+
+
+def test_cluster_names_the_data_devices() -> None:
+    assert [s.device for s in cluster(("b", "c")).data_shares] == ["b", "c"]
