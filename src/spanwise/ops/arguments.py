@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, Union
+from typing import Any, TypeAlias, Union, cast
 
 from spanwise.core.errors import InputError
 
@@ -66,15 +66,14 @@ def decode(data: Any) -> Argument:
     if data is None or isinstance(data, (bool, int, float, str)):
         return data
     if isinstance(data, list):
-        items: list[Any] = data
-        return tuple(decode(item) for item in items)
-    if isinstance(data, dict) and len(data) == 1:  # pyright: ignore[reportUnknownArgumentType]
-        (kind, name), = data.items()  # fmt: skip
+        return tuple(decode(item) for item in cast("list[Any]", data))
+    if isinstance(data, dict) and len(cast("dict[str, Any]", data)) == 1:
+        kind, name = next(iter(cast("dict[str, Any]", data).items()))
         if isinstance(name, str):
             if kind in REF_KINDS:
-                return Ref(str(kind), name)
+                return Ref(kind, name)
             if kind in TORCH_KINDS:
-                return TorchName(str(kind), name)
+                return TorchName(kind, name)
             if kind == "float" and name in ("inf", "-inf", "nan"):
                 return float(name)
     raise InputError(f"operations: '{data}' is no argument of an operation; trace the model again")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 from spanwise.ops.flow import is_view
 from spanwise.ops.resolve import OPERATORS
@@ -67,7 +67,7 @@ def _operands(args: tuple[Any, ...]) -> list[Operand]:
         if isinstance(arg, Operand):
             found.append(arg)
         elif isinstance(arg, tuple):
-            found.extend(_operands(arg))  # pyright: ignore[reportUnknownArgumentType]
+            found.extend(_operands(cast("tuple[Any, ...]", arg)))
     return found
 
 
@@ -138,8 +138,8 @@ def _window(name: str, args: tuple[Any, ...]) -> int:
         return 1
     kernel = args[1]
     dimensions = int(name.partition("pool")[2][0])
-    sizes = kernel if isinstance(kernel, tuple) else (kernel,)
-    return prod(sizes) if len(sizes) == dimensions else prod(sizes) ** dimensions  # pyright: ignore
+    sizes = cast("tuple[int, ...]", kernel if isinstance(kernel, tuple) else (kernel,))
+    return prod(sizes) if len(sizes) == dimensions else prod(sizes) ** dimensions
 
 
 _PRODUCTS: dict[str, Counter] = {

@@ -1,4 +1,4 @@
-"""Who reads, overwrites and shares storage with whom: what a cut must not separate, what can be recomputed."""
+"""Who reads, overwrites and shares storage: what a cut must not separate, what can be recomputed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from spanwise.ops.resolve import OPERATORS, resolve, schema
 _COMPUTING = frozenset({
     "aten.linear.default", "aten.matmul.default", "aten.conv1d.default", "aten.conv2d.default",
     "aten.conv3d.default", "aten.conv2d.padding", "aten.conv1d.padding", "aten.conv_transpose2d.input",
-    "aten.batch_norm.default", "aten.layer_norm.default", "aten.group_norm.default", "aten.instance_norm.default",
+    "aten.batch_norm.default", "aten.layer_norm.default", "aten.group_norm.default",
+    "aten.instance_norm.default",
     "aten.cross_entropy_loss.default", "aten.nll_loss.default", "aten.nll_loss_nd.default",
     "aten.scaled_dot_product_attention.default", "aten.einsum.default", "aten.embedding.default",
     "aten.max_pool2d.default", "aten.avg_pool2d.default", "aten.adaptive_avg_pool2d.default",

@@ -1,4 +1,4 @@
-"""A model and its loss as a flat list of ATen operations: plain data that travels as JSON, never as a pickle."""
+"""A model and its loss as a flat list of ATen operations: plain data that travels as JSON, no pickle."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def resolve(op: str) -> Callable[..., Any]:
         except AttributeError:
             found = None
         if isinstance(found, torch._ops.OpOverload):  # pyright: ignore[reportPrivateUsage]
-            return found
+            return cast("Callable[..., Any]", found)
     raise InputError(
         f"operation '{op}' is not one of torch {torch.__version__}'s ATen operations; "
         "trace the model with this version of torch"

@@ -211,7 +211,7 @@ class _Source:
         if isinstance(argument, Ref):
             if argument not in self.names:
                 raise InputError(
-                    f"operations: {argument.kind} '{argument.name}' is used by a stage that does not hold it; "
+                    f"operations: {argument.kind} '{argument.name}' is used by a stage that lacks it; "
                     "the layers belong to another trace"
                 )
             return self.names[argument]

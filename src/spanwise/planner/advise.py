@@ -94,7 +94,8 @@ def advise(problem: Problem, evaluations: Sequence[Evaluation]) -> Advice:
                 f"; the best distributed plan, {best.strategy}, takes "
                 f"{format_seconds(best.timeline.step_time_s)}, limited by {limit_there}"
             )
-        sentence = f"Distributing does not pay: {_names(computing)} alone takes {format_seconds(seconds)} a step{rival}."
+        alone_there = f"{_names(computing)} alone takes {format_seconds(seconds)} a step"
+        sentence = f"Distributing does not pay: {alone_there}{rival}."
     return Advice(winner.strategy, seconds, device, alone, speed_up, limit, pays, sentence)
 
 

@@ -23,6 +23,7 @@ class Lane:
     Attributes:
         s_per_byte: seconds per byte of the whole micro-batch on the busiest capacity on the way.
         latency_s: of the farthest message.
+        senders: devices that send anything.
         messages_out, messages_in: most messages that one device of either group sends or receives.
         loads: seconds per byte of the whole micro-batch that each capacity is busy.
     """
@@ -32,6 +33,7 @@ class Lane:
     messages_out: int = 0
     messages_in: int = 0
     loads: tuple[tuple[str, float], ...] = ()
+    senders: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +74,8 @@ class Links:
         side by side.
         """
         loads: dict[str, float] = {}
-        latency, out, into = (
-            0.0,
-            dict.fromkeys((d for d, _ in senders), 0),
-            dict.fromkeys((d for d, _ in receivers), 0),
-        )
+        latency = 0.0
+        out, into = dict.fromkeys(dict(senders), 0), dict.fromkeys(dict(receivers), 0)
         total = sum(share for _, share in receivers)
         for a, b, share in _pieces(senders, receivers):
             if a == b:
@@ -90,11 +89,12 @@ class Links:
             for name, rate in route.resources:
                 loads[name] = loads.get(name, 0.0) + share / total / rate
         return Lane(
-            max(loads.values(), default=0.0),
-            latency,
-            max(out.values()),
-            max(into.values()),
-            tuple(loads.items()),
+            s_per_byte=max(loads.values(), default=0.0),
+            latency_s=latency,
+            messages_out=max(out.values()),
+            messages_in=max(into.values()),
+            loads=tuple(loads.items()),
+            senders=tuple(device for device, count in out.items() if count),
         )
 
     def ring(self, ring: tuple[int, ...]) -> tuple[float, float]:

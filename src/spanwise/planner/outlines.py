@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import numpy as np
 
 from spanwise.planner.build import fixed_span
-from spanwise.planner.grid import all_cuts, coarse_cuts, fine_cuts
-from spanwise.planner.groups import Groups
+from spanwise.planner.grid import all_cuts, coarse_cuts, fine_cuts, nearest
+from spanwise.planner.groups import Groups, StageTimes
 from spanwise.planner.lanes import Group
 from spanwise.planner.orders import searched_orders
 from spanwise.planner.outline import Outline
@@ -27,7 +28,7 @@ def best_outlines(
     in_flight: int,
     cuts: tuple[int, ...],
     keep: int = KEPT,
-    only: frozenset[Group] = frozenset(),
+    near: Sequence[Outline] = (),
 ) -> list[Outline]:
     """The ``keep`` cheapest outlines on a grid of cuts, each the best of its devices, first group and M.
 
@@ -37,14 +38,14 @@ def best_outlines(
         in_flight: micro-batches whose activations must fit; 0 = memory is ignored.
         cuts: grid of layer positions.
         keep: how many, about.
-        only: groups to build from; all if empty.
+        near: build only from their groups, their first stage and their last; from all if empty.
     """
     groups = Groups(problem, cuts, problem.micro_batch_choices(), in_flight)
     devices = tuple(range(len(problem.cluster.devices)))
     if problem.first_is_fixed:
-        return _fixed_outlines(problem, groups, singles, keep, only)
+        return _fixed_outlines(problem, groups, singles, keep, near)
     if len(devices) <= EXACT_DEVICES:
-        return _outlines([Search(groups, _extensions(devices, singles, only))], keep)
+        return _outlines([Search(groups, _extensions(devices, singles, near))], keep)
     return _outlines(searched_orders(groups, singles=singles), keep)
 
 
@@ -59,8 +60,7 @@ def refined_outlines(
         return found
     around = [span.stop for outline in found[:8] for span in outline.spans]
     fine = fine_cuts(layers, around)
-    only = frozenset(span.group for outline in found[:keep] for span in outline.spans)
-    more = best_outlines(problem, singles=singles, in_flight=in_flight, cuts=fine, keep=keep, only=only)
+    more = best_outlines(problem, singles=singles, in_flight=in_flight, cuts=fine, keep=keep, near=found)
     return sorted(found + more, key=lambda o: o.price_s)[:keep]
 
 
@@ -87,7 +87,7 @@ def _outlines(searches: Sequence[Search], keep: int) -> list[Outline]:
 
 
 def _fixed_outlines(
-    problem: Problem, groups: Groups, singles: bool, keep: int, only: frozenset[Group]
+    problem: Problem, groups: Groups, singles: bool, keep: int, near: Sequence[Outline]
 ) -> list[Outline]:
     """The data devices hold the first stage and, unless labels may leave, the last; others the middle."""
     layers = len(problem.graph)
@@ -100,44 +100,59 @@ def _fixed_outlines(
     middle = tuple(int(d) for d in np.argsort(total[:, -1, -1], kind="stable"))  # fastest first
     if singles or len(middle) > EXACT_PAIRS or len(held) == 1:
         middle = tuple(d for d in middle if d not in held)
-    for head, tail in _ends(problem, groups, held, len(middle)):
-        extensions = _extensions(middle, singles, only)
+    for head, tail in _ends(problem, groups, held, near):
+        extensions = _extensions(middle, singles, near)
         searches.append(Search(groups, extensions, head=head, tail=tail))
     return alone + _outlines(searches, keep)
 
 
-def _extensions(devices: Group, singles: bool, only: frozenset[Group]) -> list[Extension]:
+def _extensions(devices: Group, singles: bool, near: Sequence[Outline]) -> list[Extension]:
     """All sets of few devices; of many those that the fastest ones make."""
     if len(devices) > EXACT_DEVICES:
         devices = tuple(sorted(devices[:EXACT_DEVICES]))
-    masks = {mask_of(group) for group in only}
+    masks = {mask_of(span.group) for outline in near for span in outline.spans}
     return [(used, g) for used, g in all_subsets(devices, singles=singles) if not masks or g in masks]
 
 
-def _ends(problem: Problem, groups: Groups, held: Group, middle: int) -> Iterator[tuple[Head, Tail | None]]:
+def _ends(
+    problem: Problem, groups: Groups, held: Group, near: Sequence[Outline]
+) -> Iterator[tuple[Head, Tail | None]]:
     """The fixed first and last stages worth trying: cheap for the data devices and over their links."""
     rows = tuple(
         tuple(r.rows for r in problem.source_rows(problem.job.batch // m)) for m in groups.micro_batches
     )
     times = groups.fixed_times(held, rows)
+    if near:
+        divided = [o for o in near if len(o.spans) > 1]
+        firsts = [nearest(groups.cuts, o.spans[0].stop) for o in divided]
+        lasts = [nearest(groups.cuts, o.spans[-1].start) for o in divided]
+        heads, tails = list(dict.fromkeys(firsts))[:3], list(dict.fromkeys(lasts))[:3]
+    else:
+        heads, tails = _cheap_ends(problem, groups, held, times)
+    if not problem.last_is_fixed:
+        yield from ((Head(h, held, times), None) for h in heads)
+        return
+    for h, t in product(heads, tails):
+        if h < t:
+            yield Head(h, held, times), Tail(t, held, times)
+
+
+def _cheap_ends(
+    problem: Problem, groups: Groups, held: Group, times: StageTimes
+) -> tuple[list[int], list[int]]:
+    """Grid positions where a first stage may end and a last begin: least own time and bytes to cross."""
+    count = len(problem.cluster.devices)
+    tries = 5 if count <= 4 else 3 if count <= EXACT_PAIRS else 2
     side = len(groups.cuts)
-    tries = 5 if middle <= 4 else 3 if middle <= EXACT_PAIRS else 2
-    others = tuple(d for d in range(len(problem.cluster.devices)) if d not in held)
+    others = tuple(d for d in range(count) if d not in held)
     lanes = problem.lanes.between(held, others) if others else None
     per_byte = max(lanes[0].s_per_byte, lanes[1].s_per_byte) if lanes else 0.0
     at = np.array(groups.cuts)
     crossing = problem.job.batch * per_byte * np.maximum(problem.tables.into, problem.tables.back)[at]
-    count = np.array(groups.micro_batches, dtype=np.float64)[:, None]
-    first = np.min(count * times.both[:, 0, :], axis=0) + crossing
-    last = np.min(count * times.both[:, :, side - 1], axis=0) + crossing
+    counts = np.array(groups.micro_batches, dtype=np.float64)[:, None]
     inner = np.arange(1, side - 1)
-    heads = sorted(inner[np.argsort(first[inner], kind="stable")][:tries].tolist())
-    if not problem.last_is_fixed:
-        for h in heads:
-            yield Head(h, held, times), None
-        return
-    tails = sorted(inner[np.argsort(last[inner], kind="stable")][:tries].tolist())
-    for h in heads:
-        for t in tails:
-            if h < t:
-                yield Head(h, held, times), Tail(t, held, times)
+    first = np.min(counts * times.both[:, 0, :], axis=0) + crossing
+    last = np.min(counts * times.both[:, :, side - 1], axis=0) + crossing
+    heads = inner[np.argsort(first[inner], kind="stable")][:tries]
+    tails = inner[np.argsort(last[inner], kind="stable")][:tries]
+    return [int(h) for h in heads], [int(t) for t in tails]

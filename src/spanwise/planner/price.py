@@ -143,7 +143,10 @@ def _steps(problem: Problem, plan: Plan, lanes: list[Lane]) -> tuple[list[Step],
                 loads[name] = loads.get(name, 0.0) + load * size * rows
         names = f"link {'+'.join(stage.devices)} > {'+'.join(plan.stages[number + 1].devices)}"
         steps.append(link_step(names, rows * layer.cut_bytes, rows * layer.gradient_cut_bytes, forth, back))
-    fill = lanes[0].latency_s + raw * lanes[0].s_per_byte if _sources_compute(plan) else 0.0
+    computing = {problem.cluster.ids.index(device) for stage in plan.stages for device in stage.devices}
+    # A device that only holds data runs ahead; one that computes sends when its own next step begins.
+    waits = computing.intersection(lanes[0].senders)
+    fill = lanes[0].latency_s + raw * lanes[0].s_per_byte if waits else 0.0
     if fill:
         first = steps[0]
         steps.insert(0, Step("link", "input link", fill, 0.0, raw * lanes[0].s_per_byte))
@@ -154,12 +157,6 @@ def _steps(problem: Problem, plan: Plan, lanes: list[Lane]) -> tuple[list[Step],
         if held.count(device) > 1:
             bounds.append(Price(SHARED * count * busy, f"compute on {device}, which holds several stages"))
     return steps, bounds
-
-
-def _sources_compute(plan: Plan) -> bool:
-    """Whether a data device computes: only then does its next step begin after its last has ended."""
-    computing = {device for stage in plan.stages for device in stage.devices}
-    return any(source.device in computing for source in plan.sources)
 
 
 def link_step(name: str, forth_bytes: float, back_bytes: float, forth: Lane, back: Lane) -> Step:

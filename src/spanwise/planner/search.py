@@ -254,12 +254,11 @@ class Search:
     def _fed(self, used: int, devices: Group, most: Floats, exposed: Floats) -> Floats:
         """``[M]`` price with the raw data on its way to the first stage, where it is not there already."""
         lane = self.lanes.inputs(devices)
-        held = [device for device, _ in self.lanes.sources]
         if lane is None:
             return np.full(len(self.counts), INFEASIBLE_S)
         occupied = self.forth[:, 0] * lane.s_per_byte
         fill = occupied + lane.latency_s if lane.s_per_byte else np.zeros(len(self.counts))
-        if not mask_of(held) & used:
+        if not mask_of(lane.senders) & used:
             return np.maximum(most + np.maximum(exposed, 0.0), self.counts * occupied)
         total = np.maximum((self.counts - 1) * occupied + fill, fill + most)
         return total + np.maximum(exposed - (0.0 if self.barrier else fill), 0.0)

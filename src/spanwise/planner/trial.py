@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise, product
 
 from spanwise.core.errors import InfeasibleError, PlanError
 from spanwise.core.plan import Plan, ScheduleName
@@ -11,7 +12,7 @@ from spanwise.core.timeline import Timeline
 from spanwise.core.units import format_bytes
 from spanwise.lowering import lower
 from spanwise.planner.build import Depth, build
-from spanwise.planner.outline import Outline
+from spanwise.planner.outline import Outline, Span
 from spanwise.planner.price import price
 from spanwise.planner.problem import Problem
 from spanwise.simulator import simulate
@@ -62,9 +63,10 @@ def _simulated(problem: Problem, plan: Plan) -> Timeline | InfeasibleError:
     for use in result.devices:
         budget = problem.cluster.device(use.device).memory_bytes
         if use.peak_memory_bytes > budget:
+            peak, over = format_bytes(use.peak_memory_bytes), format_bytes(use.peak_memory_bytes - budget)
             return InfeasibleError(
-                f"{plan.strategy}: {use.device} peaks at {format_bytes(use.peak_memory_bytes)} when simulated, "
-                f"its budget is {format_bytes(budget)}, {format_bytes(use.peak_memory_bytes - budget)} short"
+                f"{plan.strategy}: {use.device} peaks at {peak} when simulated, its budget is "
+                f"{format_bytes(budget)}, {over} short; raise its memory, shrink the batch or add devices"
             )
     return result
 
@@ -108,14 +110,13 @@ def simulated(problem: Problem, candidates: Sequence[Priced], limit: int) -> lis
         InfeasibleError: none fits in simulation.
     """
     left = list(candidates)
+    least = float("inf")
     factor: dict[Kind, float] = {}
     done: list[tuple[float, int, Plan]] = []
     reason: InfeasibleError | None = None
     tried = 0
-    while left:
+    while left and not (done and tried >= limit):
         candidate = min(left, key=lambda c: c.price_s * factor.get(_kind(c.plan), 1.0))
-        if done and (tried >= limit or candidate.price_s > HOPELESS * min(done)[0]):
-            break
         left.remove(candidate)
         tried += 1
         try:
@@ -126,6 +127,8 @@ def simulated(problem: Problem, candidates: Sequence[Priced], limit: int) -> lis
         kind = _kind(candidate.plan)
         factor[kind] = min(factor.get(kind, float("inf")), seconds / max(candidate.price_s, 1e-12))
         done.append((seconds, tried, candidate.plan))
+        least = min(least, seconds)
+        left = [c for c in left if c.price_s <= HOPELESS * least]
     if not done:
         raise reason or InfeasibleError("there is nothing to choose from")
     return [plan for _, _, plan in sorted(done, key=lambda entry: entry[:2])]
@@ -147,7 +150,60 @@ def at_both_depths(problem: Problem, strategy: str, outlines: Sequence[Outline],
         pool += priced(problem, strategy, shared, depth="shallow")
     best = simulated(problem, pool, limit)[: max(2, limit // 4)]
     shallow = [Priced(_shallow(plan), 0.0) for plan in best if len(plan.stages) > 1]
-    return fastest(problem, [Priced(plan, 0.0) for plan in best] + shallow, 2 * len(best))
+    winner = fastest(problem, [Priced(plan, 0.0) for plan in best] + shallow, 2 * len(best))
+    return shifted(problem, winner, limit)
+
+
+def shifted(problem: Problem, plan: Plan, limit: int) -> Plan:
+    """Moves single layers over stage borders while the simulator agrees, in at most ``limit`` simulations."""
+    best, least = plan, timeline(problem, plan).step_time_s
+    depth: Depth = "shallow" if _shallow(plan) == plan else "deep"
+    tried = {plan}
+    moved = True
+    while moved:
+        moved = False
+        near = [p for o in _near(problem, best) for p in _built(problem, best.strategy, o, depth)]
+        for candidate in sorted(near, key=lambda entry: entry.price_s):
+            if candidate.plan in tried or candidate.price_s > HOPELESS * least:
+                continue
+            if len(tried) > limit:
+                return best
+            tried.add(candidate.plan)
+            try:
+                seconds = timeline(problem, candidate.plan).step_time_s
+            except InfeasibleError:
+                continue
+            if seconds < least:
+                best, least, moved = candidate.plan, seconds, True
+                break
+    return best
+
+
+def _built(problem: Problem, strategy: str, outline: Outline, depth: Depth) -> list[Priced]:
+    try:
+        return priced(problem, strategy, [outline], depth=depth)
+    except InfeasibleError:
+        return []
+
+
+def _near(problem: Problem, plan: Plan) -> list[Outline]:
+    """The same devices with one border, or both borders of a stage, one layer further."""
+    ids, last = problem.cluster.ids, len(plan.stages) - 1
+    edges = [0, *(stage.stop for stage in plan.stages)]
+    out: list[Outline] = []
+    for first, width in product(range(1, last + 1), (1, 2)):
+        for step in (-1, 1):
+            new = [e + step if first <= i < first + width else e for i, e in enumerate(edges)]
+            if first + width > last + 1 or any(a >= b for a, b in pairwise(new)):
+                continue
+            spans: list[Span] = []
+            for number, (stage, a, b) in enumerate(zip(plan.stages, new[:-1], new[1:], strict=True)):
+                fixed = (number == 0 and problem.first_is_fixed) or (number == last and problem.last_is_fixed)
+                group = tuple(ids.index(d) for d in stage.devices)
+                rows = tuple(r.rows for r in stage.replicas) if fixed else None
+                spans.append(Span(a, b, group if fixed else tuple(sorted(group)), rows))
+            out.append(Outline(plan.micro_batches, tuple(spans)))
+    return out
 
 
 def _shallow(plan: Plan) -> Plan:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 
 from spanwise.core.errors import InputError
 from spanwise.core.profile import TimeTable
+from spanwise.profiler.known import cpu_name
 from spanwise.profiler.traced import Traced
 
 
@@ -52,10 +52,4 @@ def device_name(device: str) -> str:
     """The processor or accelerator model, as far as the system says."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.lower().startswith(("model name", "hardware")):
-                return line.partition(":")[2].strip()
-    except (OSError, UnicodeDecodeError):
-        pass  # not Linux
-    return platform.processor() or platform.machine()
+    return cpu_name()

@@ -37,9 +37,9 @@ def measure_layers(
 ) -> TimeTable:
     """Times every layer at several numbers of rows.
 
-    The chain is run layer by layer, forward and then backward, with the clock read at every boundary: each layer
-    meets the caches that its neighbours leave, and the backward pass of a layer runs that layer alone. What
-    one call costs by itself, measured on an empty layer, is taken off.
+    The chain is run layer by layer, forward and then backward, with the clock read at every boundary: each
+    layer meets the caches that its neighbours leave, and the backward pass of a layer runs that layer
+    alone. What one call costs by itself, measured on an empty layer, is taken off.
 
     Args:
         traced: the model; its weights, gradients and buffers stay untouched.
@@ -255,7 +255,7 @@ def _update_s_per_byte(parameters: dict[str, nn.Parameter], device: str) -> floa
     times: list[float] = []
     for _ in range(WARM_UP + 5):
         start = time.perf_counter()
-        optimizer.step()
+        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
         if device != "cpu":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)

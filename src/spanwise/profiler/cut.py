@@ -25,13 +25,14 @@ def clean_cuts(ops: OpGraph, few: Observation, more: Observation) -> tuple[Cut, 
 
     Args:
         ops: the traced operations.
-        few, more: passes with two numbers of rows; a tensor can be taken apart by rows if its first dimension
-            follows that number and no other does.
+        few: a pass with some rows.
+        more: a pass with more rows; a tensor can be taken apart by rows if its first dimension follows
+            their number and no other does.
 
     Returns:
-        Rising positions strictly inside the graph. Across each, what is alive (parameters, buffers, labels and
-        recomputable values aside) is one to three tensors of rows, none is a raw input or shares its storage, and
-        nothing is overwritten later that was made before.
+        Rising positions strictly inside the graph. Across each, what is alive (parameters, buffers, labels
+        and recomputable values aside) is one to three tensors of rows, none is a raw input or shares its
+        storage, and nothing is overwritten later that was made before.
     """
     nodes, flow = ops.nodes, ops.flow
     total = len(nodes)

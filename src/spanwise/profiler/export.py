@@ -135,13 +135,14 @@ def _explain(error: Exception, name: str) -> str:
     place = _place(error)
     if "data-dependent" in text or "DataDependent" in kind or "unbacked" in text.lower():
         return (
-            f"model '{name}': {place}decides by the values of a tensor (data-dependent control flow), which "
-            "cannot be traced; use torch.where or masking instead of 'if', 'while', .item() or int() on tensors"
+            f"model '{name}': {place}decides by a tensor's values (data-dependent control flow), which "
+            "cannot be traced; use torch.where or masking instead of 'if', 'while', .item() or int() on "
+            "tensors"
         )
     if "batch" in text and ("specializ" in text or "constraint" in text.lower()):
         return (
-            f"model '{name}': {place}fixes the number of rows to a constant, but every micro-batch has its own; "
-            "use x.shape[0] or -1 instead of a number for the batch dimension"
+            f"model '{name}': {place}fixes the number of rows to a constant, but every micro-batch has "
+            "its own; use x.shape[0] or -1 instead of a number for the batch dimension"
         )
     unsupported = re.search(
         r"(?:torch\.ops\.)?(\w+(?:::|\.)\w+)[^.]*(?:not supported|no fake impl|no meta)", text

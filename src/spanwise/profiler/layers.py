@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from spanwise.core.model import Layer, Parameter, TensorSpec
@@ -36,10 +37,10 @@ def build_layers(chain: Chain, cuts: Sequence[Cut]) -> tuple[Layer, ...]:
     """Layers between the chosen cuts, with what each holds, computes and lets through."""
     flops = node_flops(chain)
     bounds = [0, *(cut.position for cut in cuts), len(chain.ops.nodes)]
-    names = _unique([_name(chain, flops, a, b) for a, b in zip(bounds, bounds[1:], strict=False)])
+    names = _unique([_name(chain, flops, a, b) for a, b in pairwise(bounds)])
     saved = _saved(chain, bounds)
     layers: list[Layer] = []
-    for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for index, (start, stop) in enumerate(pairwise(bounds)):
         tensors = cuts[index].tensors if index < len(cuts) else ()
         own = [i for i in range(start, stop) if not chain.ops.flow.free[i]]
         parameters, buffers, buffer_bytes = _state(chain, start, stop)
@@ -72,11 +73,10 @@ def choose_cuts(chain: Chain, cuts: Sequence[Cut]) -> tuple[Cut, ...]:
     total_bytes = sum(_bytes(chain.more.values[Ref("parameter", s.name)]) for s in chain.ops.parameters) or 1
     bounds = [0, *(cut.position for cut in cuts), len(chain.ops.nodes)]
     heavy = [
-        _is_heavy(chain, flops, start, stop, total_flops, total_bytes)
-        for start, stop in zip(bounds, bounds[1:], strict=False)
+        _is_heavy(chain, flops, start, stop, total_flops, total_bytes) for start, stop in pairwise(bounds)
     ]
     if sum(heavy) < 2:  # nothing but light runs: whatever holds parameters counts
-        heavy = [bool(_state(chain, a, b)[0]) for a, b in zip(bounds, bounds[1:], strict=False)]
+        heavy = [bool(_state(chain, a, b)[0]) for a, b in pairwise(bounds)]
     chosen: list[Cut] = []
     previous: int | None = None
     for run, is_heavy in enumerate(heavy):

@@ -1,12 +1,11 @@
-"""From torch.export's graph to an OpGraph: own names, sub-graphs inlined, checks dropped, sizes spelled out."""
+"""From torch.export's graph to an OpGraph: own names, sub-graphs inlined, checks dropped, sizes formulas."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
-import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
@@ -125,6 +124,8 @@ class _Normalizer:
             if spec.kind == InputKind.USER_INPUT:
                 self.env[node] = self._user_input(node, next(given))
                 continue
+            if not node.users:
+                continue
             if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
                 raise self._refusal(
                     node, f"is a {spec.kind.name.lower()}, which cannot travel to another device"
@@ -146,7 +147,7 @@ class _Normalizer:
         name = own.get(id(value))
         if isinstance(value, nn.Parameter) and name is None:
             raise ExportError(
-                f"model '{self.name}': the loss has a parameter of its own ('{target}'); move it into the model"
+                f"model '{self.name}': the loss has a parameter of its own ('{target}'); put it in the model"
             )
         if name is None or name not in persistent:
             return self._constant(name or target, value)
@@ -176,8 +177,8 @@ class _Normalizer:
         size = value.numel() * value.element_size()
         if size > MAX_CONSTANT_BYTES:
             raise ExportError(
-                f"model '{self.name}': constant '{target}' has {size} bytes, at most {MAX_CONSTANT_BYTES} travel "
-                "with the operations; register it as a persistent buffer"
+                f"model '{self.name}': constant '{target}' has {size} bytes, at most {MAX_CONSTANT_BYTES} "
+                "travel with the operations; register it as a persistent buffer"
             )
         name = f"constant_{len(self.constants)}"
         self.constants[name] = pack_constant(name, value)
@@ -190,12 +191,12 @@ class _Normalizer:
         if target in _OPERATOR_NAMES:
             self._add_size_or_op(node, _OPERATOR_NAMES[target])
         elif isinstance(target, torch._ops.OpOverload):  # pyright: ignore[reportPrivateUsage]
-            short = target._schema.name.rpartition("::")[2]
+            short, _, overload = target.name().rpartition("::")[2].partition(".")
             if short in _CHECKS:
                 return
             if target.namespace != "aten":
                 raise self._refusal(node, "is no ATen operation; replace it by torch's own operations")
-            self._add_size_or_op(node, f"aten.{short}.{target._overloadname}")
+            self._add_size_or_op(node, f"aten.{short}.{overload or 'default'}")
         elif isinstance(target, torch._ops.HigherOrderOperator):  # pyright: ignore[reportPrivateUsage]
             self._inline(node, owner)
         # Anything else works on sizes or truth values; it is refused where a tensor operation uses it.
@@ -211,8 +212,10 @@ class _Normalizer:
 
     def _size(self, node: fx.Node, op: str, value: Any) -> Argument:
         """Sizes as whole-number formulas of the batch size, so that each stage can work them out itself."""
+        if isinstance(value, int):
+            return value
         expression = _expression(value)
-        if expression is None or not expression.free_symbols <= {self.batch}:
+        if not expression.free_symbols <= {self.batch}:
             raise self._refusal(
                 node, "gives a size that depends on the values of a tensor; use masking instead of selecting"
             )
@@ -220,17 +223,17 @@ class _Normalizer:
             return int(expression)
         if expression == self.batch:
             return Ref("batch", "")
-        polynomial = sympy.Poly(expression, self.batch) if expression.is_polynomial(self.batch) else None
-        if (
-            polynomial is None
-            or polynomial.degree() != 1
-            or not all(c.is_Integer for c in polynomial.all_coeffs())
-        ):
+        offset = expression.subs(self.batch, 0)
+        factor = expression.subs(self.batch, 1) - offset
+        linear = (factor * self.batch + offset - expression).expand() == 0
+        if not (linear and factor.is_Integer and offset.is_Integer):
             if op in OPERATORS:
                 return self._add(node, op)
             raise self._refusal(node, f"gives the size {expression}, which is not linear in the batch size")
-        factor, offset = (int(c) for c in polynomial.all_coeffs())
-        result: Argument = Ref("batch", "")
+        return self._linear(node, int(factor), int(offset))
+
+    def _linear(self, node: fx.Node, factor: int, offset: int) -> Ref:
+        result = Ref("batch", "")
         if factor != 1:
             result = self._append(node, "operator.mul", (result, factor))
         if offset:
@@ -272,8 +275,7 @@ class _Normalizer:
                 )
             return self.env[value]
         if isinstance(value, (list, tuple)):
-            items: Any = value
-            return tuple(self._argument(item) for item in items)
+            return tuple(self._argument(item) for item in _items(value))
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, torch.device):
@@ -312,7 +314,7 @@ class _Normalizer:
         for user in list(node.users):
             if user.target is not _GETITEM:
                 raise self._refusal(node, "is used in a way that cannot be unfolded")
-            self.env[user] = self._argument(results[user.args[1]])
+            self.env[user] = self._argument(results[cast("int", user.args[1])])
 
     def _checked(self, ops: OpGraph) -> OpGraph:
         """Refuses overwritten parameters; gives overwritten inputs a copy, as a batch may be used again."""
@@ -363,18 +365,17 @@ def _with_copies(ops: OpGraph, copied: list[Ref]) -> OpGraph:
 
 
 def _items(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    return list(cast("list[Any]", value)) if isinstance(value, (list, tuple)) else [value]
 
 
 def _slot(name: str, tensor: Tensor) -> Slot:
     return Slot(name, tuple(tensor.shape), name_of(tensor.dtype))
 
 
-def _expression(value: Any) -> Any:
-    """The sympy expression of a size, or none."""
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return value.node.expr
-    return sympy.Integer(value) if isinstance(value, int) else None
+def _expression(size: torch.SymInt) -> Any:
+    """The formula of a size, a sympy expression."""
+    node: Any = size.node  # pyright: ignore[reportUnknownMemberType]
+    return node.expr
 
 
 def _module_path(node: fx.Node) -> str:

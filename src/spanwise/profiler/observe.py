@@ -35,8 +35,8 @@ class Seen:
 class Observation:
     """What one pass showed.
 
-    ``values`` holds every input, label, parameter, buffer, constant and node. ``saved`` has each storage kept for
-    backward (parameters and buffers aside): its bytes, and the positions of the nodes that keep it.
+    ``values`` holds every input, label, parameter, buffer, constant and node. ``saved`` has each storage kept
+    for backward (parameters and buffers aside): its bytes, and the positions of the nodes that keep it.
     """
 
     rows: int

@@ -31,8 +31,9 @@ def emulated_profile(graph: ModelGraph, table: TimeTable, cluster: Cluster) -> P
 def analytic_table(graph: ModelGraph, flops_per_s: float, bytes_per_s: float | None = None) -> TimeTable:
     """Layer times of a machine one does not have.
 
-    Each layer takes the longer of its arithmetic and its memory traffic, as in Williams, Waterman and Patterson,
-    "Roofline: an insightful visual performance model for multicore architectures", CACM 2009, section 3.
+    Each layer takes the longer of its arithmetic and its memory traffic, as in Williams, Waterman and
+    Patterson, "Roofline: an insightful visual performance model for multicore architectures", CACM 2009,
+    section 3.
 
     Args:
         graph: the model.
@@ -47,7 +48,7 @@ def analytic_table(graph: ModelGraph, flops_per_s: float, bytes_per_s: float | N
         for rows in _ANALYTIC_ROWS:
             memory = (once + per_row * rows) / bytes_per_s if bytes_per_s else 0.0
             forward.append(max(layer.forward_flops * rows / flops_per_s, memory))
-            # Backward reads what forward kept and the gradients, and writes both gradients: twice the traffic.
+            # Backward reads what was kept and the gradients, and writes both gradients: twice the traffic.
             backward.append(max(layer.backward_flops * rows / flops_per_s, 2 * memory))
         layers.append(LayerTimes(forward_s=tuple(forward), backward_s=tuple(backward)))
     # A step with momentum reads weight, gradient and momentum and writes two of them.

@@ -40,10 +40,11 @@ def trace(
 
     Args:
         model: called as ``model(*inputs)``; its weights, buffers and modes are left as they were.
-        loss: called as ``loss(outputs, label)``, with the tuple of labels unless there is exactly one; the mean
-            over rows.
-        inputs, labels: a few sample rows; the first dimension of each tensor is the rows. On one device with
-            the model.
+        loss: called as ``loss(outputs, label)``, with the tuple of labels unless there is exactly one; the
+            mean over rows.
+        inputs: a few sample rows, on one device with the model; the first dimension of each tensor is the
+            rows.
+        labels: of the same rows.
         name: for messages and files.
 
     Raises:

@@ -1,0 +1,287 @@
+"""The event loop: devices take their actions in order, messages cross the network, reductions run beside."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from spanwise.core.errors import PlanError
+from spanwise.core.program import Action
+from spanwise.core.timeline import Span
+from spanwise.cost import ring_edge_bytes, ring_rounds
+from spanwise.simulator.memory import MemoryMeter
+from spanwise.simulator.network import Network
+from spanwise.simulator.setup import Costs, all_ways, ring_edges
+
+
+@dataclass(slots=True)
+class _Lane:
+    """One device: where it is in its list."""
+
+    name: str
+    actions: tuple[Action, ...]
+    at: int = 0
+    step: int = 0
+    blocked_since: float | None = None
+    reductions: int = 0  # own reductions that are not complete
+    consumed: int = 0  # bytes received since the last compute
+    lost: bool = False
+
+
+@dataclass(slots=True)
+class _Message:
+    lane: str
+    source: str
+    action: Action
+    step: int
+    started: float = 0.0
+
+
+@dataclass(slots=True)
+class Trace:
+    """What the loop saw: ends of steps, busy seconds and sent bytes per step and device, spans."""
+
+    ends: list[float]
+    busy: dict[str, list[float]]
+    sent: dict[str, list[float]]
+    spans: list[Span] = field(default_factory=list[Span])
+    stalled: str = ""
+
+
+class Engine:
+    """Runs a Program ``steps`` times in virtual time."""
+
+    def __init__(self, costs: Costs, *, steps: int, spans: bool) -> None:
+        all_ways(costs)
+        self.costs, self.steps, self.keep_spans = costs, steps, spans
+        self.lanes = {d: _Lane(d, actions) for d, actions in costs.program.devices.items()}
+        self.memory = MemoryMeter(costs.base, points=spans)
+        self.network = Network(costs.capacities, self._at)
+        names = list(self.lanes)
+        self.trace = Trace(
+            [0.0] * steps, {d: [0.0] * steps for d in names}, {d: [0.0] * steps for d in names}
+        )
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._count = 0
+        self._queues: dict[str, deque[_Message]] = {}
+        self._arrived: set[tuple[int, int]] = set()
+        self._waiting: dict[tuple[int, int], _Lane] = {}
+        self._joined: dict[tuple[int, int, int], list[_Lane]] = {}
+        self._ready: dict[tuple[int, int], deque[tuple[Action, list[_Lane]]]] = {}
+        self._normed: dict[int, list[_Lane]] = {}
+
+    def run(self) -> Trace:
+        """Until every device has ended its last step, or nothing moves any more."""
+        for lane in self.lanes.values():
+            self._advance(lane, 0.0)
+        while self._events:
+            now, _, call = heapq.heappop(self._events)
+            call(now)
+        stuck = [lane for lane in self.lanes.values() if lane.step < self.steps]
+        if stuck:
+            where = "; ".join(f"{x.name} at '{x.actions[x.at]}' of step {x.step}" for x in stuck)
+            if not self.costs.faults:
+                raise PlanError(f"simulation: it never ends; waiting: {where}")
+            self.trace.stalled = where
+        return self.trace
+
+    def _at(self, when: float, call: Callable[[float], None]) -> None:
+        self._count += 1
+        heapq.heappush(self._events, (when, self._count, call))
+
+    # Devices
+
+    def _advance(self, lane: _Lane, now: float) -> None:
+        """Takes actions until one takes time or must wait."""
+        if lane.blocked_since is not None:
+            self._span(lane.name, "wait", lane.actions[lane.at], lane.blocked_since, now, lane.step)
+            lane.blocked_since = None
+        while lane.step < self.steps and not lane.lost:
+            if lane.at == 0 and self.costs.lost(lane.name, lane.step):
+                lane.lost = True
+                self._span(lane.name, "lost", Action("step"), now, now, lane.step)
+                return
+            if lane.at == len(lane.actions):
+                self.trace.ends[lane.step] = max(self.trace.ends[lane.step], now)
+                lane.step, lane.at = lane.step + 1, 0
+                continue
+            if self._take(lane, lane.actions[lane.at], now):
+                return
+
+    def _take(self, lane: _Lane, action: Action, now: float) -> bool:
+        """Takes one action; true when the device goes on later."""
+        match action.kind:
+            case "forward":
+                self.memory.add(lane.name, self.costs.saved[lane.name, action.stage], now)
+                return self._compute(lane, action, self.costs.forward[lane.name, action.stage], now)
+            case "backward":
+                return self._compute(lane, action, self.costs.backward[lane.name, action.stage], now)
+            case "send":
+                self._send(lane, action, now)
+            case "recv":
+                key = (lane.step, action.transfer)
+                if key not in self._arrived:
+                    self._waiting[key] = lane
+                    lane.blocked_since = now
+                    return True
+                self._arrived.discard(key)
+                lane.consumed += action.nbytes
+            case "reduce":
+                self._join(lane, action, now)
+            case "norm":
+                return lane.reductions > 0 and self._block(lane, now) or self._norm(lane, action, now)
+            case "step":
+                if lane.reductions:
+                    return self._block(lane, now)
+                return self._compute(lane, action, self.costs.update[lane.name], now)
+            case "load":
+                pass
+        lane.at += 1
+        return self._pay_message(lane, action, now)
+
+    def _pay_message(self, lane: _Lane, action: Action, now: float) -> bool:
+        cost = self.costs.message[lane.name]
+        if not cost or action.kind not in ("send", "recv"):
+            return False
+        self.trace.busy[lane.name][lane.step] += cost
+        self._at(now + cost, lambda t: self._advance(lane, t))
+        return True
+
+    def _block(self, lane: _Lane, now: float) -> bool:
+        lane.blocked_since = now
+        return True
+
+    def _compute(self, lane: _Lane, action: Action, seconds: float, now: float) -> bool:
+        if self.costs.faults:
+            seconds *= self.costs.slowdown(lane.name, lane.step)
+        self.memory.add(lane.name, -lane.consumed, now)
+        lane.consumed = 0
+        self.trace.busy[lane.name][lane.step] += seconds
+        end = now + seconds
+        self._span(lane.name, action.kind, action, now, end, lane.step)
+        self._at(end, lambda t: self._computed(lane, action, t))
+        return True
+
+    def _computed(self, lane: _Lane, action: Action, now: float) -> None:
+        if action.kind == "backward":
+            self.memory.add(lane.name, -self.costs.saved[lane.name, action.stage], now)
+        lane.at += 1
+        self._advance(lane, now)
+
+    # Messages
+
+    def _send(self, lane: _Lane, action: Action, now: float) -> None:
+        name = f"{lane.name}>{action.peer}"
+        self.trace.sent[lane.name][lane.step] += action.nbytes
+        self.memory.add(lane.name, action.nbytes, now)
+        queue = self._queues.setdefault(name, deque())
+        queue.append(_Message(name, lane.name, action, lane.step))
+        if len(queue) == 1:
+            self._transmit(queue, now)
+
+    def _transmit(self, queue: deque[_Message], now: float) -> None:
+        message = queue[0]
+        message.started = now
+        action = message.action
+        nbytes: float = action.nbytes
+        if self.costs.faults:
+            nbytes *= self.costs.stretch(message.source, action.peer, message.step)
+            if nbytes == float("inf"):
+                return  # a cut link: this message and all behind it never arrive
+        way = self.costs.way(message.source, action.peer)
+        self.network.start(now, way.resources, nbytes, lambda t: self._passed(queue, way.latency_s, t))
+
+    def _passed(self, queue: deque[_Message], latency_s: float, now: float) -> None:
+        message = queue.popleft()
+        action = message.action
+        self._span(message.lane, action.payload or "", action, message.started, now, message.step)
+        self.memory.add(message.source, -action.nbytes, now)
+        self._at(now + latency_s, lambda t: self._arrive(message, t))
+        if queue:
+            self._transmit(queue, now)
+
+    def _arrive(self, message: _Message, now: float) -> None:
+        key = (message.step, message.action.transfer)
+        self.memory.add(message.action.peer, message.action.nbytes, now)
+        self._arrived.add(key)
+        lane = self._waiting.pop(key, None)
+        if lane is not None:
+            self._advance(lane, now)
+
+    # Collectives
+
+    def _join(self, lane: _Lane, action: Action, now: float) -> None:
+        lane.reductions += 1
+        key = (lane.step, action.sync, action.segment)
+        joined = self._joined.setdefault(key, [])
+        joined.append(lane)
+        if len(joined) < len(action.members):
+            return
+        queue = self._ready.setdefault((lane.step, action.sync), deque())
+        queue.append((action, self._joined.pop(key)))
+        if len(queue) == 1:
+            self._ring(queue, lane.step, now)
+
+    def _ring(self, queue: deque[tuple[Action, list[_Lane]]], step: int, now: float) -> None:
+        """One flow per edge; done when the slowest is, plus one latency a round."""
+        action, _ = queue[0]
+        edges = ring_edges(action)
+        nbytes = ring_edge_bytes(len(edges), action.nbytes)
+        latency_s = ring_rounds(len(edges)) * max(self.costs.way(a, b).latency_s for a, b in edges)
+        left = len(edges)
+
+        def edge_done(source: str, target: str, t: float) -> None:
+            nonlocal left
+            left -= 1
+            self._span(f"{source}>{target}", "reduce", action, now, t, step)
+            if not left:
+                self._at(t + latency_s, lambda end: self._reduced(queue, step, end))
+
+        for a, b in edges:
+            self.trace.sent[a][step] += nbytes
+            stretched = nbytes * self.costs.stretch(a, b, step) if self.costs.faults else nbytes
+            if stretched < float("inf"):
+                self.network.start(
+                    now, self.costs.way(a, b).resources, stretched, lambda t, a=a, b=b: edge_done(a, b, t)
+                )
+
+    def _reduced(self, queue: deque[tuple[Action, list[_Lane]]], step: int, now: float) -> None:
+        _, lanes = queue.popleft()
+        if queue:
+            self._ring(queue, step, now)
+        for lane in lanes:
+            lane.reductions -= 1
+            waits = lane.blocked_since is not None and lane.actions[lane.at].kind in ("step", "norm")
+            if waits and not lane.reductions:
+                self._advance(lane, now)
+
+    def _norm(self, lane: _Lane, action: Action, now: float) -> bool:
+        """Everybody sends a number to everybody: all go on one latency after the last has come."""
+        lane.blocked_since = now
+        arrived = self._normed.setdefault(lane.step, [])
+        arrived.append(lane)
+        if len(arrived) == len(action.members):
+            del self._normed[lane.step]
+            names = action.members
+            latency_s = max((self.costs.way(a, b).latency_s for a in names for b in names if a != b), default=0.0)
+            self._at(now + latency_s, lambda t: self._go_on(arrived, t))
+        return True
+
+    def _go_on(self, lanes: list[_Lane], now: float) -> None:
+        for lane in lanes:
+            action = lane.actions[lane.at]
+            self._span(lane.name, "wait", action, lane.blocked_since or now, now, lane.step)
+            lane.blocked_since = None
+            lane.at += 1
+        for lane in lanes:
+            self._advance(lane, now)
+
+    def _span(self, lane: str, kind: str, action: Action, start: float, end: float, step: int) -> None:
+        if self.keep_spans:
+            self.trace.spans.append(
+                Span.model_construct(
+                    lane=lane, kind=kind, action=str(action), start_s=start, end_s=end, step=step
+                )
+            )

@@ -1,0 +1,130 @@
+"""A Program with numbers: every action's cost, every message's route, looked up once before the event loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spanwise.core.cluster import Cluster
+from spanwise.core.faults import Fault
+from spanwise.core.model import ModelGraph
+from spanwise.core.plan import Plan
+from spanwise.core.profile import Profile
+from spanwise.core.program import Action, Program
+from spanwise.cost import saved_bytes, state_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Capacities (indices) and latency from one device to another."""
+
+    resources: tuple[int, ...]
+    latency_s: float
+
+
+class Costs:
+    """Everything that the event loop asks for."""
+
+    def __init__(
+        self, program: Program, plan: Plan, graph: ModelGraph, profile: Profile, cluster: Cluster,
+        copies: int, faults: tuple[Fault, ...],
+    ) -> None:  # fmt: skip
+        self.program, self.plan, self.graph = program, plan, graph
+        self.profile, self.cluster = profile, cluster
+        self.faults = faults
+        self.capacities: list[float] = []
+        self._index: dict[str, int] = {}
+        self._ways: dict[tuple[str, str], Way] = {}
+        self._measured = {(link.source, link.target): link for link in profile.links}
+        self.sizes = {p.name: p.bytes for p in graph.parameters}
+        self.forward: dict[tuple[str, int], float] = {}
+        self.backward: dict[tuple[str, int], float] = {}
+        self.saved: dict[tuple[str, int], int] = {}
+        for index, stage in enumerate(plan.stages):
+            for replica in stage.replicas:
+                key, rows = (replica.device, index), replica.rows
+                self.forward[key] = profile.forward_s(replica.device, stage.start, stage.stop, rows)
+                self.backward[key] = profile.backward_s(replica.device, stage.start, stage.stop, rows)
+                self.saved[key] = saved_bytes(graph, stage.start, stage.stop, rows)
+        self.update: dict[str, float] = {}
+        self.message: dict[str, float] = {}
+        self.base: dict[str, int] = {}
+        synced = {device for sync in plan.syncs for device in sync.devices}
+        for device in program.devices:
+            held = sum(self.sizes[name] for name in program.held.get(device, ()))
+            buffers = sum(
+                layer.buffer_bytes
+                for stage in plan.stages
+                if device in stage.devices
+                for layer in graph.layers[stage.start : stage.stop]
+            )
+            self.base[device] = state_bytes(held, buffers, copies, synced=device in synced)
+            self.update[device] = profile.update_s(device, held) if held else 0.0
+            table, factor = profile.table(device)
+            self.message[device] = table.message_s * factor
+
+    def way(self, source: str, target: str) -> Way:
+        """The route of a message; measured links replace the cluster file's numbers."""
+        found = self._ways.get((source, target))
+        if found is None:
+            found = self._find_way(source, target)
+            self._ways[source, target] = found
+        return found
+
+    def slowdown(self, device: str, step: int) -> float:
+        """Factor on compute by ``slow`` faults."""
+        factor = 1.0
+        for fault in self.faults:
+            if fault.kind == "slow" and fault.peer is None and fault.device == device and step >= fault.step:
+                factor *= fault.factor
+        return factor
+
+    def stretch(self, source: str, target: str, step: int) -> float:
+        """Factor on the bytes of messages by ``slow`` faults of a link; infinite when it is cut."""
+        factor = 1.0
+        for fault in self.faults:
+            if (fault.device, fault.peer) == (source, target) and step >= fault.step:
+                factor *= fault.factor if fault.kind == "slow" else float("inf")
+        return factor
+
+    def lost(self, device: str, step: int) -> bool:
+        """Whether a ``lose`` fault has ended the device."""
+        return any(f.kind == "lose" and f.device == device and step >= f.step for f in self.faults)
+
+    def _find_way(self, source: str, target: str) -> Way:
+        measured = self._measured.get((source, target))
+        if measured is not None:
+            resources: tuple[tuple[str, float], ...] = (
+                (f"measured:{source}>{target}", measured.bandwidth_bytes_per_s),
+            )
+            latency_s = measured.latency_s
+        else:
+            route = self.cluster.route(source, target)
+            resources, latency_s = route.resources, route.latency_s
+        return Way(tuple(self._resource(name, rate) for name, rate in resources), latency_s)
+
+    def _resource(self, name: str, rate: float) -> int:
+        if name not in self._index:
+            self._index[name] = len(self.capacities)
+            self.capacities.append(rate)
+        return self._index[name]
+
+
+def ring_edges(action: Action) -> tuple[tuple[str, str], ...]:
+    """Neighbours of a ring, in its order."""
+    members = action.members
+    return tuple((m, members[(i + 1) % len(members)]) for i, m in enumerate(members))
+
+
+def all_ways(costs: Costs) -> None:
+    """Looks every route up that the Program uses, so that capacities are complete before the loop."""
+    for device, actions in costs.program.devices.items():
+        for action in actions:
+            if action.kind == "send":
+                costs.way(device, action.peer)
+            elif action.kind == "reduce":
+                for a, b in ring_edges(action):
+                    costs.way(a, b)
+            elif action.kind == "norm":
+                for peer in action.members:
+                    if peer != device:
+                        costs.way(device, peer)
