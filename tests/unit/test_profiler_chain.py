@@ -166,7 +166,9 @@ def mlp() -> nn.Module:
 
 
 def residual() -> nn.Module:
-    stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+    stem = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.MaxPool2d(2)
+    )
     body = (Residual(6, 6), Residual(6, 8), Residual(8, 8))
     return nn.Sequential(stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
@@ -193,7 +195,9 @@ def vit(attention: str) -> nn.Module:
         return Logits(transformers.ViTForImageClassification(config), {})
 
 
-CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor, Tensor], Tensor], Callable[[int], Data]]] = {
+CASES: dict[
+    str, tuple[Callable[[], nn.Module], Callable[[Tensor, Tensor], Tensor], Callable[[int], Data]]
+] = {
     "mlp": (mlp, F.cross_entropy, vectors),
     "mobile": (Mobile, F.cross_entropy, images),
     "residual": (residual, F.cross_entropy, images),
@@ -217,7 +221,7 @@ def test_chain_of_stages_is_the_model(name: str) -> None:
     assert layers >= 3
     rng = random.Random(name)
     every = list(range(1, layers))
-    for trial, cuts in enumerate([every, [], every, *(_some(rng, every) for _ in range(4))]):
+    for trial, cuts in enumerate([every, [], every, *(_some(rng, every) for _ in range(3))]):
         batch = data(4 if trial < 2 else 7)
         expected = eager(model, loss, batch, seed=trial)
         _same(expected, chained(traced, received_ops, cuts, batch, seed=trial))

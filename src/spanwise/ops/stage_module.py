@@ -200,7 +200,10 @@ class _Source:
             args[flag] = True
         parts = [self.text(arg) for arg in args]
         parts += [f"{self.keyword(key)}={self.text(value)}" for key, value in node.kwargs]
-        return f"{self.bind(resolve(node.op), 'f')}({', '.join(parts)})"
+        function = resolve(node.op)
+        if node.op == "aten.batch_norm.default":
+            function = batch_norm
+        return f"{self.bind(function, 'f')}({', '.join(parts)})"
 
     def keyword(self, key: str) -> str:
         if not key.isidentifier():
@@ -229,6 +232,20 @@ class _Source:
             name = self.bound[value] = f"{prefix}_{len(self.bound)}"
             self.scope[name] = value
         return name
+
+
+def batch_norm(x: Tensor, *args: Any) -> Tensor:
+    """ATen's batch_norm with the check that ``torch.nn.functional`` makes before it.
+
+    Without it one value per channel gives zeros and a running variance that is not a number.
+    """
+    training = args[4]
+    if training and x.numel() == x.shape[1]:
+        raise InputError(
+            f"BatchNorm: {x.shape[0]} row of shape {tuple(x.shape[1:])} has 1 value per channel, at least 2 are "
+            "needed in training; give every replica of this layer 2 rows or more of a micro-batch"
+        )
+    return torch.ops.aten.batch_norm.default(x, *args)
 
 
 def _check_range(ops: OpGraph, graph: ModelGraph, start: int, stop: int) -> None:

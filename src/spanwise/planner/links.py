@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spanwise.core.cluster import Cluster, Route
+from spanwise.core.profile import LinkTimes
 from spanwise.cost import ring_edge_bytes, ring_rounds
 
 Floats = NDArray[np.float64]
@@ -44,12 +46,18 @@ class Links:
     site_order: tuple[int, ...]
 
     @classmethod
-    def of(cls, cluster: Cluster) -> Links:
-        """Looks every pair up once."""
+    def of(cls, cluster: Cluster, measured: Sequence[LinkTimes] = ()) -> Links:
+        """Looks every pair up once; measured links replace the numbers of the cluster file."""
         ids = cluster.ids
+        known = {(link.source, link.target): _as_route(link) for link in measured}
         sites = {site: i for i, site in enumerate(dict.fromkeys(d.site for d in cluster.devices))}
         return cls(
-            tuple(tuple(cluster.route(a, b) if cluster.connected(a, b) else None for b in ids) for a in ids),
+            tuple(
+                tuple(
+                    known.get((a, b)) or cluster.route(a, b) if cluster.connected(a, b) else None for b in ids
+                )
+                for a in ids
+            ),
             tuple(sites[device.site] for device in cluster.devices),
         )
 
@@ -125,6 +133,11 @@ class Links:
 
         best = max(orders, key=lambda order: round(stays(order), 6))
         return tuple((d, rows[d]) for d in best)
+
+
+def _as_route(link: LinkTimes) -> Route:
+    rate = link.bandwidth_bytes_per_s
+    return Route(rate, link.latency_s, ((f"measured:{link.source}>{link.target}", rate),))
 
 
 def _sources_placed(start: tuple[int, ...], sources: list[int]) -> list[tuple[int, ...]]:

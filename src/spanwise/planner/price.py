@@ -27,8 +27,8 @@ from spanwise.planner.problem import Problem
 
 INFINITE = float("inf")
 # A device that holds several stages makes them wait for each other: simulated plans lose up to a third once
-# such a device is busy more than about three quarters of the time.
-SHARED = 1.3
+# such a device is busy more than about three quarters of the time. Per further stage that it holds:
+SHARED = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +154,10 @@ def _steps(problem: Problem, plan: Plan, lanes: list[Lane]) -> tuple[list[Step],
     bounds = [Price(count * load, f"network {name}") for name, load in loads.items()]
     held = [device for stage in plan.stages for device in stage.devices]
     for device, busy in used.items():
-        if held.count(device) > 1:
-            bounds.append(Price(SHARED * count * busy, f"compute on {device}, which holds several stages"))
+        stages = held.count(device)
+        if stages > 1:
+            bound = (1 + SHARED * (stages - 1)) * count * busy
+            bounds.append(Price(bound, f"compute on {device}, which holds {stages} stages"))
     return steps, bounds
 
 

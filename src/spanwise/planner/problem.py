@@ -89,7 +89,7 @@ class Problem:
     def links(self) -> Links:
         """Rates and latencies between all devices."""
         if self.memo.links is None:
-            self.memo.links = Links.of(self.cluster)
+            self.memo.links = Links.of(self.cluster, self.profile.links)
         return self.memo.links
 
     @property

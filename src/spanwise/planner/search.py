@@ -156,7 +156,8 @@ class Search:
             extra = np.maximum(extra, self.load.get(device, 0.0))
         busy = times.both
         if extra.any():
-            busy = SHARED * (times.both + extra[:, None, None])
+            fixed = (self.head is not None) + (self.tail is not None)
+            busy = (1 + SHARED * fixed) * (times.both + extra[:, None, None])
         whole = (self.counts - 1)[:, None, None] * busy + times.both
         if rest == 0 and self.tail is None:
             if self.labels and not self.lanes.gets_labels(devices):
@@ -229,7 +230,7 @@ class Search:
         most = np.full((1, len(self.counts), side), INFEASIBLE_S)
         exposed = np.zeros_like(most)
         own = tail.times.both[:, tail.at, side - 1]
-        load = SHARED * np.max(np.stack([self.load[d] for d in tail.group]), axis=0)
+        load = (1 + SHARED) * np.max(np.stack([self.load[d] for d in tail.group]), axis=0)
         most[0, :, tail.at] = (self.counts - 1) * load + own
         exposed[0, :, tail.at] = tail.times.sum_s[tail.at, side - 1]
         return most, exposed
@@ -272,7 +273,7 @@ class Search:
         less = head.times.backward[:, 0, head.at] if self.barrier else own
         load = own
         if self.tail is not None:
-            load = SHARED * np.max(np.stack([self.load[d] for d in head.group]), axis=0)
+            load = (1 + SHARED) * np.max(np.stack([self.load[d] for d in head.group]), axis=0)
         total = np.maximum((self.counts - 1) * load + own, own + after[:, head.at])
         return total + np.maximum(np.maximum(head.times.sum_s[0, head.at], hidden[:, head.at] - less), 0.0)
 

@@ -20,6 +20,8 @@ from spanwise.simulator import simulate
 # The formula is at times above the simulation, by at most 4 % in methods/hpp section 3; beyond this factor of
 # the best simulated time a plan can hardly win.
 HOPELESS = 1.15
+# Forwards, backwards and messages that a planner simulates among its finalists, in three plans at least.
+MOST_EFFORT = 12_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,24 @@ class Priced:
 
     plan: Plan
     price_s: float
+
+    @property
+    def kind(self) -> tuple[int, int]:
+        """Number of stages; where a device holds several also the depth of the first."""
+        held = [device for stage in self.plan.stages for device in stage.devices]
+        return len(self.plan.stages), 0 if len(set(held)) == len(held) else self.plan.stages[0].warmup
+
+    @property
+    def effort(self) -> int:
+        """About how many forwards, backwards and messages a step has."""
+        held = [len(stage.replicas) for stage in self.plan.stages]
+        messages = sum(a + b for a, b in pairwise(held)) + held[0] + held[-1]
+        return self.plan.micro_batches * (2 * sum(held) + 4 * messages)
+
+    @property
+    def handicap(self) -> float:
+        """Of equals the one with fewer actions: they are simulated and run with less overhead."""
+        return 1 + self.effort / 200_000
 
 
 def timeline(problem: Problem, plan: Plan) -> Timeline:
@@ -109,23 +129,25 @@ def simulated(problem: Problem, candidates: Sequence[Priced], limit: int) -> lis
     Raises:
         InfeasibleError: none fits in simulation.
     """
-    left = list(candidates)
+    left: list[Priced] = list(candidates)
     least = float("inf")
-    factor: dict[Kind, float] = {}
+    factor: dict[tuple[int, int], float] = {}
     done: list[tuple[float, int, Plan]] = []
     reason: InfeasibleError | None = None
-    tried = 0
-    while left and not (done and tried >= limit):
-        candidate = min(left, key=lambda c: c.price_s * factor.get(_kind(c.plan), 1.0))
+    tried, effort = 0, 0
+    while left and not (done and (tried >= limit or (effort > MOST_EFFORT and tried >= 3))):
+        candidate = min(left, key=lambda c: c.price_s * factor.get(c.kind, 1.0) * c.handicap)
         left.remove(candidate)
         tried += 1
+        effort += candidate.effort
         try:
             seconds = timeline(problem, candidate.plan).step_time_s
         except InfeasibleError as error:
             reason = reason or error
             continue
-        kind = _kind(candidate.plan)
-        factor[kind] = min(factor.get(kind, float("inf")), seconds / max(candidate.price_s, 1e-12))
+        factor[candidate.kind] = min(
+            factor.get(candidate.kind, float("inf")), seconds / max(candidate.price_s, 1e-12)
+        )
         done.append((seconds, tried, candidate.plan))
         least = min(least, seconds)
         left = [c for c in left if c.price_s <= HOPELESS * least]
@@ -158,7 +180,7 @@ def shifted(problem: Problem, plan: Plan, limit: int) -> Plan:
     """Moves single layers over stage borders while the simulator agrees, in at most ``limit`` simulations."""
     best, least = plan, timeline(problem, plan).step_time_s
     depth: Depth = "shallow" if _shallow(plan) == plan else "deep"
-    tried = {plan}
+    tried = [plan]
     moved = True
     while moved:
         moved = False
@@ -168,7 +190,7 @@ def shifted(problem: Problem, plan: Plan, limit: int) -> Plan:
                 continue
             if len(tried) > limit:
                 return best
-            tried.add(candidate.plan)
+            tried.append(candidate.plan)
             try:
                 seconds = timeline(problem, candidate.plan).step_time_s
             except InfeasibleError:
@@ -214,15 +236,6 @@ def _shallow(plan: Plan) -> Plan:
         for number, stage in enumerate(plan.stages)
     )
     return plan.model_copy(update={"stages": stages})
-
-
-Kind = tuple[int, int]
-
-
-def _kind(plan: Plan) -> Kind:
-    """Number of stages; where a device holds several also the depth of the first."""
-    held = [device for stage in plan.stages for device in stage.devices]
-    return len(plan.stages), 0 if len(set(held)) == len(held) else plan.stages[0].warmup
 
 
 def _is_shared(outline: Outline) -> bool:

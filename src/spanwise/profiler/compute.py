@@ -60,7 +60,7 @@ def measure_layers(
     measured: list[int] = []
     passes: list[list[Pass]] = []
     with _threads(threads), fixed_seed():
-        bench = LayerBench(traced, Sample(*sample), device)
+        bench = LayerBench(traced, Sample(*sample), device, threads)
         for count in wanted:
             spent = time.perf_counter() - start
             last = _pass_s(passes[-1]) * count / measured[-1] if measured else 0.0
@@ -69,10 +69,10 @@ def measure_layers(
             fits = int((budget_s - spent) / last) if last else repeats
             try:
                 passes.append(bench.passes(count, max(MIN_REPEATS, min(repeats, fits))))
-            except (ValueError, RuntimeError):
-                if count > 1:  # BatchNorm refuses one value per channel
+            except InputError:
+                if count > 1:
                     raise
-                continue
+                continue  # one value per channel is too few for BatchNorm
             measured.append(count)
         update = _update_s_per_byte(bench.parameters, device)
         overhead = bench.overhead()
@@ -91,8 +91,9 @@ def measure_layers(
 class LayerBench:
     """The layers of a model on copies of its weights, ready to be timed."""
 
-    def __init__(self, traced: Traced, sample: Sample, device: str) -> None:
+    def __init__(self, traced: Traced, sample: Sample, device: str, threads: int = 1) -> None:
         self.graph, self.sample, self.device = traced.graph, sample, device
+        self.one_thread = device == "cpu" and threads == 1
         self.parameters = {
             key: nn.Parameter(value.detach().to(device, copy=True))
             for key, value in traced.parameters.items()
@@ -168,10 +169,14 @@ class LayerBench:
         return median(forward), median(backward)
 
     def clock(self) -> float:
-        """Now, when all that was started on the device is done."""
+        """Now, when all that was started on the device is done.
+
+        One thread on a CPU is timed by the processor time it gets: other work on the machine does not
+        count, and backward runs in the calling thread.
+        """
         if self.device != "cpu":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return time.thread_time() if self.one_thread else time.perf_counter()
 
 
 class _Empty(nn.Module):

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 
 from pydantic import Field
@@ -94,9 +95,13 @@ def _version(package: str) -> str:
 
 
 def _source_digest(module: str) -> str:
-    """SHA-256 of the Python source of a module, of its whole package when it is one."""
+    """SHA-256 of the Python source of the package that a module lies in; of large ones, of the module only.
+
+    Looks at files and imports nothing: finding a submodule by the import system would run its parents.
+    """
+    top, *rest = module.split(".")
     try:
-        spec = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return "unknown"
     if spec is None or spec.origin is None:
@@ -104,8 +109,11 @@ def _source_digest(module: str) -> str:
     origin = Path(spec.origin)
     files = [origin]
     if origin.name == "__init__.py":
-        files = sorted(origin.parent.rglob("*.py"))[:_SOURCE_FILES]
-    digest = hashlib.sha256()
+        files = sorted(islice(origin.parent.rglob("*.py"), _SOURCE_FILES + 1))
+        if len(files) > _SOURCE_FILES:
+            place = origin.parent.joinpath(*rest)
+            files = [f for f in (place.with_suffix(".py"), place / "__init__.py") if f.is_file()]
+    digest = hashlib.sha256(_version(top).encode())
     for file in files:
         digest.update(os.fsencode(file.name))
         digest.update(file.read_bytes())

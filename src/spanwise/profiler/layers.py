@@ -15,7 +15,7 @@ from spanwise.profiler.cut import Cut
 from spanwise.profiler.observe import Observation, Seen
 
 # A product below this share of the model's FLOPs and of its parameters makes no layer of its own.
-NEGLIGIBLE = 1e-3
+NEGLIGIBLE = 1e-4
 
 _NORMS = frozenset({"batch_norm", "instance_norm"})
 

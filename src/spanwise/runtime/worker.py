@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import resource
 import socket
 import sys
 import threading
@@ -34,6 +33,7 @@ from spanwise.runtime.executor import StepResult
 from spanwise.runtime.feed import Rows
 from spanwise.runtime.imports import build
 from spanwise.runtime.link_probe import probe_link
+from spanwise.runtime.memory import MemoryWatch
 from spanwise.runtime.torch_dist import DistTransport, KeyValueStore, backend_for
 from spanwise.runtime.transport import Transport
 
@@ -105,7 +105,7 @@ class _Worker:
         self.arrived = threading.Condition()
         self.run: DeviceRun | None = None
         self.transport: Transport | None = None
-        self.base_memory = 0
+        self.memory = MemoryWatch()
 
     def serve(self) -> int:
         for target in (self._read, self._beat):
@@ -237,7 +237,7 @@ class _Worker:
         """Builds this device's part of the plan."""
         assert self.transport is not None
         head = frame.head
-        self.base_memory = _peak_rss()
+        self.memory = MemoryWatch()
         tensors = safetensors.torch.load(frame.payload)
         job = Job.parse(head["job"])
         assignment = Assignment(
@@ -290,6 +290,7 @@ class _Worker:
         self.channel.send("ran")
 
     def _on_step(self, result: StepResult) -> None:
+        self.memory.sample()
         record = result.record
         self.channel.send(
             "step", step=result.step, loss=result.loss, start=record.start, end=record.end, busy_s=record.busy_s
@@ -321,7 +322,7 @@ class _Worker:
             {"step": r.step, "start": r.start, "end": r.end, "busy_s": r.busy_s, "spans": r.spans}
             for r in self.run.recorder.records
         ]
-        self.channel.send("spanned", records=records, peak_bytes=max(0, _peak_rss() - self.base_memory))
+        self.channel.send("spanned", records=records, peak_bytes=self.memory.peak_bytes())
 
 
 def _sent_data(tensors: dict[str, Tensor]) -> Rows:
@@ -329,7 +330,3 @@ def _sent_data(tensors: dict[str, Tensor]) -> Rows:
 
     return TensorDataset(*(tensors[name] for name in sorted(tensors)))
 
-
-def _peak_rss() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

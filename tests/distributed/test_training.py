@@ -1,0 +1,210 @@
+"""Training like people expect: resume under another plan, checkpoints, NaN, weights under the model's own names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from cases import MLP
+from equality import cluster
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import spanwise
+from spanwise import api
+from spanwise.api.prepare import prepare_live
+from spanwise.api.run import Outcome, TrainOptions, run_job
+from spanwise.core.cluster import Cluster
+from spanwise.core.errors import CheckpointError, InputError, TrainingError
+from spanwise.core.job import Job
+from spanwise.zoo import mlp, mobilenet_v2
+from spanwise.zoo.data import synthetic_images, synthetic_vectors
+
+
+def job(**changes: Any) -> Job:
+    return Job.parse(
+        {
+            "model": {"name": "spanwise.zoo:mlp", "sizes": [8, 16, 16, 4]},
+            "data": {"name": "spanwise.zoo.data:synthetic_vectors", "rows": 96, "features": 8, "classes": 4},
+            "batch": 12, "steps": 8, "dtype": "float64", "checkpoint_every": 4,
+            "optimizer": {"name": "AdamW", "lr": 0.01},
+            "scheduler": {"name": "StepLR", "step_size": 1, "gamma": 0.5},
+            "scheduler_every": "step", "clip_norm": 1.0,
+            **changes,
+        }
+    )  # fmt: skip
+
+
+def run(task: Job, folder: Path, machines: Cluster | None = None, **options: Any) -> Outcome:
+    options.setdefault("strategy", "pipeline")
+    return run_job(task, machines or cluster(("a",)), TrainOptions(run=folder, backend="threads", **options))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "weights.safetensors")
+
+
+def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.allclose(a[k], b[k], rtol=1e-10, atol=1e-12) for k in a) and a.keys() == b.keys()
+
+
+def test_run_folder_is_complete_and_weights_load_into_the_original_model(tmp_path: Path) -> None:
+    outcome = run(job(), tmp_path / "r")
+    names = {p.name for p in (tmp_path / "r").iterdir()}
+    assert names >= {
+        "job.json", "cluster.json", "graph.json", "ops.json", "profile.json", "plan.json", "program.txt",
+        "timelines", "metrics.jsonl", "summary.json", "weights.safetensors", "report.html", "trace.json", "env.json",
+    }  # fmt: skip
+    fresh = mlp(sizes=(8, 16, 16, 4)).double()
+    fresh.load_state_dict(weights(tmp_path / "r"), strict=True)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    assert torch.equal(fresh.eval()(x), outcome.model.eval()(x))
+    steps = [m for m in outcome.folder.read_metrics() if m["event"] == "step"]
+    assert [m["step"] for m in steps] == list(range(8))
+    assert outcome.summary["accuracy"] is not None
+    assert outcome.summary["predicted"]["step_time_s"] > 0
+
+
+@pytest.mark.parametrize("other", ["single", "data_parallel", "hpp"])
+def test_resume_under_another_plan_gives_the_same_parameters(tmp_path: Path, other: str) -> None:
+    run(job(), tmp_path / "whole")
+    run(job(steps=4), tmp_path / "half")
+    run(job(), tmp_path / "rest", resume=tmp_path / "half", strategy=other)
+    assert close(weights(tmp_path / "rest"), weights(tmp_path / "whole"))
+
+
+def test_resume_on_another_cluster(tmp_path: Path) -> None:
+    smaller = Cluster.parse({"name": "one", "devices": [{"id": "a"}], "data": ["a"]})
+    run(job(), tmp_path / "whole")
+    run(job(steps=4), tmp_path / "half")
+    run(job(), tmp_path / "rest", smaller, resume=tmp_path / "half", strategy="single")
+    assert close(weights(tmp_path / "rest"), weights(tmp_path / "whole"))
+
+
+def test_without_the_optimizer_state_resume_would_differ(tmp_path: Path) -> None:
+    """Negative control: starting anew from the checkpoint's weights alone is another run."""
+    run(job(), tmp_path / "whole")
+    run(job(steps=4), tmp_path / "half")
+    manifest = next((tmp_path / "half" / "checkpoints").iterdir()) / "manifest.json"
+    data = json.loads(manifest.read_text())
+    empty = safetensors.torch.save({})
+    (manifest.parent / "optimizer.safetensors").write_bytes(empty)
+    import hashlib
+
+    data["sha256"]["optimizer.safetensors"] = hashlib.sha256(empty).hexdigest()
+    manifest.write_text(json.dumps(data))
+    run(job(), tmp_path / "rest", resume=tmp_path / "half")
+    assert not close(weights(tmp_path / "rest"), weights(tmp_path / "whole"))
+
+
+def test_same_seed_same_weights(tmp_path: Path) -> None:
+    first, second, other = (run(job(seed=s), tmp_path / str(i)) for i, s in enumerate((1, 1, 2)))
+    assert close(weights(first.folder.path), weights(second.folder.path))
+    assert not close(weights(first.folder.path), weights(other.folder.path))
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    task = job(
+        model={"name": "spanwise.zoo:mlp", "sizes": [8, 16, 16, 4], "activation": "relu"}, clip_norm=None,
+        optimizer={"name": "SGD", "lr": 1e120}, scheduler=None, checkpoint_every=1, steps=8,
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match=r"loss is (nan|inf) at step \d+; the last good checkpoint is kept"):
+        run(task, tmp_path / "r")
+    kept = sorted((tmp_path / "r" / "checkpoints").iterdir())
+    assert kept
+    assert not (tmp_path / "r" / "weights.safetensors").exists()
+
+
+def test_corrupt_checkpoint_is_refused(tmp_path: Path) -> None:
+    run(job(), tmp_path / "r")
+    newest = sorted((tmp_path / "r" / "checkpoints").iterdir())[-1]
+    file = newest / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is corrupt \(SHA-256 .*remove step-00000008"):
+        run(job(), tmp_path / "again", resume=tmp_path / "r")
+
+
+def test_resume_with_another_model_is_refused(tmp_path: Path) -> None:
+    run(job(), tmp_path / "r")
+    wider = job(model={"name": "spanwise.zoo:mlp", "sizes": [8, 20, 16, 4]})
+    with pytest.raises(CheckpointError, match="belongs to model .*, this job's model is"):
+        run(wider, tmp_path / "again", resume=tmp_path / "r")
+
+
+def test_resume_without_a_checkpoint(tmp_path: Path) -> None:
+    run(job(), tmp_path / "r")
+    for folder in (tmp_path / "r" / "checkpoints").iterdir():
+        (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.json: is missing"):
+        run(job(), tmp_path / "again", resume=tmp_path / "r")
+    with pytest.raises(InputError, match="holds no run"):
+        run(job(), tmp_path / "again", resume=tmp_path / "nowhere")
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    run(job(checkpoint_every=1), tmp_path / "r")
+    assert sorted(p.name for p in (tmp_path / "r" / "checkpoints").iterdir()) == ["step-00000007", "step-00000008"]
+
+
+def test_data_shorter_than_a_batch(tmp_path: Path) -> None:
+    short = job(data={"name": "spanwise.zoo.data:synthetic_vectors", "rows": 10, "features": 8, "classes": 4})
+    with pytest.raises(InputError, match="the training set has 10 rows, fewer than one batch of 12"):
+        run(short, tmp_path / "r")
+
+
+def test_running_statistics_are_averaged_over_replicas(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = mobilenet_v2(num_classes=5, width=0.25)
+    train, test = synthetic_images(rows=48, shape=(3, 8, 8), classes=5, seed=0)
+    task = Job.parse({"model": "live", "data": "live", "loss": "live", "batch": 24, "steps": 2})
+    prepared = prepare_live(task, model, nn.CrossEntropyLoss(), train, test)
+    outcome = run(prepared.job, tmp_path / "r", prepared=prepared, strategy="data_parallel")
+    state = weights(outcome.folder.path)
+    assert state.keys() == model.state_dict().keys()
+    counts = [v for k, v in state.items() if k.endswith("num_batches_tracked")]
+    assert all(int(v) == 2 * outcome.plan.micro_batches for v in counts)
+    assert all(bool(torch.isfinite(v).all()) for v in state.values())
+
+
+def test_trainer_with_live_objects_on_worker_processes(tmp_path: Path) -> None:
+    """The eight-line example: a live module, a data set, a cluster; rows go only to the devices that hold data."""
+    torch.manual_seed(0)
+    model = mlp(sizes=(8, 16, 4))
+    train, test = synthetic_vectors(rows=240, features=8, classes=4, seed=0)
+    machines = {**cluster(("a", "b")).to_data(), "emulation": {"core_share": 0.5}}
+    trainer = spanwise.Trainer(
+        model, nn.CrossEntropyLoss(), cluster=Cluster.parse(machines), strategy="data_parallel",
+        run=tmp_path / "r", batch=24, epochs=2, optimizer={"name": "SGD", "lr": 0.1},
+    )  # fmt: skip
+    outcome = trainer.fit(train, test)
+    assert outcome.model is model
+    assert outcome.summary["accuracy"] is not None
+    assert set(outcome.plan.devices) == {"a", "b", "c", "d"}
+    assert outcome.measured.device("c").peak_memory_bytes >= 0
+
+
+def test_plan_without_training() -> None:
+    torch.manual_seed(0)
+    train = TensorDataset(torch.randn(48, 8), torch.randint(0, 4, (48,)))
+    trainer = spanwise.Trainer(mlp(sizes=(8, 16, 4)), nn.CrossEntropyLoss(), cluster=cluster(("a",)), batch=24)
+    plan, evaluations = trainer.plan(train)
+    assert plan.batch == 24
+    assert {e.strategy for e in evaluations} >= {"single", "data_parallel", "gpipe", "pipeline", "hpp"}
+
+
+def test_api_verbs_agree(tmp_path: Path) -> None:
+    task = job(batch=12)
+    machines = cluster(("a",))
+    graph, times = api.profile(task, machines, cache=tmp_path)
+    again, times_again = api.profile(task, machines, cache=tmp_path)
+    assert (graph, times) == (again, times_again)
+    plan, _ = api.plan(task, machines, strategy="gpipe", cache=tmp_path)
+    timeline = api.simulate(plan, graph, times, machines, job=task)
+    assert timeline.step_time_s > 0
+    assert MLP.batch == 12
