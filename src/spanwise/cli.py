@@ -112,7 +112,9 @@ def plan(
     strategy: Strategy = "auto",
     sets: Sets = None,
     cache: Cache = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the plan, with all it needs, here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the plan, with all it needs, here.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict every strategy and say which wins, why, and whether distributing pays."""

@@ -123,7 +123,9 @@ def show_timeline(timeline: Timeline) -> None:
     """``spanwise simulate``."""
     console = _console()
     console.print(f"step time {format_seconds(timeline.step_time_s)} ({timeline.origin})")
-    table = _table(("device", "l"), ("busy", "r"), ("utilization", "r"), ("peak memory", "r"), ("sent/step", "r"))
+    table = _table(
+        ("device", "l"), ("busy", "r"), ("utilization", "r"), ("peak memory", "r"), ("sent/step", "r")
+    )
     for use in timeline.devices:
         table.add_row(
             use.device,
@@ -184,9 +186,11 @@ class RunConsole:
         if pool.same_clock:
             return
         endpoint = f"{pool.coordinator.host}:{pool.coordinator.port}"
-        self._console.print(f"workers may join; on each device, with its id and this token in SPANWISE_TOKEN:\n"
-                            f"  spanwise worker --join {endpoint} --device ID\n  token: {pool.token}",
-                            markup=False)  # fmt: skip
+        self._console.print(
+            "workers may join; on each device, with its id and this token in SPANWISE_TOKEN:\n"
+            f"  spanwise worker --join {endpoint} --device ID\n  token: {pool.token}",
+            markup=False,
+        )
 
     def on_plan(
         self, plan: Plan, graph: ModelGraph, evaluations: tuple[Evaluation, ...], predicted: Timeline

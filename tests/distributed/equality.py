@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def random_plan(
     sizes = [replica.rows for replica in deal(rng, names, rows, least)]
     stages: list[Stage] = []
     warmup = rng.randint(count, 2 * count)
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         devices = rng.sample(pool, len(sizes) if same_slices else rng.randint(1, min(len(pool), rows, 3)))
         replicas = deal(rng, devices, rows)
         if same_slices:
@@ -172,6 +173,4 @@ def batch_indices(work: Assignment, sampler: Sampler, step: int, rows: int) -> l
 def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Over all parameters, relative to the size of the expected value where that is above one."""
     assert found.keys() == expected.keys()
-    return max(
-        float(((found[k] - v).abs() / v.abs().clamp(min=1.0)).max()) for k, v in expected.items()
-    )
+    return max(float(((found[k] - v).abs() / v.abs().clamp(min=1.0)).max()) for k, v in expected.items())

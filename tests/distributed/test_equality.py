@@ -1,4 +1,4 @@
-"""The equality ladder: (a) one device = plain PyTorch, (b) threads, (c) gloo processes, (d) order of actions."""
+"""The equality ladder: (a) one device, (b) threads, (c) gloo processes, (d) the order of actions."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def test_gloo_processes_equal_plain_pytorch(pool: WorkerPool, name: str, seed: i
     case = ALL[name]
     _, source = of(case)
     plan = plan_for(case, seed)
-    session = ProcessSession(pool, assignment(case, source, plan), source.parameters | source.buffers, case.data())
+    session = ProcessSession(
+        pool, assignment(case, source, plan), source.parameters | source.buffers, case.data()
+    )
     losses = [report.loss for report in session.run(0, STEPS)]
     assert difference(case, plan, session.snapshot(), losses) < 1e-10
 
@@ -117,7 +119,7 @@ def test_replicas_end_with_the_same_bits(pool: WorkerPool) -> None:
     work = assignment(GPT, source, plan)
     session = ThreadSession(work, source.parameters | source.buffers, GPT.data())
     list(session.run(0, 3))
-    states = [run.state().tensors for run in session._runs.values()]  # noqa: SLF001
+    states = [run.state().tensors for run in session._runs.values()]
     session.close()
     for name, tensor in states[0].items():
         assert all(torch.equal(tensor, other[name]) for other in states[1:])
@@ -133,7 +135,9 @@ def test_recorded_order_is_the_program(seed: int) -> None:
     spans = session.spans()
     session.close()
     for device in spans:
-        compute = [str(a) for a in work.program.devices[device.device] if a.kind in ("forward", "backward", "step")]
+        compute = [
+            str(a) for a in work.program.devices[device.device] if a.kind in ("forward", "backward", "step")
+        ]
         for _, start, end, busy, entries in device.steps:
             done = [e for e in entries if e[1] in ("forward", "backward", "step")]
             assert [e[2] for e in done] == compute

@@ -1,4 +1,4 @@
-"""Training like people expect: resume under another plan, checkpoints, NaN, weights under the model's own names."""
+"""Training like people expect: resume under another plan, checkpoints, NaN, the model's own names."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def test_run_folder_is_complete_and_weights_load_into_the_original_model(tmp_pat
     names = {p.name for p in (tmp_path / "r").iterdir()}
     assert names >= {
         "job.json", "cluster.json", "graph.json", "ops.json", "profile.json", "plan.json", "program.txt",
-        "timelines", "metrics.jsonl", "summary.json", "weights.safetensors", "report.html", "trace.json", "env.json",
+        "timelines", "metrics.jsonl", "summary.json", "weights.safetensors", "report.html",
+        "trace.json", "env.json",
     }  # fmt: skip
     fresh = mlp(sizes=(8, 16, 16, 4)).double()
     fresh.load_state_dict(weights(tmp_path / "r"), strict=True)
@@ -112,7 +113,9 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path: Path) ->
         model={"name": "spanwise.zoo:mlp", "sizes": [8, 16, 16, 4], "activation": "relu"}, clip_norm=None,
         optimizer={"name": "SGD", "lr": 1e120}, scheduler=None, checkpoint_every=1, steps=8,
     )  # fmt: skip
-    with pytest.raises(TrainingError, match=r"loss is (nan|inf) at step \d+; the last good checkpoint is kept"):
+    with pytest.raises(
+        TrainingError, match=r"loss is (nan|inf) at step \d+; the last good checkpoint is kept"
+    ):
         run(task, tmp_path / "r")
     kept = sorted((tmp_path / "r" / "checkpoints").iterdir())
     assert kept
@@ -126,14 +129,16 @@ def test_corrupt_checkpoint_is_refused(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(bytes(data))
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: is corrupt \(SHA-256 .*remove step-00000008"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: is corrupt \(SHA-256 .*remove step-00000008"
+    ):
         run(job(), tmp_path / "again", resume=tmp_path / "r")
 
 
 def test_resume_with_another_model_is_refused(tmp_path: Path) -> None:
     run(job(), tmp_path / "r")
     wider = job(model={"name": "spanwise.zoo:mlp", "sizes": [8, 20, 16, 4]})
-    with pytest.raises(CheckpointError, match="belongs to model .*, this job's model is"):
+    with pytest.raises(CheckpointError, match=r"belongs to model .*, this job's model is"):
         run(wider, tmp_path / "again", resume=tmp_path / "r")
 
 
@@ -149,7 +154,10 @@ def test_resume_without_a_checkpoint(tmp_path: Path) -> None:
 
 def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     run(job(checkpoint_every=1), tmp_path / "r")
-    assert sorted(p.name for p in (tmp_path / "r" / "checkpoints").iterdir()) == ["step-00000007", "step-00000008"]
+    assert sorted(p.name for p in (tmp_path / "r" / "checkpoints").iterdir()) == [
+        "step-00000007",
+        "step-00000008",
+    ]
 
 
 def test_data_shorter_than_a_batch(tmp_path: Path) -> None:
@@ -173,7 +181,7 @@ def test_running_statistics_are_averaged_over_replicas(tmp_path: Path) -> None:
 
 
 def test_trainer_with_live_objects_on_worker_processes(tmp_path: Path) -> None:
-    """The eight-line example: a live module, a data set, a cluster; rows go only to the devices that hold data."""
+    """The eight-line example: a live module, a data set, a cluster."""
     torch.manual_seed(0)
     model = mlp(sizes=(8, 16, 4))
     train, test = synthetic_vectors(rows=240, features=8, classes=4, seed=0)
@@ -192,7 +200,9 @@ def test_trainer_with_live_objects_on_worker_processes(tmp_path: Path) -> None:
 def test_plan_without_training() -> None:
     torch.manual_seed(0)
     train = TensorDataset(torch.randn(48, 8), torch.randint(0, 4, (48,)))
-    trainer = spanwise.Trainer(mlp(sizes=(8, 16, 4)), nn.CrossEntropyLoss(), cluster=cluster(("a",)), batch=24)
+    trainer = spanwise.Trainer(
+        mlp(sizes=(8, 16, 4)), nn.CrossEntropyLoss(), cluster=cluster(("a",)), batch=24
+    )
     plan, evaluations = trainer.plan(train)
     assert plan.batch == 24
     assert {e.strategy for e in evaluations} >= {"single", "data_parallel", "gpipe", "pipeline", "hpp"}

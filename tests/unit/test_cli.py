@@ -72,7 +72,10 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 
 def test_profile_plan_simulate(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], files: tuple[str, str, str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    files: tuple[str, str, str],
+    tmp_path: Path,
 ) -> None:
     job, cluster, cache = files
     common = (job, "--cluster", cluster, "--cache", cache)
@@ -155,7 +158,10 @@ def test_mistakes_are_one_line_and_a_code(
 
 
 def test_unwritable_run_folder(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], files: tuple[str, str, str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    files: tuple[str, str, str],
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
     job, cluster, cache = files
@@ -165,7 +171,10 @@ def test_unwritable_run_folder(
 
 
 def test_memory_too_small_says_by_how_much_and_where(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], files: tuple[str, str, str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    files: tuple[str, str, str],
+    tmp_path: Path,
 ) -> None:
     job, _, cache = files
     tiny = tmp_path / "tiny.toml"

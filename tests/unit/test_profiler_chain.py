@@ -1,4 +1,4 @@
-"""Stages in a chain compute what the model computes: loss, gradients and buffers, for any cuts and any rows."""
+"""Stages in a chain compute what the model computes: loss, gradients, buffers, for any cuts and rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -281,7 +282,7 @@ def chained(traced: Traced, ops: OpGraph, cuts: list[int], batch: Data, *, seed:
     bounds = [0, *cuts, len(graph)]
     kept: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
     values = tuple(x.clone() for x in batch[0])
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         stage = StageModule(ops, graph, start, stop, parameters=parameters, buffers=buffers)
         if start:
             values = received(values, graph.cut_before(start))

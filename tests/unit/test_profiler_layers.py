@@ -157,3 +157,41 @@ def _kept(model: nn.Module, x: Tensor, y: Tensor) -> int:
         loss = F.cross_entropy(model(x), y)
     loss.backward()
     return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def test_extra_outputs_do_not_forbid_cuts() -> None:
+    class Talkative(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(6)])
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            seen: list[Tensor] = []
+            for layer in self.layers:
+                x = torch.tanh(layer(x))
+                seen.append(x)
+            return (x, *seen)
+
+    sample = (torch.randn(4, 8),), (torch.randint(8, (4,)),)
+    found = trace(Talkative(), lambda out, y: F.cross_entropy(out[0], y), *sample, name="model")
+    assert len(found.graph) == 6
+    assert len(found.ops.outputs) == 1
+
+
+def test_mask_of_the_data_crosses_the_cuts() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            scale = 1.0 - mask.to(x.dtype)
+            return self.c(self.b(self.a(x) * scale) * scale)
+
+    inputs = torch.randn(4, 8), torch.randint(2, (4, 8))
+    labels = (torch.randint(8, (4,)),)
+    graph = trace(Masked(), F.cross_entropy, inputs, labels, name="model").graph
+    assert [spec.dtype for spec in graph.inputs] == ["float32", "int64"]
+    crossing = graph.layers[0].outputs
+    assert [spec.differentiable for spec in crossing] in ([False, True], [True, False], [True])
+    assert len(graph) == 3

@@ -18,9 +18,9 @@ from spanwise.core.timeline import Timeline
 if TYPE_CHECKING:
     from torch import nn
 
-    from spanwise.core.faults import Fault
     from spanwise.api.prepare import Prepared
     from spanwise.api.run import Outcome, Watcher
+    from spanwise.core.faults import Fault
     from spanwise.planner import Evaluation
 
 

@@ -76,9 +76,7 @@ def save_plan(
     predict(chosen, graph, times, cluster, job).save(folder.simulated)
 
 
-def simulate_folder(
-    path: Path, cluster_path: Path | None, faults: tuple[str, ...], steps: int
-) -> Timeline:
+def simulate_folder(path: Path, cluster_path: Path | None, faults: tuple[str, ...], steps: int) -> Timeline:
     """The predicted Timeline of a folder's plan, optionally on another cluster and with faults."""
     folder = RunFolder.open(path)
     cluster = Cluster.load(cluster_path or folder.cluster)

@@ -32,7 +32,9 @@ def examine() -> dict[str, Any]:
         "accelerators": _accelerators(),
         "emulation": {
             "portable": "yes: compute is slowed and messages are paced, no root needed",
-            "network_namespaces": "yes" if root and Path("/dev/net/tun").exists() else "no: needs root and /dev/net/tun",
+            "network_namespaces": "yes"
+            if root and Path("/dev/net/tun").exists()
+            else "no: needs root and /dev/net/tun",
         },
     }
 

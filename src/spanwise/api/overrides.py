@@ -24,7 +24,9 @@ def apply(path: Path, overrides: tuple[str, ...]) -> Job:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise InputError(f"--set '{text}': write it as key=value, like batch=64 or optimizer.args.lr=0.01")
+            raise InputError(
+                f"--set '{text}': write it as key=value, like batch=64 or optimizer.args.lr=0.01"
+            )
         target: dict[str, Any] = data
         *parents, last = key.strip().split(".")
         for parent in parents:

@@ -54,6 +54,4 @@ def predict(
     """The simulated Timeline of a plan."""
     program = lower(plan, graph, clip=job.clip_norm is not None)
     copies = optimizer_copies(job.optimizer)
-    return simulate(
-        program, plan, graph, times, cluster, optimizer_copies=copies, steps=steps, faults=faults
-    )
+    return simulate(program, plan, graph, times, cluster, optimizer_copies=copies, steps=steps, faults=faults)

@@ -174,9 +174,7 @@ class _Run:
         summary = self._summary(assignment, predicted, measured, trained, time.monotonic() - began)
         self.folder.write_json(self.folder.summary, summary)
         write_report(self.folder)
-        return Outcome(
-            self.folder, plan, predicted, measured, summary, self.prepared.model, evaluations
-        )
+        return Outcome(self.folder, plan, predicted, measured, summary, self.prepared.model, evaluations)
 
     def close(self) -> None:
         if self.session is not None:
@@ -206,8 +204,8 @@ class _Run:
             return choose(self.job, self.cluster, graph, times, self.options.strategy)
         if given.batch != self.job.batch:
             raise PlanError(
-                f"plan '{given.strategy}' is for batches of {given.batch} rows, the job has {self.job.batch}; "
-                "plan again"
+                f"plan '{given.strategy}' is for batches of {given.batch} rows, the job has "
+                f"{self.job.batch}; plan again"
             )
         return given, ()
 
@@ -257,7 +255,12 @@ class _Run:
             folder.metrics.unlink(missing_ok=True)
 
     def _summary(
-        self, assignment: Assignment, predicted: Timeline, measured: Timeline, trained: Trained, seconds: float
+        self,
+        assignment: Assignment,
+        predicted: Timeline,
+        measured: Timeline,
+        trained: Trained,
+        seconds: float,
     ) -> dict[str, Any]:
         batch = assignment.plan.batch
         step_s = measured.step_time_s

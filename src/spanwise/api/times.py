@@ -1,4 +1,4 @@
-"""Layer times for every device of a cluster: from the cache, from this machine, or from the devices themselves."""
+"""Layer times for every device of a cluster: from the cache, this machine, or the devices themselves."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def measure_here(prepared: Prepared, threads: int, torch_device: str = "cpu") ->
 
 
 def scaled(graph: ModelGraph, cluster: Cluster, tables: dict[int, TimeTable]) -> Profile:
-    """This machine's tables, stretched by each device's speed (and core share when emulated)."""
+    """Tables of this machine, stretched by each device's speed (and core share when emulated)."""
     threads = sorted(tables)
     share = cluster.emulation.core_share if cluster.emulation is not None else 1.0
     return Profile(
@@ -79,9 +79,7 @@ def profile_devices(prepared: Prepared, pool: WorkerPool) -> Profile:
     links: list[LinkTimes] = []
     for (a, b), samples in pool.probe_links().items():
         round_trip_s, rate = fit_link(samples)
-        links.append(
-            LinkTimes(source=a, target=b, bandwidth_bytes_per_s=rate, latency_s=round_trip_s / 2)
-        )
+        links.append(LinkTimes(source=a, target=b, bandwidth_bytes_per_s=rate, latency_s=round_trip_s / 2))
     return Profile(
         graph_digest=graph.digest,
         tables=tuple(table_of(frames[d].head) for d in pool.devices),

@@ -89,7 +89,7 @@ class DataShare(Noun):
 
 
 class Emulation(Noun):
-    """This cluster is emulated on one machine: speed 1.0 is ``core_share`` of one of its cores."""
+    """The cluster is emulated on one machine: speed 1.0 is ``core_share`` of one of its cores."""
 
     core_share: float = Field(default=1.0, gt=0, le=1)
 
@@ -137,9 +137,7 @@ class Cluster(Noun):
         _refuse_doubles(ids, f"cluster '{self.name}': device id")
         sites = {device.site for device in self.devices}
         for name in sorted(sites & set(ids)):
-            raise InputError(
-                f"cluster '{self.name}': '{name}' names a device and a site; rename one"
-            )
+            raise InputError(f"cluster '{self.name}': '{name}' names a device and a site; rename one")
         for link in self.links:
             for end in (link.source, link.target):
                 if end not in sites and end not in ids:

@@ -34,7 +34,8 @@ class Job(Noun):
 
     Attributes:
         model: factory of an ``nn.Module`` as ``"module:function"``.
-        loss: ``"cross_entropy"``, ``"mse"`` or ``"module:function"``: (outputs, labels) to the *mean* over rows.
+        loss: ``"cross_entropy"``, ``"mse"`` or ``"module:function"``: (outputs, labels) to the
+            *mean* over rows.
         data: factory of (training set, test set or none) as ``"module:function"``.
         batch: rows of a global batch, G; one optimizer step each.
         optimizer, scheduler: a class of ``torch.optim`` / ``torch.optim.lr_scheduler`` by name; the

@@ -102,9 +102,7 @@ class ModelGraph(Noun):
                     f"but '{before.name}' ends at {before.ops[1]}; layers must follow each other"
                 )
             if not before.outputs:
-                raise InputError(
-                    f"model '{self.name}': nothing crosses the cut behind layer '{before.name}'"
-                )
+                raise InputError(f"model '{self.name}': nothing crosses the cut behind layer '{before.name}'")
         if self.layers[-1].outputs:
             raise InputError(f"model '{self.name}': the last layer must end in the loss")
         return self

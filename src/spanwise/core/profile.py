@@ -46,9 +46,7 @@ class TimeTable(Noun):
         for index, layer in enumerate(self.layers):
             for values in (layer.forward_s, layer.backward_s):
                 if len(values) != len(self.rows) or min(values) < 0:
-                    raise InputError(
-                        f"profile: layer {index} needs {len(self.rows)} times, none negative"
-                    )
+                    raise InputError(f"profile: layer {index} needs {len(self.rows)} times, none negative")
         return self
 
     def forward(self, layer: int, rows: int) -> float:

@@ -121,7 +121,7 @@ _FORMS = (
     ),
     (re.compile(rf"reduce y(?P<y>\d+)\.(?P<g>\d+) (?P<n>\d+)B over {_NAMES}"), _reduce),
     (re.compile(rf"norm over {_NAMES}"), lambda m: Action("norm", members=_members(m))),
-    (re.compile(r"step"), lambda m: Action("step")),
+    (re.compile(r"step"), lambda _: Action("step")),
 )
 
 

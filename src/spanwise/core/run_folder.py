@@ -1,4 +1,4 @@
-"""The run folder: the interface between commands. Each file can be redone, diffed, mailed and tested alone."""
+"""The run folder: the interface between commands. Each file can be redone, diffed and tested alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class RunFolder:
         """An existing run; ``InputError`` if there is none."""
         folder = cls(path)
         if not folder.job.is_file():
-            raise InputError(f"run folder {path}: holds no run (no {folder.job.name}); give the folder of a run")
+            raise InputError(
+                f"run folder {path}: holds no run (no {folder.job.name}); give the folder of a run"
+            )
         return folder
 
     @property

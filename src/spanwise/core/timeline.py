@@ -14,8 +14,8 @@ Origin = Literal["simulated", "measured"]
 class Span(Noun):
     """What a lane did from ``start_s`` to ``end_s``, counted from the start of the timeline.
 
-    A lane is a device id (compute) or ``a>b`` (the messages from a to b). ``action`` is the text of the Action;
-    the kind ``wait`` marks time in which a device waited for the action that follows.
+    A lane is a device id (compute) or ``a>b`` (the messages from a to b). ``action`` is the text of the
+    Action; the kind ``wait`` marks time in which a device waited for the action that follows.
     """
 
     lane: str

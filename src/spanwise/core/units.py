@@ -28,8 +28,7 @@ def _parse(text: str | float | int, units: dict[str, float], what: str, example:
         match = _QUANTITY.fullmatch(text)
         if match is None or match.group(2) not in units:
             raise InputError(
-                f"{what}: '{text}' is not a quantity; write it like '{example}' "
-                f"(units: {', '.join(units)})"
+                f"{what}: '{text}' is not a quantity; write it like '{example}' (units: {', '.join(units)})"
             )
         value = float(match.group(1)) * units[match.group(2)]
     if not math.isfinite(value) or value < 0:

@@ -72,8 +72,8 @@ def _check_coverage(program: Program, plan: Plan) -> None:
                     end = b
                 if end != plan.micro_batch_rows:
                     raise PlanError(
-                        f"program: {kind} of stage {stage}, micro-batch {micro_batch} covers rows up to {end} "
-                        f"of {plan.micro_batch_rows}, each must be computed once"
+                        f"program: {kind} of stage {stage}, micro-batch {micro_batch} covers rows up to "
+                        f"{end} of {plan.micro_batch_rows}, each must be computed once"
                     )
     if computed:
         kind, stage, micro_batch = next(iter(computed))

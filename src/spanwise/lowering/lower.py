@@ -172,7 +172,7 @@ class _Lowering:
         A source that computes the first stage loads a little ahead of itself, so that raw rows for
         others do not stand before activations in the queue of a link.
         """
-        if device not in dict((s.device, s) for s in self.plan.sources):
+        if device not in {source.device for source in self.plan.sources}:
             return {}
         total = self.plan.micro_batches
         own = [i for i, op in enumerate(order) if op.stage == 0 and op.kind == "forward"]
@@ -221,8 +221,7 @@ class _Lowering:
             stages = {
                 i
                 for i, stage in enumerate(self.plan.stages)
-                if device in stage.devices
-                and any(a < stage.stop and stage.start < b for a, b in sync.layers)
+                if device in stage.devices and any(a < stage.stop and stage.start < b for a, b in sync.layers)
             }
             if stages & pending:
                 continue

@@ -27,7 +27,11 @@ _COMPUTING = frozenset({
 })  # fmt: skip
 
 # Operations that overwrite arguments without declaring it: (operation, training flag, overwritten arguments).
-_HIDDEN_WRITES = {"aten.batch_norm.default": (5, (3, 4)), "aten.instance_norm.default": (5, (3, 4))}
+_HIDDEN_WRITES = {
+    "aten.batch_norm.default": (5, (3, 4)),
+    "aten.instance_norm.default": (5, (3, 4)),
+    "aten.native_batch_norm.default": (5, (3, 4)),
+}
 
 
 def is_random(op: str) -> bool:

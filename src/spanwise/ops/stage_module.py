@@ -242,8 +242,8 @@ def batch_norm(x: Tensor, *args: Any) -> Tensor:
     training = args[4]
     if training and x.numel() == x.shape[1]:
         raise InputError(
-            f"BatchNorm: {x.shape[0]} row of shape {tuple(x.shape[1:])} has 1 value per channel, at least 2 are "
-            "needed in training; give every replica of this layer 2 rows or more of a micro-batch"
+            f"BatchNorm: {x.shape[0]} row of shape {tuple(x.shape[1:])} has 1 value per channel, at least 2 "
+            "are needed in training; give every replica of this layer 2 rows or more of a micro-batch"
         )
     return torch.ops.aten.batch_norm.default(x, *args)
 

@@ -172,7 +172,7 @@ def at_both_depths(problem: Problem, strategy: str, outlines: Sequence[Outline],
         pool += priced(problem, strategy, shared, depth="shallow")
     best = simulated(problem, pool, limit)[: max(2, limit // 4)]
     shallow = [Priced(_shallow(plan), 0.0) for plan in best if len(plan.stages) > 1]
-    winner = fastest(problem, [Priced(plan, 0.0) for plan in best] + shallow, 2 * len(best))
+    winner = fastest(problem, [Priced(best[0], 0.0), *shallow], 1 + len(shallow))
     return shifted(problem, winner, limit)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from spanwise.core.model import ModelGraph, TensorSpec
-from spanwise.ops.opgraph import Slot
+from spanwise.ops.opgraph import OpGraph, Slot
 from spanwise.ops.resolve import dtype_of
 from spanwise.profiler.cut import clean_cuts
 from spanwise.profiler.export import (
@@ -19,7 +21,7 @@ from spanwise.profiler.export import (
 )
 from spanwise.profiler.layers import Chain, build_layers, choose_cuts
 from spanwise.profiler.normalize import normalize
-from spanwise.profiler.observe import observe
+from spanwise.profiler.observe import Observation, observe
 from spanwise.profiler.traced import Traced
 from spanwise.profiler.verify import check_gradients, check_mean
 
@@ -71,6 +73,7 @@ def _trace(wrapper: ModelWithLoss, sample: Sample, name: str) -> Traced:
             observe(found.ops, found.parameters, found.buffers, sample.resized(rows))
             for rows in (FEW_ROWS, MORE_ROWS)
         )
+    found = replace(found, ops=_without_hindering_outputs(found.ops, few, more))
     chain = Chain(found.ops, found.paths, few, more)
     cuts = choose_cuts(chain, clean_cuts(found.ops, few, more))
     graph = ModelGraph(
@@ -82,6 +85,14 @@ def _trace(wrapper: ModelWithLoss, sample: Sample, name: str) -> Traced:
     )
     traced = Traced(graph, found.ops, found.parameters, found.buffers)
     return check_gradients(traced, wrapper, sample.resized(MORE_ROWS), name)
+
+
+def _without_hindering_outputs(ops: OpGraph, few: Observation, more: Observation) -> OpGraph:
+    """Keeps only the first output if the others (caches, hidden states) forbid cuts by living to the end."""
+    only = replace(ops, outputs=ops.outputs[:1])
+    if len(clean_cuts(only, few, more)) > len(clean_cuts(ops, few, more)):
+        return only
+    return ops
 
 
 def _spec(slot: Slot) -> TensorSpec:

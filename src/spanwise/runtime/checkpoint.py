@@ -66,7 +66,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise ResourceError(
-            f"checkpoint {target}: cannot be written ({error.strerror}); free space or choose another run folder"
+            f"checkpoint {target}: cannot be written ({error.strerror}); free space or choose "
+            "another run folder"
         ) from None
     return target
 
@@ -88,9 +89,12 @@ def load_checkpoint(folder: Path, model_digest: str) -> Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{path / name}: cannot be read ({error.strerror})") from None
         if actual != expected:
-            older = f"; an older one is {found[-2].name}, remove {path.name} to use it" if len(found) > 1 else ""
+            older = (
+                f"; an older one is {found[-2].name}, remove {path.name} to use it" if len(found) > 1 else ""
+            )
             raise CheckpointError(
-                f"{path / name}: is corrupt (SHA-256 {actual[:12]}.., the manifest says {expected[:12]}..){older}"
+                f"{path / name}: is corrupt (SHA-256 {actual[:12]}.., the manifest says "
+                f"{expected[:12]}..){older}"
             )
     if manifest["model_digest"] != model_digest:
         raise CheckpointError(

@@ -6,6 +6,7 @@ its length has been checked, and before the handshake only small frames are acce
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -83,10 +84,8 @@ class Channel:
 
     def close(self) -> None:
         """Closes the connection; a thread that receives gets a ``PeerError``."""
-        try:
+        with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self._socket.close()
 
     def _read(self, size: int) -> bytes:

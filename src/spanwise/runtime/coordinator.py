@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
 import threading
@@ -23,8 +24,7 @@ from spanwise.runtime.control import HANDSHAKE_TIMEOUT_S, Channel, Frame, greet,
 
 _SILENT_S = 6.0  # a worker sends a heartbeat every second; survivors must end within 10 s
 _ERRORS: dict[str, type[SpanwiseError]] = {
-    kind.__name__: kind
-    for kind in (CheckpointError, InputError, PeerError, ResourceError, TrainingError)
+    kind.__name__: kind for kind in (CheckpointError, InputError, PeerError, ResourceError, TrainingError)
 }
 
 
@@ -40,7 +40,9 @@ class _Member:
 class Coordinator:
     """Listens for workers on one address. The first failure of any of them ends the run for all."""
 
-    def __init__(self, host: str, port: int, token: str, devices: tuple[str, ...], versions: dict[str, str]) -> None:
+    def __init__(
+        self, host: str, port: int, token: str, devices: tuple[str, ...], versions: dict[str, str]
+    ) -> None:
         self._token, self._devices, self._versions = token, devices, versions
         self._server = listen(host, port)
         self.host, self.port = self._server.getsockname()[:2]
@@ -90,7 +92,9 @@ class Coordinator:
         found: dict[str, Frame] = {}
         end = time.monotonic() + timeout_s
         while waiting:
-            device, frame = self.next_event(end - time.monotonic(), f"'{kind}' from {', '.join(sorted(waiting))}")
+            device, frame = self.next_event(
+                end - time.monotonic(), f"'{kind}' from {', '.join(sorted(waiting))}"
+            )
             if frame.kind == kind and device in waiting:
                 waiting.discard(device)
                 found[device] = frame
@@ -130,10 +134,8 @@ class Coordinator:
                 member.channel.send("stop")
             except PeerError:
                 continue
-        try:
+        with contextlib.suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self._server.close()
 
     def drop(self) -> None:
@@ -170,7 +172,9 @@ class Coordinator:
                 member.heard = time.monotonic()
                 self._dispatch(member, frame)
         except PeerError:
-            self.fail(PeerError(f"device '{member.device}' is lost: its connection ended", device=member.device))
+            self.fail(
+                PeerError(f"device '{member.device}' is lost: its connection ended", device=member.device)
+            )
 
     def _admit(self, channel: Channel, hello: dict[str, Any]) -> _Member:
         device = str(hello["device"])

@@ -28,7 +28,7 @@ from spanwise.runtime.transport import Transport
 
 @dataclass(frozen=True)
 class Assignment:
-    """Everything that a run is, the same for all devices. ``dataset_rows`` is the size of the training set."""
+    """Everything that a run is, the same for all devices. ``dataset_rows``: of the training set."""
 
     job: Job
     cluster: Cluster
@@ -161,7 +161,9 @@ class DeviceRun:
             state.scheduler = optimize.scheduler_state(self.scheduler)
         return state
 
-    def resume(self, optimizer: dict[str, Tensor], options: dict[str, Any], scheduler: dict[str, Any]) -> None:
+    def resume(
+        self, optimizer: dict[str, Tensor], options: dict[str, Any], scheduler: dict[str, Any]
+    ) -> None:
         """Puts optimizer and scheduler where a checkpoint left them."""
         if self.optimizer is None:
             return

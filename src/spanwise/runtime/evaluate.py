@@ -17,15 +17,16 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class Score:
-    """Mean loss per row, and the share of rows (or tokens) whose largest output is the label, if that means anything."""
+    """Mean loss per row, and the share of rows (or tokens) whose largest output is the label.
+
+    ``accuracy`` is None where outputs and labels do not compare like that.
+    """
 
     loss: float
     accuracy: float | None
 
 
-def evaluate(
-    model: nn.Module, loss: Callable[[Any, Any], Tensor], data: Rows, graph: ModelGraph
-) -> Score:
+def evaluate(model: nn.Module, loss: Callable[[Any, Any], Tensor], data: Rows, graph: ModelGraph) -> Score:
     """Evaluates in eval mode without gradients; the model's mode is restored."""
     training = model.training
     model.eval()

@@ -125,7 +125,9 @@ class Executor:
             try:
                 self._handlers[action.kind](action)
             except PeerError as error:
-                raise PeerError(f"{self._me}: step {index}, '{action}': {error}", device=error.device) from None
+                raise PeerError(
+                    f"{self._me}: step {index}, '{action}': {error}", device=error.device
+                ) from None
         self._outbox.drain()
         loss = float(self._loss) if self._loss is not None else 0.0
         return StepResult(index, loss, self._recorder.end())
@@ -156,7 +158,9 @@ class Executor:
         key = (payload, stage, micro_batch)
         found = self._incoming.get(key)
         if found is None:
-            found = Assembly(self._specs(payload, stage), self._rows_of(payload, stage), self._parts.torch_device)
+            found = Assembly(
+                self._specs(payload, stage), self._rows_of(payload, stage), self._parts.torch_device
+            )
             self._incoming[key] = found
         return found
 
@@ -262,9 +266,7 @@ class Executor:
                 gradients = self._incoming.pop(("gradient", s, m)).whole()
                 targets = [t for t, spec in zip(outputs, specs, strict=True) if spec.differentiable]
                 torch.autograd.backward(targets, list(gradients))
-            own = tuple(
-                torch.zeros_like(t) if t.grad is None else t.grad for t in inputs if t.requires_grad
-            )
+            own = tuple(torch.zeros_like(t) if t.grad is None else t.grad for t in inputs if t.requires_grad)
         self._recorder.span("backward", action, start, time.monotonic(), busy=True)
         if s > 0:
             self._hand_over("gradient", s - 1, m, action.rows, s - 1, own)
@@ -292,9 +294,7 @@ class Executor:
         gradients = [_gradient(p) for p in parameters]
         flat = torch.cat([g.reshape(-1) for g in gradients])
         tag = self._tag(self._tags.rings[action.sync][action.segment])
-        ring_all_reduce(
-            self._transport, action.members, self._me, flat, tag=tag, timeout_s=self._timeout_s
-        )
+        ring_all_reduce(self._transport, action.members, self._me, flat, tag=tag, timeout_s=self._timeout_s)
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 

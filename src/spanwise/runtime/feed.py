@@ -116,7 +116,9 @@ def read_rows(data: Rows, indices: Tensor) -> tuple[tuple[Tensor, ...], tuple[Te
     pairs = [data[int(index)] for index in indices]
     sides: list[tuple[Tensor, ...]] = []
     for side in (0, 1):
-        columns = zip(*(p[side] if isinstance(p[side], (tuple, list)) else (p[side],) for p in pairs), strict=True)
+        columns = zip(
+            *(p[side] if isinstance(p[side], (tuple, list)) else (p[side],) for p in pairs), strict=True
+        )
         sides.append(tuple(torch.stack([torch.as_tensor(x) for x in column]) for column in columns))
     return sides[0], sides[1]
 

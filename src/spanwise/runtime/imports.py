@@ -24,7 +24,9 @@ def load(name: str, what: str) -> Any:
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"job: {what} '{name}' cannot be imported ({error}); check the name and PYTHONPATH") from None
+        raise InputError(
+            f"job: {what} '{name}' cannot be imported ({error}); check the name and PYTHONPATH"
+        ) from None
     return found
 
 
@@ -44,7 +46,5 @@ def load_loss(name: str) -> Callable[[Any, Any], Any]:
     if name in _LOSSES:
         return _LOSSES[name]()
     if ":" not in name:
-        raise InputError(
-            f"job: loss '{name}' is neither {' nor '.join(_LOSSES)} nor \"module:function\""
-        )
+        raise InputError(f"job: loss '{name}' is neither {' nor '.join(_LOSSES)} nor \"module:function\"")
     return load(name, "loss")

@@ -13,8 +13,8 @@ _CLEAR = Path("/proc/self/clear_refs")
 class MemoryWatch:
     """Peak resident bytes of this process above what it held when the watch began.
 
-    Linux keeps the peak itself, once told to forget the one of start-up. Elsewhere the peak is the largest value
-    seen by ``sample``.
+    Linux keeps the peak itself, once told to forget the one of start-up. Elsewhere the peak is the
+    largest value seen by ``sample``.
     """
 
     def __init__(self) -> None:

@@ -31,7 +31,7 @@ class ThreadSession:
         resume: Snapshot | None = None,
         wrap: Callable[[str, Transport], Transport] = lambda _, transport: transport,
     ) -> None:
-        """Builds every device's part. ``wrap`` puts something around a device's transport, such as a recorder."""
+        """Builds every device's part; ``wrap`` puts something around its transport, such as a recorder."""
         self._assignment = assignment
         self._fabric = LocalFabric()
         self._ledger_path: Path | None = ledger_path() if assignment.emulate else None
@@ -55,7 +55,7 @@ class ThreadSession:
             try:
                 run.run(first, count, lambda result: done.put((device, result)))
                 done.put((device, None))
-            except BaseException as error:  # noqa: BLE001 - carried to the caller's thread
+            except BaseException as error:
                 done.put((device, error))
 
         threads = [

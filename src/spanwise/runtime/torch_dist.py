@@ -129,13 +129,13 @@ def _group(store: dist.Store, rank: int, size: int, backend: str, address: str, 
     timeout = timedelta(seconds=timeout_s)
     if backend == "nccl":
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timeout  # noqa: SLF001
+        options._timeout = timeout
         return dist.ProcessGroupNCCL(store, rank, size, options)
     try:
         gloo: Any = dist.ProcessGroupGloo
-        options = gloo._Options()  # noqa: SLF001 - the only way to bind gloo to one address
-        options._devices = [gloo.create_device(hostname=address)]  # noqa: SLF001
-        options._timeout = timeout  # noqa: SLF001
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=address)]
+        options._timeout = timeout
         return gloo(store, rank, size, options)
     except RuntimeError as error:
         raise ResourceError(

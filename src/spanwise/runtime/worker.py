@@ -71,7 +71,9 @@ def join(
     """
     host, port = parse_endpoint(endpoint)
     channel = Channel(_connect(host, port, patience_s), endpoint)
-    introduce(channel, token, device, {"versions": versions(), "machine": _machine(), "cores": os.cpu_count()})
+    introduce(
+        channel, token, device, {"versions": versions(), "machine": _machine(), "cores": os.cpu_count()}
+    )
     return _Worker(channel, device, services).serve()
 
 
@@ -90,7 +92,7 @@ def _connect(host: str, port: int, patience_s: float) -> socket.socket:
 
 
 def _machine() -> str:
-    import platform  # noqa: PLC0415 - only here
+    import platform
 
     return f"{platform.machine()} {platform.system()} python {platform.python_version()}"
 
@@ -119,7 +121,7 @@ class _Worker:
                 self._obey(frame)
             except SpanwiseError as error:
                 return self._report(type(error).__name__, str(error), error.exit_code)
-            except Exception as error:  # noqa: BLE001 - a bug must reach the coordinator before we end
+            except Exception as error:
                 traceback.print_exc()
                 reason = f"device '{self.device}': {type(error).__name__}: {str(error).splitlines()[0][:300]}"
                 return self._report("PeerError", reason, 6)
@@ -230,7 +232,9 @@ class _Worker:
         """Measures the link to a peer, together with it."""
         assert self.transport is not None
         head = frame.head
-        samples = probe_link(self.transport, head["peer"], first=bool(head["first"]), sizes=tuple(head["sizes"]))
+        samples = probe_link(
+            self.transport, head["peer"], first=bool(head["first"]), sizes=tuple(head["sizes"])
+        )
         self.channel.send("probed", samples=samples)
 
     def _on_setup(self, frame: Frame) -> None:
@@ -293,7 +297,12 @@ class _Worker:
         self.memory.sample()
         record = result.record
         self.channel.send(
-            "step", step=result.step, loss=result.loss, start=record.start, end=record.end, busy_s=record.busy_s
+            "step",
+            step=result.step,
+            loss=result.loss,
+            start=record.start,
+            end=record.end,
+            busy_s=record.busy_s,
         )
 
     def _on_collect(self, frame: Frame) -> None:
@@ -326,7 +335,6 @@ class _Worker:
 
 
 def _sent_data(tensors: dict[str, Tensor]) -> Rows:
-    from torch.utils.data import TensorDataset  # noqa: PLC0415 - slow to import, rarely needed
+    from torch.utils.data import TensorDataset
 
     return TensorDataset(*(tensors[name] for name in sorted(tensors)))
-

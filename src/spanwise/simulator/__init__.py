@@ -1,4 +1,4 @@
-"""Interprets a Program in virtual time. Knows nothing of the runtime, which interprets the same Program for real."""
+"""Interprets a Program in virtual time. Knows nothing of the runtime, which interprets the same for real."""
 
 from __future__ import annotations
 

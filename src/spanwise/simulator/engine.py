@@ -131,7 +131,7 @@ class Engine:
             case "reduce":
                 self._join(lane, action, now)
             case "norm":
-                return lane.reductions > 0 and self._block(lane, now) or self._norm(lane, action, now)
+                return (lane.reductions > 0 and self._block(lane, now)) or self._norm(lane, action, now)
             case "step":
                 if lane.reductions:
                     return self._block(lane, now)
@@ -265,7 +265,9 @@ class Engine:
         if len(arrived) == len(action.members):
             del self._normed[lane.step]
             names = action.members
-            latency_s = max((self.costs.way(a, b).latency_s for a in names for b in names if a != b), default=0.0)
+            latency_s = max(
+                (self.costs.way(a, b).latency_s for a in names for b in names if a != b), default=0.0
+            )
             self._at(now + latency_s, lambda t: self._go_on(arrived, t))
         return True
 

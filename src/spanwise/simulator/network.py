@@ -118,6 +118,8 @@ class Network:
                             seen.add(resource)
                             front.append(resource)
         flows = list(found)
-        for flow, rate in zip(flows, max_min_rates([f.resources for f in flows], self.capacities), strict=True):
+        for flow, rate in zip(
+            flows, max_min_rates([f.resources for f in flows], self.capacities), strict=True
+        ):
             if abs(rate - flow.rate) > 1e-12 * rate:
                 self._set_rate(flow, now, rate)

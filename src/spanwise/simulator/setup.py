@@ -1,4 +1,4 @@
-"""A Program with numbers: every action's cost, every message's route, looked up once before the event loop."""
+"""A Program with numbers: every action's cost and message's route, looked up once before the event loop."""
 
 from __future__ import annotations
 

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from statistics import mean
+
+import pytest
+from planner_cases import fastest_of_all, make_cluster, make_graph, make_job, make_problem, make_profile
+from spanwise.core.cluster import Cluster
+from spanwise.planner import STRATEGIES, Problem, compare, make_plan
+from spanwise.planner.groups import Groups
+from spanwise.planner.lanes import Group
+from spanwise.planner.orders import link_clusters, neighbours, starting_orders
+from spanwise.planner.outlines import best_outlines
+from spanwise.planner.search import Search, all_subsets, runs_of
+from spanwise.planner.trial import timeline
+
+SEEDS = range(12)
+
+
+def seconds(problem: Problem, strategy: str) -> float:
+    return timeline(problem, make_plan(problem, strategy)).step_time_s
+
+
+def test_hpp_against_exhaustive_search_by_simulation() -> None:
+    """3 devices, 5 layers, all groups, cuts, M and warm-up rules: near the best.
+
+    Measured: 60 such cases 0.08 % on average, 4.5 % at worst; 18 cases of 4 devices and 6 layers are in the
+    report of the benchmark.
+    """
+    gaps: list[float] = []
+    control: list[float] = []
+    for seed in SEEDS:
+        problem = make_problem(3, 5, seed, batch=8)
+        best, _ = fastest_of_all(problem)
+        fresh = make_problem(3, 5, seed, batch=8)
+        gaps.append(seconds(fresh, "hpp") / best - 1)
+        control.append(seconds(fresh, "gpipe") / best - 1)
+    assert mean(gaps) <= 0.01
+    assert max(gaps) <= 0.05
+    assert mean(control) > 0.20  # the measure can tell a poor planner
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_auto_is_no_slower_than_any_strategy(seed: int) -> None:
+    problem = make_problem(4, 8, seed)
+    auto = seconds(problem, "auto")
+    for evaluation in compare(problem):
+        if evaluation.timeline is not None:
+            assert auto <= evaluation.timeline.step_time_s
+    assert seconds(problem, "hpp") <= 1.0001 * min(seconds(problem, s) for s in ("single", "pipeline"))
+
+
+def test_uneven_rows_follow_speed() -> None:
+    """Two fast links, no latency to speak of: weighted data parallelism gives rows in proportion."""
+    cluster = Cluster.parse(
+        {"devices": [{"id": "slow", "speed": 0.25}, {"id": "fast", "speed": 1.0}], "data": ["slow", "fast"],
+         "links": [{"between": ["site", "site"], "bandwidth": "100 GB/s"}]}
+    )  # fmt: skip
+    graph = make_graph(6)
+    problem = Problem(graph, make_profile(graph, cluster, flops_per_s=1e8), cluster, make_job(20))
+    plan = make_plan(problem, "weighted_data_parallel")
+    rows = {r.device: r.rows * plan.micro_batches for r in plan.stages[0].replicas}
+    assert rows == {"slow": 4, "fast": 16}
+
+
+def test_plans_are_deterministic() -> None:
+    one, two = make_problem(4, 10, 5), make_problem(4, 10, 5)
+    assert [make_plan(one, s) for s in STRATEGIES] == [make_plan(two, s) for s in STRATEGIES]
+
+
+def many(devices: int) -> Problem:
+    entries = [
+        {"id": f"d{i}", "site": "abc"[i * 3 // devices], "speed": (0.1, 0.3, 1.0)[i % 3]} for i in range(devices)
+    ]
+    links = [
+        {"between": [x, y], "bandwidth": "500 Mbit/s" if x == y else "30 Mbit/s", "latency": "2 ms"}
+        for i, x in enumerate("abc")
+        for y in "abc"[i:]
+    ]
+    cluster = Cluster.parse({"devices": entries, "links": links, "data": ["d0"]})
+    graph = make_graph(10)
+    return Problem(graph, make_profile(graph, cluster), cluster, make_job(8))
+
+
+def test_many_devices_are_searched_by_order() -> None:
+    problem = many(10)
+    found = best_outlines(problem, singles=False, in_flight=1, cuts=tuple(range(0, 11, 2)))
+    plain = best_outlines(problem, singles=True, in_flight=1, cuts=tuple(range(0, 11, 2)))
+    assert found[0].price_s <= plain[0].price_s * 1.05
+    assert found[0].price_s < best_single(problem)
+
+
+def best_single(problem: Problem) -> float:
+    groups = Groups(problem, (0, len(problem.graph)), problem.micro_batch_choices())
+    devices: Group = tuple(range(len(problem.cluster.devices)))
+    return Search(groups, ((1 << d, 1 << d) for d in devices)).found()[0].price_s
+
+
+def test_an_order_is_a_part_of_all_subsets() -> None:
+    """The order search only ever sees plans that the exact one sees too."""
+    problem = make_problem(4, 6, 2)
+    groups = Groups(problem, tuple(range(7)), problem.micro_batch_choices())
+    exact = Search(groups, all_subsets((0, 1, 2, 3))).found()[0].price_s
+    along = Search(groups, runs_of((2, 0, 3, 1), 4)).found()[0].price_s
+    assert exact <= along * (1 + 1e-12)
+
+
+def test_link_clusters_are_sites() -> None:
+    assert link_clusters(many(9)) == [(0, 1, 2), (3, 4, 5), (6, 7, 8)]
+    assert link_clusters(make_problem(4, 5, 0)) == [(0, 1, 2, 3)]
+
+
+def test_starts_and_moves_are_permutations() -> None:
+    orders = list(starting_orders(many(6)))
+    assert len(orders) == len(set(orders)) >= 6
+    for order in (*orders, *neighbours(orders[0])):
+        assert sorted(order) == list(range(6))
+    assert (1, 0, 2) in set(neighbours((0, 1, 2)))
+    assert (1, 2, 0) in set(neighbours((0, 1, 2)))
+
+
+def test_message_overhead_makes_fewer_messages_win() -> None:
+    cluster = make_cluster(3, 1)
+    graph = make_graph(6, 1)
+    cheap = Problem(graph, make_profile(graph, cluster), cluster, make_job(16))
+    dear = Problem(graph, make_profile(graph, cluster, message_s=0.05), cluster, make_job(16))
+    assert make_plan(dear, "pipeline").micro_batches <= make_plan(cheap, "pipeline").micro_batches
