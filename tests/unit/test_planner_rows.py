@@ -5,6 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+
 from spanwise.planner.problem import largest_remainder
 from spanwise.planner.rows import min_max_rows
 

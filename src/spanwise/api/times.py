@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spanwise.core.cluster import Cluster
+from spanwise.core.errors import InputError
 from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
 from spanwise.core.profile import DeviceTimes, LinkTimes, Profile, TimeTable
