@@ -117,16 +117,14 @@ def test_unknown_data_device() -> None:
         make_plan(problem(data_devices=["nobody"]), "single")
 
 
-def chain(*missing: str) -> Cluster:
+def chain() -> Cluster:
     """end - edge - cloud without a direct link from end to cloud."""
     links = [
         {"between": ["end", "edge"], "bandwidth": "50 Mbit/s"},
         {"between": ["edge", "cloud"], "bandwidth": "1 Gbit/s"},
     ]
-    return Cluster.parse(
-        {"devices": [{"id": "end", "speed": 0.1}, {"id": "edge", "speed": 0.5}, {"id": "cloud", "speed": 2.0}],
-         "links": links, "data": ["end"]}
-    )  # fmt: skip
+    devices = [{"id": "end", "speed": 0.1}, {"id": "edge", "speed": 0.5}, {"id": "cloud", "speed": 2.0}]
+    return Cluster.parse({"devices": devices, "links": links, "data": ["end"]})
 
 
 def test_plans_use_links_that_exist() -> None:

@@ -8,7 +8,7 @@ import pytest
 from planner_cases import make_cluster, make_graph, make_job, make_profile
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InfeasibleError
-from spanwise.core.plan import Replica, Stage
+from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.core.units import parse_bytes
 from spanwise.cost import stage_bytes
 from spanwise.planner import STRATEGIES, Problem, compare, make_plan
@@ -67,16 +67,26 @@ def test_what_does_not_fit_on_one_device_is_distributed() -> None:
 def test_warm_up_depth_gives_way_to_memory() -> None:
     graph = make_graph(6, 0, activation=400_000)
     spans = tuple(Span(2 * i, 2 * i + 2, (i,)) for i in range(3))
-    depths: list[tuple[int, ...]] = []
-    for memory in ("1 GiB", "9 MiB", "7 MiB"):
+
+    def planned(memory: str) -> tuple[Problem, Plan]:
         cluster = make_cluster(3, 0, memory=memory)
         found = Problem(graph, make_profile(graph, cluster), cluster, make_job(16, data_devices=["d0"]))
-        plan = build(found, "x", Outline(8, spans))
-        depths.append(tuple(stage.warmup for stage in plan.stages))
-        assert list(depths[-1]) == sorted(depths[-1], reverse=True)
-        assert shortage(found, plan.stages, plan.schedule, plan.micro_batches) is None
-    assert depths[0] == (5, 3, 1)
-    assert depths[2][0] < depths[1][0] < 5
+        return found, build(found, "x", Outline(8, spans))
+
+    found, deepest = planned("1 GiB")
+    assert [stage.warmup for stage in deepest.stages] == [5, 3, 1]
+    budget = 0
+    for depth in (4, 3, 2, 1):
+        stages = tuple(s.model_copy(update={"warmup": min(s.warmup, depth)}) for s in deepest.stages)
+        budget = max(memory_bytes(found, stages, "1f1b", 8).values())
+        tight, plan = planned(f"{budget} B")
+        depths = [stage.warmup for stage in plan.stages]
+        assert depths[0] <= depth
+        assert depths == sorted(depths, reverse=True)
+        assert shortage(tight, plan.stages, plan.schedule, plan.micro_batches) is None
+    # The last budget is what depth 1 needs: one byte less and the device that needs most has no plan.
+    with pytest.raises(InfeasibleError, match=r"with 1 of 8 micro-batches in flight, .* 1 B short"):
+        planned(f"{budget - 1} B")
 
 
 def test_memory_of_a_device_adds_up_over_its_stages() -> None:

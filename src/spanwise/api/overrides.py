@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from spanwise.core.errors import InputError
 from spanwise.core.job import Job
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover - exercised on Python 3.10 only
-    import tomli as tomllib
+from spanwise.core.noun import parse_toml
 
 
 def apply(path: Path, overrides: tuple[str, ...]) -> Job:
@@ -33,13 +28,13 @@ def apply(path: Path, overrides: tuple[str, ...]) -> Job:
             inner = target.setdefault(parent, {})
             if not isinstance(inner, dict):
                 raise InputError(f"--set '{text}': '{parent}' is a value, it holds no '{last}'")
-            target = inner
+            target = cast("dict[str, Any]", inner)
         target[last] = _value(value)
     return Job.parse(data, f"{path} with {', '.join(overrides)}")
 
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {text}", "--set")["value"]
+    except InputError:
         return text

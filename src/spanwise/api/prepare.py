@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,13 @@ def prepare(job: Job) -> Prepared:
     """Builds what the job names and traces it. The seed of the job makes the weights the same each time."""
     check_recipes(job)
     loss = load_loss(job.loss)
-    torch.manual_seed(job.seed)
+    torch.manual_seed(job.seed)  # pyright: ignore[reportUnknownMemberType]
     model = build(job.model.name, job.model.args, "model")
     if not isinstance(model, nn.Module):
         raise InputError(f"job: model '{job.model.name}' gave {type(model).__name__}, not an nn.Module")
     sets = build(job.data.name, job.data.args, "data")
-    train, test = sets if isinstance(sets, tuple) and len(sets) == 2 else (sets, None)
+    pair = cast("tuple[Any, ...]", sets) if isinstance(sets, tuple) else ()
+    train, test = pair if len(pair) == 2 else (cast("Any", sets), None)
     return _prepared(job, model, loss, train, test)
 
 

@@ -92,7 +92,11 @@ class Quiet:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to run. ``listen`` and ``token`` are for workers that are started by hand (``spawn = False``)."""
+    """How to run.
+
+    ``plan``, ``prepared`` and ``times`` are taken as they are in place of what the run would make itself.
+    ``listen`` and ``token`` are for workers that are started by hand (``spawn = False``).
+    """
 
     run: Path = Path("runs/latest")
     strategy: str = "auto"
@@ -101,6 +105,7 @@ class TrainOptions:
     plan: Plan | None = None
     watcher: Watcher | None = None
     prepared: Prepared | None = None
+    times: Profile | None = None
     backend: Backend = "processes"
     spawn: bool = True
     listen: tuple[str, int] = ("127.0.0.1", 0)
@@ -190,6 +195,8 @@ class _Run:
         return found.step, found.snapshot
 
     def _profile(self) -> Profile:
+        if self.options.times is not None:
+            return self.options.times
         if self.cluster.emulation is not None or self.options.backend == "threads":
             self.watcher.on_stage("profiling layers on this machine")
             return profile_prepared(self.prepared, self.cluster, self.options.cache)

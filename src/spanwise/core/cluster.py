@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -122,7 +123,7 @@ class Cluster(Noun):
     def _human_forms(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        out = dict(data)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        out = dict(cast("dict[str, Any]", data))
         if isinstance(out.get("links"), (list, tuple)):
             out["links"] = [one for entry in out["links"] for one in _directed(entry)]
         if isinstance(out.get("data"), dict):
@@ -227,7 +228,7 @@ class Cluster(Noun):
 def _renamed(data: Any, names: dict[str, str]) -> Any:
     if not isinstance(data, dict):
         return data
-    return {names.get(key, key): value for key, value in data.items()}  # pyright: ignore
+    return {names.get(key, key): value for key, value in cast("dict[str, Any]", data).items()}
 
 
 def _refuse_doubles(names: list[str], what: str) -> None:
@@ -248,13 +249,13 @@ def _directed(entry: Any) -> list[Any]:
     if "between" not in data:
         return [data]
     ends = data.pop("between")
-    if not isinstance(ends, (list, tuple)) or len(ends) != 2:  # pyright: ignore
+    if not isinstance(ends, (list, tuple)) or len(cast("Sequence[Any]", ends)) != 2:
         raise InputError(f"link between {ends}: needs exactly two devices or sites")
     both = data.pop("bandwidth_bytes_per_s", None)
     up, down = data.pop("up", both), data.pop("down", both)
     if up is None or down is None:
         raise InputError(f"link between {ends[0]} and {ends[1]}: needs 'bandwidth', or 'up' and 'down'")
-    forth = {**data, "source": ends[0], "target": ends[1], "bandwidth_bytes_per_s": up}
+    forth: dict[str, Any] = {**data, "source": ends[0], "target": ends[1], "bandwidth_bytes_per_s": up}
     if ends[0] == ends[1]:
         return [forth]
     return [forth, {**data, "source": ends[1], "target": ends[0], "bandwidth_bytes_per_s": down}]

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from spanwise.core.cluster import Id
 from spanwise.core.errors import InputError
 from spanwise.core.noun import Noun
 
@@ -14,7 +15,7 @@ FaultKind = Literal["lose", "slow", "cut"]
 
 _TEXT = re.compile(
     r"(?P<kind>lose|slow|cut):(?P<device>[A-Za-z0-9_.-]+)(?:>(?P<peer>[A-Za-z0-9_.-]+))?"
-    r"(?:\*(?P<factor>[0-9.]+))?@(?P<step>\d+)"
+    r"(?:\*(?P<factor>[0-9.]+(?:e[+-]?[0-9]+)?))?@(?P<step>\d+)"
 )
 
 
@@ -27,8 +28,8 @@ class Fault(Noun):
     """
 
     kind: FaultKind
-    device: str
-    peer: str | None = None
+    device: Id
+    peer: Id | None = None
     factor: float = Field(default=1.0, gt=0)
     step: int = Field(default=0, ge=0)
 

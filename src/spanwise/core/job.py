@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from pydantic import Field, field_validator, model_validator
 
@@ -24,9 +24,9 @@ class Recipe(Noun):
         if isinstance(data, str):
             return {"name": data}
         if isinstance(data, dict) and "args" not in data and "name" in data:
-            rest = {k: v for k, v in data.items() if k != "name"}  # pyright: ignore
-            return {"name": data["name"], "args": rest}
-        return data  # pyright: ignore[reportUnknownVariableType]
+            flat = cast("dict[str, Any]", data)
+            return {"name": flat["name"], "args": {k: v for k, v in flat.items() if k != "name"}}
+        return cast("Any", data)
 
 
 class Job(Noun):

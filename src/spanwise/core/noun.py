@@ -18,7 +18,7 @@ from spanwise.core.errors import InputError, ResourceError, SpanwiseError
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # pragma: no cover - exercised on Python 3.10 only
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 N = TypeVar("N", bound="Noun")
 
@@ -35,6 +35,10 @@ class Noun(BaseModel):
             return cls.model_validate(data)
         except ValidationError as error:
             raise InputError(_one_line(cls.__name__, where, error)) from None
+        except SpanwiseError as error:  # a rule of ours; it does not know which file it was broken in
+            if not where:
+                raise
+            raise type(error)(f"{where}: {error}") from None
 
     @classmethod
     def from_json(cls: type[N], text: str, where: str = "") -> N:
@@ -50,11 +54,7 @@ class Noun(BaseModel):
     @classmethod
     def from_toml(cls: type[N], text: str, where: str = "") -> N:
         """Reads TOML, as people write it or as ``to_toml`` wrote it."""
-        try:
-            data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{where or cls.__name__}: not TOML ({error})") from None
-        return cls.parse(data, where)
+        return cls.parse(parse_toml(text, where or cls.__name__), where)
 
     @classmethod
     def load(cls: type[N], path: Path) -> N:
@@ -88,6 +88,15 @@ class Noun(BaseModel):
         """SHA-256 of the content, 16 hex digits: equal values have equal digests."""
         text = json.dumps(self.to_data(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """Plain data of TOML text; ``InputError`` in one line if it is not TOML."""
+    toml: Any = tomllib  # one of two modules, of which a type checker finds only one
+    try:
+        return toml.loads(text)
+    except toml.TOMLDecodeError as error:
+        raise InputError(f"{where}: not TOML ({error})") from None
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

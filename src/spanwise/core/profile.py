@@ -85,7 +85,11 @@ class Profile(Noun):
 
     @model_validator(mode="after")
     def _tables_exist(self) -> Profile:
+        seen: set[str] = set()
         for entry in self.devices:
+            if entry.device in seen:
+                raise InputError(f"profile: device '{entry.device}' is listed twice; remove one")
+            seen.add(entry.device)
             if entry.table >= len(self.tables):
                 raise InputError(
                     f"profile: device '{entry.device}' refers to table {entry.table} of {len(self.tables)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -91,7 +92,7 @@ def _compute(m: re.Match[str]) -> Action:
 def _move(m: re.Match[str]) -> Action:
     payload: Any = m["payload"]
     return Action(
-        "send" if m["kind"] == "send" else "recv",
+        "recv" if m["send"] is None else "send",
         payload=payload,
         stage=-1 if m["s"] is None else int(m["s"]),
         micro_batch=int(m["m"]),
@@ -106,12 +107,12 @@ def _reduce(m: re.Match[str]) -> Action:
     return Action("reduce", sync=int(m["y"]), segment=int(m["g"]), nbytes=int(m["n"]), members=_members(m))
 
 
-_FORMS = (
+_FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Action]], ...] = (
     (re.compile(rf"(?P<kind>forward|backward) s(?P<s>\d+) m(?P<m>\d+) {_ROWS}"), _compute),
     (
         re.compile(
-            rf"(?P<kind>send|recv) (?P<payload>{'|'.join(get_args(Payload))}) (?:s(?P<s>\d+) )?m(?P<m>\d+) "
-            rf"{_ROWS} (?:to|from) (?P<peer>[A-Za-z0-9_.-]+) #(?P<t>\d+) (?P<n>\d+)B"
+            rf"(?:(?P<send>send)|recv) (?P<payload>{'|'.join(get_args(Payload))}) (?:s(?P<s>\d+) )?m(?P<m>\d+) "
+            rf"{_ROWS} (?(send)to|from) (?P<peer>[A-Za-z0-9_.-]+) #(?P<t>\d+) (?P<n>\d+)B"
         ),
         _move,
     ),
@@ -160,7 +161,10 @@ def parse_actions(text: str) -> dict[str, tuple[Action, ...]]:
         if not line.strip():
             continue
         if not line.startswith(" "):
-            current = found.setdefault(line.rstrip().rstrip(":"), [])
+            device = line.rstrip().rstrip(":")
+            if device in found:
+                raise PlanError(f"program: device '{device}' is listed twice; join its actions")
+            current = found[device] = []
         elif current is None:
             raise PlanError(f"program: action '{line.strip()}' stands before any device")
         else:

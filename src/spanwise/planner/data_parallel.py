@@ -41,8 +41,8 @@ def weighted_data_parallel(problem: Problem) -> Plan:
     """
     if problem.first_is_fixed:
         return _over_sources(problem, "weighted_data_parallel")
-    outlines = weighted_outlines(problem, 1) or weighted_outlines(problem, 0)[:1]
-    return fastest(problem, priced(problem, "weighted_data_parallel", outlines[:24]), FINALISTS)
+    outlines = weighted_outlines(problem, 1) or weighted_outlines(problem, 0)
+    return fastest(problem, priced(problem, "weighted_data_parallel", outlines[:64]), FINALISTS)
 
 
 def weighted_outlines(problem: Problem, in_flight: int) -> list[Outline]:

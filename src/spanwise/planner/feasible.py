@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan, ScheduleName, Stage, row_ranges
@@ -25,13 +27,28 @@ class Shortage:
         """Bytes too many."""
         return self.needed_bytes - self.budget_bytes
 
-    def error(self, strategy: str) -> InfeasibleError:
+    def error(self, strategy: str) -> ShortageError:
         """As an error that says where and by how much."""
-        return InfeasibleError(
+        return ShortageError(
+            self.over_bytes,
             f"{strategy}: {self.device} needs {format_bytes(self.needed_bytes)} for {self.where}, "
             f"its budget is {format_bytes(self.budget_bytes)}, {format_bytes(self.over_bytes)} short; "
-            "raise its memory, shrink the batch or add devices"
+            "raise its memory, shrink the batch or add devices",
         )
+
+
+class ShortageError(InfeasibleError):
+    """A plan does not fit a device, by ``over_bytes``."""
+
+    def __init__(self, over_bytes: int, message: str) -> None:
+        super().__init__(message)
+        self.over_bytes = over_bytes
+
+
+def closest(errors: Sequence[InfeasibleError]) -> InfeasibleError:
+    """What to tell of many failures: the least shortage of memory, else the first."""
+    short = [error for error in errors if isinstance(error, ShortageError)]
+    return min(short, key=lambda error: error.over_bytes) if short else errors[0]
 
 
 def memory_bytes(
@@ -96,6 +113,8 @@ def _routes(problem: Problem, plan: Plan) -> set[tuple[str, str]]:
         pairs |= forth | {(b, a) for a, b in forth}
     for sync in plan.syncs:
         pairs |= set(zip(sync.devices, sync.devices[1:] + sync.devices[:1], strict=True))
+    if problem.job.clip_norm is not None:  # everybody tells everybody the norm of its gradients
+        pairs |= set(permutations(dict.fromkeys(d for stage in plan.stages for d in stage.devices), 2))
     return pairs
 
 

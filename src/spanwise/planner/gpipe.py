@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from spanwise.core.plan import Plan
-from spanwise.planner.build import fixed_span
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.pipeline import one_source
 from spanwise.planner.problem import Problem
@@ -32,6 +31,6 @@ def gpipe(problem: Problem) -> Plan:
     edges = [round(layers * i / len(order)) for i in range(len(order) + 1)]
     spans = tuple(Span(a, b, (d,)) for a, b, d in zip(edges, edges[1:], order, strict=False))
     if problem.last_is_fixed and spans[-1].group != spans[0].group:
-        spans = (fixed_span(problem, 0, layers, 1),)
+        spans = (Span(0, layers, spans[0].group),)
     outlines = [Outline(m, spans) for m in reversed(problem.micro_batch_choices())]
     return fastest(problem, priced(problem, "gpipe", outlines, schedule="gpipe"), FINALISTS)

@@ -26,7 +26,7 @@ def hpp(problem: Problem) -> Plan:
     """
     outlines = refined_outlines(problem, singles=False)
     if not outlines:
-        outlines = refined_outlines(problem, singles=False, in_flight=0, keep=1)
+        outlines = refined_outlines(problem, singles=False, in_flight=0)
     elif _memory_binds(problem, outlines):
         for in_flight in (2, 4):
             outlines += refined_outlines(problem, singles=False, in_flight=in_flight)

@@ -32,7 +32,7 @@ def pipeline_outlines(problem: Problem) -> list[Outline]:
     small = len(problem.cluster.devices) <= ALL_CUTS_DEVICES and len(problem.graph) <= ALL_CUTS_LAYERS
     search = all_cut_outlines if small else refined_outlines
     found = search(problem, singles=True, keep=24)
-    found = found or search(problem, singles=True, in_flight=0, keep=1)
+    found = found or search(problem, singles=True, in_flight=0)
     problem.memo.outlines["pipeline"] = found
     return found
 

@@ -27,12 +27,7 @@ def single(problem: Problem) -> Plan:
     layers = len(problem.graph)
     outlines = [
         Outline(m, (Span(0, layers, (ids.index(d),)),))
-        for d in by_memory(problem, allowed)
+        for d in allowed
         for m in problem.micro_batch_choices()[::-1]
     ]
     return fastest(problem, priced(problem, "single", outlines), FINALISTS)
-
-
-def by_memory(problem: Problem, devices: tuple[str, ...]) -> tuple[str, ...]:
-    """Largest memory first: if nothing fits, that device comes closest and is the one to tell about."""
-    return tuple(sorted(devices, key=lambda d: -problem.cluster.device(d).memory_bytes))

@@ -12,6 +12,7 @@ from spanwise.core.timeline import Timeline
 from spanwise.core.units import format_bytes
 from spanwise.lowering import lower
 from spanwise.planner.build import Depth, build
+from spanwise.planner.feasible import ShortageError, closest
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.price import price
 from spanwise.planner.problem import Problem
@@ -84,9 +85,10 @@ def _simulated(problem: Problem, plan: Plan) -> Timeline | InfeasibleError:
         budget = problem.cluster.device(use.device).memory_bytes
         if use.peak_memory_bytes > budget:
             peak, over = format_bytes(use.peak_memory_bytes), format_bytes(use.peak_memory_bytes - budget)
-            return InfeasibleError(
+            return ShortageError(
+                use.peak_memory_bytes - budget,
                 f"{plan.strategy}: {use.device} peaks at {peak} when simulated, its budget is "
-                f"{format_bytes(budget)}, {over} short; raise its memory, shrink the batch or add devices"
+                f"{format_bytes(budget)}, {over} short; raise its memory, shrink the batch or add devices",
             )
     return result
 
@@ -102,20 +104,27 @@ def priced(
     """The plans of all outlines that are feasible, cheapest first, each once.
 
     Raises:
-        InfeasibleError: none is; tells why of the one that comes closest, which is listed first.
+        InfeasibleError: none is; tells why of the one that comes closest.
     """
     found: dict[Plan, float] = {}
-    reason: InfeasibleError | None = None
+    reasons: list[InfeasibleError] = []
     for outline in outlines:
         try:
             plan = build(problem, strategy, outline, depth=depth, schedule=schedule)
         except InfeasibleError as error:
-            reason = reason or error
+            reasons.append(error)
             continue
         if plan not in found:
             found[plan] = price(problem, plan).step_time_s
     if not found:
-        raise reason or InfeasibleError(f"{strategy}: there is nothing to choose from")
+        raise (
+            closest(reasons)
+            if reasons
+            else InfeasibleError(
+                f"{strategy}: the links allow no plan; the devices with the data must reach those of the first and "
+                "the last stage"
+            )
+        )
     return sorted((Priced(plan, p) for plan, p in found.items()), key=lambda entry: entry.price_s)
 
 

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -101,11 +101,11 @@ def load_checkpoint(folder: Path, model_digest: str) -> Checkpoint:
             f"{path}: belongs to model {manifest['model_digest']}, this job's model is {model_digest}; "
             "resume with the job it was made by"
         )
-    model = safetensors.torch.load_file(path / _MODEL)
+    model = _read(path / _MODEL)
     snapshot = Snapshot(
         {k.partition("/")[2]: v for k, v in model.items() if k.startswith("parameter/")},
         {k.partition("/")[2]: v for k, v in model.items() if k.startswith("buffer/")},
-        safetensors.torch.load_file(path / _OPTIMIZER),
+        _read(path / _OPTIMIZER),
         manifest["options"],
         manifest["scheduler"],
     )
@@ -125,10 +125,11 @@ def save_weights(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        wrong = not isinstance(manifest, dict) or manifest.get("format") != _FORMAT
+        data = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise CheckpointError(f"{path / _MANIFEST}: is missing or not JSON; remove {path.name}") from None
+    manifest = cast("dict[str, Any]", data) if isinstance(data, dict) else {}
+    wrong = manifest.get("format") != _FORMAT
     if wrong or not {"step", "model_digest", "sha256", "options", "scheduler"} <= manifest.keys():
         raise CheckpointError(f"{path / _MANIFEST}: is not of format {_FORMAT}; remove {path.name}")
     return manifest
@@ -143,6 +144,10 @@ def _steps(folder: Path) -> list[Path]:
 def _apart(tensors: dict[str, Tensor]) -> bytes:
     """Serialised; tensors that share memory are written apart, as the format wants."""
     return safetensors.torch.save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()})
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(path)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _write(path: Path, data: bytes) -> str:

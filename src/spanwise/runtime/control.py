@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from spanwise.core.errors import InputError, JoinError, PeerError, ResourceError
 
@@ -80,7 +80,7 @@ class Channel:
             raise PeerError(f"{self.peer}: sent a frame that is not JSON", device=self.peer) from None
         if not isinstance(head, dict):
             raise PeerError(f"{self.peer}: sent a frame that is not an object", device=self.peer)
-        return Frame(head, self._read(more) if more else b"")
+        return Frame(cast("dict[str, Any]", head), self._read(more) if more else b"")
 
     def close(self) -> None:
         """Closes the connection; a thread that receives gets a ``PeerError``."""

@@ -143,7 +143,8 @@ class DeviceRun:
         every_step = self._assignment.job.scheduler_every == "step"
         place = self._assignment.cluster.ids.index(self.device)
         for index in range(first, first + count):
-            torch.manual_seed(self._assignment.job.seed * 7_919 + index * 613 + place)
+            seed = self._assignment.job.seed * 7_919 + index * 613 + place
+            torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
             result = self.executor.step(index)
             if self.scheduler is not None and (every_step or (index + 1) % per_epoch == 0):
                 self.scheduler.step()

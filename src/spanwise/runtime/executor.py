@@ -260,7 +260,7 @@ class Executor:
         start = time.monotonic()
         with self._throttle:
             if s == self._last:
-                outputs[0].backward()
+                outputs[0].backward()  # pyright: ignore[reportUnknownMemberType]
             else:
                 specs = self._specs("activation", s)
                 gradients = self._incoming.pop(("gradient", s, m)).whole()
@@ -295,7 +295,8 @@ class Executor:
         flat = torch.cat([g.reshape(-1) for g in gradients])
         tag = self._tag(self._tags.rings[action.sync][action.segment])
         ring_all_reduce(self._transport, action.members, self._me, flat, tag=tag, timeout_s=self._timeout_s)
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        parts = flat.split_with_sizes([g.numel() for g in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
     def _finish_reductions(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -110,8 +111,9 @@ class Feed:
 
 def read_rows(data: Rows, indices: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Rows as (inputs, labels), each a tuple of tensors with the rows first."""
-    tensors = getattr(data, "tensors", None)
-    if isinstance(tensors, tuple) and len(tensors) >= 2:
+    found = getattr(data, "tensors", None)
+    tensors = typing.cast("tuple[Tensor, ...]", found) if isinstance(found, tuple) else ()
+    if len(tensors) >= 2:
         return tuple(t[indices] for t in tensors[:-1]), (tensors[-1][indices],)
     pairs = [data[int(index)] for index in indices]
     sides: list[tuple[Tensor, ...]] = []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,8 @@ def group_options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def load_group_options(optimizer: torch.optim.Optimizer, options: Mapping[str, Any]) -> None:
     """Puts the numbers back."""
     for key, value in options.items():
-        optimizer.param_groups[0][key] = tuple(value) if isinstance(value, list) else value
+        plain = tuple(cast("list[Any]", value)) if isinstance(value, list) else value
+        optimizer.param_groups[0][key] = plain
 
 
 def scheduler_state(scheduler: Any) -> dict[str, Any]:
@@ -104,10 +105,10 @@ def load_scheduler_state(scheduler: Any, state: Mapping[str, Any]) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else None
-    return list(value) if isinstance(value, (tuple, list)) else value
+    return list(cast("Sequence[Any]", value)) if isinstance(value, (tuple, list)) else value
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list):
-        return all(_is_plain(v) for v in value)
+        return all(_is_plain(v) for v in cast("list[Any]", value))
     return value is None or isinstance(value, (bool, int, float, str))

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from spanwise.core.errors import PeerError, ResourceError
 from spanwise.runtime.transport import Tensors
 
 MAX_TENSORS = 8  # tensors of one transfer; each has a tag of its own
+Store: TypeAlias = dist.Store  # pyright: ignore[reportPrivateImportUsage]
 _TAGS = 2**31  # gloo's tags are 32 bits wide, signed in Python's binding
 
 
@@ -26,7 +27,7 @@ def backend_for(devices: Sequence[Device]) -> str:
     return "nccl" if own and dist.is_nccl_available() else "gloo"
 
 
-class KeyValueStore(dist.Store):
+class KeyValueStore(Store):
     """A store over any channel that can set and get bytes.
 
     ``TCPStore`` listens on every interface and lets anybody in; this one lets process groups meet over
@@ -83,7 +84,7 @@ class DistTransport:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Store,
         device: str,
         members: Sequence[str],
         *,
@@ -125,7 +126,7 @@ class DistTransport:
         return _Works(peer, what, tuple(works), kept)
 
 
-def _group(store: dist.Store, rank: int, size: int, backend: str, address: str, timeout_s: float) -> Any:
+def _group(store: Store, rank: int, size: int, backend: str, address: str, timeout_s: float) -> Any:
     timeout = timedelta(seconds=timeout_s)
     if backend == "nccl":
         options = dist.ProcessGroupNCCL.Options()

@@ -22,7 +22,7 @@ def max_min_rates(flows: Sequence[tuple[int, ...]], capacities: Sequence[float])
         Bytes per second of each flow: none can be raised without lowering one that is not faster.
     """
     rates = [0.0] * len(flows)
-    left = {}
+    left: dict[int, float] = {}
     users: dict[int, list[int]] = {}
     for index, resources in enumerate(flows):
         for resource in resources:

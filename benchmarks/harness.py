@@ -1,0 +1,41 @@
+"""What every benchmark shares: options, medians, and raw results with the environment beside them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spanwise.api.run import environment
+
+
+def options(description: str) -> argparse.Namespace:
+    """``--short`` for a run of a minute or two, ``--out`` for where raw results go."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--short", action="store_true", help="fewer repeats; results are not kept")
+    parser.add_argument("--out", type=Path, default=None, help="raw JSON file")
+    return parser.parse_args()
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    ordered = sorted(values)
+    low, middle, high = (
+        statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else [ordered[0]] * 3
+    )
+    return {"median": middle, "q1": low, "q3": high, "n": len(ordered)}
+
+
+def keep(args: argparse.Namespace, folder: Path, name: str, result: dict[str, Any]) -> None:
+    """Prints the result; writes it with the environment unless the run is short."""
+    data = {"benchmark": name, "date": time.strftime("%Y-%m-%d"), "environment": environment(), **result}
+    print(json.dumps(result, indent=1))
+    path = args.out or (None if args.short else folder / "raw" / f"{name}.json")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        print(f"written: {path.name}")

@@ -1,0 +1,53 @@
+"""The plans of all strategies for the default cluster as text; run as a script this file writes them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from planner_cases import make_graph, make_job, make_profile
+from spanwise.core.defaults import default_cluster
+from spanwise.planner import Evaluation, Problem, compare
+
+GOLDEN = Path(__file__).parent / "plans.txt"
+JOBS: dict[str, dict[str, object]] = {
+    "free": {},
+    "private": {"private": True},
+    "private, labels shared": {"private": True, "share_labels": True},
+}
+
+
+def text(evaluation: Evaluation) -> str:
+    if evaluation.plan is None or evaluation.timeline is None:
+        return f"{evaluation.strategy}: infeasible\n  {evaluation.reason}"
+    plan = evaluation.plan
+    sources = " ".join(f"{s.device}:{s.rows}" for s in plan.sources)
+    size = f"{plan.micro_batches} x {plan.micro_batch_rows} rows"
+    lines = [f"{plan.strategy}: {size}, {plan.schedule}, from {sources}"]
+    for stage in plan.stages:
+        replicas = " ".join(f"{r.device}:{r.rows}" for r in stage.replicas)
+        lines.append(f"  layers [{stage.start}:{stage.stop}) on {replicas}, warm-up {stage.warmup}")
+    lines += [f"  sum {sync.layers} over {' '.join(sync.devices)}" for sync in plan.syncs]
+    return "\n".join(lines)
+
+
+def all_plans() -> str:
+    cluster = default_cluster()
+    graph = make_graph(12, 1)
+    profile = make_profile(graph, cluster, flops_per_s=1e10)
+    blocks: list[str] = []
+    for name, options in JOBS.items():
+        problem = Problem(graph, profile, cluster, make_job(64, **options))
+        blocks.append(f"# {name}\n\n" + "\n\n".join(text(e) for e in compare(problem)))
+    return "\n\n\n".join(blocks) + "\n"
+
+
+def test_plans_are_as_written() -> None:
+    assert all_plans() == GOLDEN.read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(all_plans(), encoding="utf-8")
