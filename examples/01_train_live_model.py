@@ -1,7 +1,7 @@
 """Train a live nn.Module on three unlike devices, emulated on this machine.
 
-The trainer times the layers, compares all strategies, predicts the step time of the best plan and runs exactly
-that plan on one worker process a device. Afterwards the trained weights are in ``model`` itself.
+The trainer times the layers, compares all strategies, predicts the step time of the best plan and runs
+exactly that plan, one worker process a device. Afterwards the trained weights are in ``model`` itself.
 """
 
 import tempfile

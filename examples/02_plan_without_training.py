@@ -14,8 +14,8 @@ CLUSTER = """
 data = ["gate-1", "gate-2"]
 devices = [
     {{ id = "server", site = "office", tier = "cloud", speed = 1.0, memory = "2 GiB" }},
-    {{ id = "gate-1", site = "plant", tier = "end", speed = 0.3, memory = "256 MiB" }},
-    {{ id = "gate-2", site = "plant", tier = "end", speed = 0.2, memory = "256 MiB" }},
+    {{ id = "gate-1", site = "plant", tier = "end", speed = 0.10, memory = "256 MiB" }},
+    {{ id = "gate-2", site = "plant", tier = "end", speed = 0.05, memory = "256 MiB" }},
 ]
 links = [
     {{ between = ["office", "plant"], bandwidth = "{uplink} Mbit/s", latency = "5 ms" }},
@@ -24,13 +24,8 @@ links = [
 emulation = {{ core_share = 0.5 }}
 """
 
-job = spanwise.Job.parse(
-    {
-        "model": {"name": "spanwise.zoo:lenet5"},
-        "data": {"name": "spanwise.zoo.data:digits", "size": 32, "channels": 1},
-        "batch": 64,
-    }
-)
+data = {"name": "spanwise.zoo.data:digits", "size": 32, "channels": 1}
+job = spanwise.Job.parse({"model": "spanwise.zoo:lenet5", "data": data, "batch": 64})
 
 with tempfile.TemporaryDirectory() as cache:
     for uplink in (10, 20):

@@ -17,14 +17,7 @@ name = "lab"
 data = { left = 3.0, right = 1.0 } # three of four rows are on the left device
 emulation = { core_share = 0.5 }   # speed 1.0 is half a core of this machine
 
-[[devices]]
-id = "left"
-speed = 1.0
-
-[[devices]]
-id = "right"
-speed = 0.5
-memory = "512 MiB"
+devices = [{ id = "left" }, { id = "right", speed = 0.5, memory = "512 MiB" }]
 
 [[links]]
 between = ["left", "right"]
@@ -46,15 +39,16 @@ clip_norm = 1.0
 torch.set_num_threads(1)
 with tempfile.TemporaryDirectory() as folder:
     here = Path(folder)
-    for name, text in (("lab.toml", LAB), ("desk.toml", DESK), ("job.toml", JOB)):
-        (here / name).write_text(text)
+    for name, text in (("lab", LAB), ("desk", DESK), ("job", JOB)):
+        (here / f"{name}.toml").write_text(text)
+    lab, desk = (spanwise.load_cluster(here / f"{name}.toml") for name in ("lab", "desk"))
     job = spanwise.load_job(here / "job.toml")
-    spanwise.train(job, spanwise.load_cluster(here / "lab.toml"), run=here / "first", strategy="data_parallel")
+    spanwise.train(job, lab, run=here / "first", strategy="data_parallel")
     longer = spanwise.load_job(here / "job.toml", ("epochs=5",))
-    spanwise.train(longer, spanwise.load_cluster(here / "desk.toml"), run=here / "second", resume=here / "first")
+    spanwise.train(longer, desk, run=here / "second", resume=here / "first")
 
     for name in ("first", "second"):
         summary = json.loads((here / name / "summary.json").read_text())
         print(f"{name}: {summary['strategy']} on {', '.join(summary['devices_used'])}, ", end="")
         print(f"{summary['steps']} steps, test accuracy {summary['accuracy']:.1%}")
-        print("  ", ", ".join(sorted(path.name for path in (here / name).iterdir())))
+    print("a run folder holds", ", ".join(sorted(path.name for path in (here / "second").iterdir())))

@@ -4,7 +4,9 @@ Prints for three jobs where every stage is, and every kind of message that leave
 training step. Nothing is trained here: the Program is all that a device ever does.
 """
 
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import spanwise
 from spanwise.core.units import format_bytes, format_seconds
@@ -23,27 +25,26 @@ links = [
     { between = ["hospital", "hospital"], bandwidth = "100 Mbit/s", latency = "1 ms" },
 ]
 """
-JOB = {
-    "model": {"name": "spanwise.zoo:lenet5"},
-    "data": {"name": "spanwise.zoo.data:digits", "size": 32, "channels": 1},
-    "batch": 64,
-}
+DATA = {"name": "spanwise.zoo.data:digits", "size": 32, "channels": 1}
+JOB = {"model": "spanwise.zoo:lenet5", "data": DATA, "batch": 64}
 
 cluster = spanwise.Cluster.from_toml(CLUSTER)
-plain = spanwise.Job.parse(JOB)
-graph, times = spanwise.profile(plain, cluster)
-for changes in ({}, {"private": True}, {"private": True, "share_labels": True}):
-    job = spanwise.Job.parse(JOB | changes)
-    plan, _ = spanwise.api.planning.choose(job, cluster, graph, times, "auto")
-    predicted = spanwise.simulate(plan, graph, times, cluster, job=job)
-    print(f"\n{changes or 'no constraint'}: {plan.strategy}, {format_seconds(predicted.step_time_s)} a step")
-    for number, stage in enumerate(plan.stages):
-        rows = ", ".join(f"{replica.device} x {replica.rows} rows" for replica in stage.replicas)
-        print(f"  stage {number}: layers {stage.start} to {stage.stop - 1} on {rows}")
-    program = lower(plan, graph)
-    for device in ("ward-1", "ward-2"):
-        sent = Counter()
-        for action in program.devices.get(device, ()):
-            if action.kind == "send":
-                sent[action.payload] += action.nbytes
-        print(f"  {device} sends:", ", ".join(f"{k} {format_bytes(v)}" for k, v in sent.items()) or "no rows")
+with tempfile.TemporaryDirectory() as folder:
+    for changes in ({}, {"private": True}, {"private": True, "share_labels": True}):
+        job = spanwise.Job.parse(JOB | changes)
+        graph, times = spanwise.profile(job, cluster, cache=Path(folder))
+        plan, _ = spanwise.plan(job, cluster, cache=Path(folder))
+        predicted = spanwise.simulate(plan, graph, times, cluster, job=job)
+        step = format_seconds(predicted.step_time_s)
+        print(f"\n{changes or 'no constraint'}: {plan.strategy}, {step} a step")
+        for number, stage in enumerate(plan.stages):
+            rows = ", ".join(f"{replica.device} x {replica.rows} rows" for replica in stage.replicas)
+            print(f"  stage {number}: layers {stage.start} to {stage.stop - 1} on {rows}")
+        program = lower(plan, graph)
+        for device in ("ward-1", "ward-2"):
+            sent = Counter()
+            for action in program.devices[device]:
+                if action.kind in ("send", "reduce"):
+                    sent[action.payload or "gradient sums"] += action.nbytes
+            parts = ", ".join(f"{kind} {format_bytes(nbytes)}" for kind, nbytes in sent.items())
+            print(f"  {device} sends {parts or 'nothing'}")

@@ -84,12 +84,15 @@ def stage_bytes(
     """Most bytes that one replica of a stage needs: state, activations in flight, messages.
 
     ``in_flight`` is the number of micro-batches between forward and backward at once: the warm-up
-    depth under 1f1b, all of them under GPipe.
+    depth under 1f1b, all of them under GPipe. Each of them keeps what its layers save and its output, which
+    the next stage saves as its input or not at all, and which here waits for a slow link, then for its
+    gradient. An upper bound while the stage before runs at most two micro-batches further ahead; raw rows
+    that arrive before they are needed come on top.
     """
     parameter_bytes = sum(p.bytes for p in graph.parameters_of(start, stop))
     buffer_bytes = sum(layer.buffer_bytes for layer in graph.layers[start:stop])
     return (
         state_bytes(parameter_bytes, buffer_bytes, copies, synced=synced)
-        + in_flight * saved_bytes(graph, start, stop, rows)
+        + in_flight * (saved_bytes(graph, start, stop, rows) + rows * graph.layers[stop - 1].cut_bytes)
         + message_bytes(graph, start, stop, rows)
     )

@@ -14,7 +14,7 @@ from spanwise.planner.outlines import best_outlines
 from spanwise.planner.search import Search, all_subsets, runs_of
 from spanwise.planner.trial import timeline
 
-SEEDS = range(12)
+SEEDS = range(7)
 
 
 def seconds(problem: Problem, strategy: str) -> float:

@@ -53,6 +53,10 @@ class Stage(Noun):
         """Rows of a micro-batch over all replicas."""
         return sum(replica.rows for replica in self.replicas)
 
+    def meets(self, start: int, stop: int) -> bool:
+        """Whether it holds some of the layers ``[start, stop)``."""
+        return start < self.stop and self.start < stop
+
     def row_ranges(self) -> tuple[tuple[str, int, int], ...]:
         """(device, first row, row after the last) per replica."""
         return row_ranges(self.replicas)
@@ -114,6 +118,9 @@ class Plan(Noun):
                 f"plan '{self.strategy}': sources hold {held} rows of a micro-batch of "
                 f"{self.micro_batch_rows}; rows must add up"
             )
+        holders = [source.device for source in self.sources]
+        if len(set(holders)) != len(holders):
+            raise PlanError(f"plan '{self.strategy}': sources list a device twice: {', '.join(holders)}")
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if self.schedule == "1f1b" and after.warmup > before.warmup:
                 raise PlanError(

@@ -111,8 +111,9 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Action]], ...] = 
     (re.compile(rf"(?P<kind>forward|backward) s(?P<s>\d+) m(?P<m>\d+) {_ROWS}"), _compute),
     (
         re.compile(
-            rf"(?:(?P<send>send)|recv) (?P<payload>{'|'.join(get_args(Payload))}) (?:s(?P<s>\d+) )?m(?P<m>\d+) "
-            rf"{_ROWS} (?(send)to|from) (?P<peer>[A-Za-z0-9_.-]+) #(?P<t>\d+) (?P<n>\d+)B"
+            rf"(?:(?P<send>send)|recv) (?P<payload>{'|'.join(get_args(Payload))}) "
+            rf"(?:s(?P<s>\d+) )?m(?P<m>\d+) {_ROWS} (?(send)to|from) "
+            rf"(?P<peer>[A-Za-z0-9_.-]+) #(?P<t>\d+) (?P<n>\d+)B"
         ),
         _move,
     ),

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from spanwise.core.errors import PlanError
-from spanwise.core.plan import Plan
+from spanwise.core.plan import Plan, row_ranges
 from spanwise.core.program import Action, Program
+
+_Key = tuple[str, int, int]  # kind, stage, micro-batch; of reductions kind, sync, segment
 
 
 def check(program: Program, plan: Plan) -> None:
     """Raises ``PlanError`` unless the Program is sound.
 
     Pairing: every send has exactly one receive of the same rows and bytes, and every member of a
-    reduction takes part in it. Coverage: every stage computes every row of every micro-batch forward
-    and backward exactly once. Termination: run in any timing, every action is reached.
+    reduction takes part in it. Coverage: every device loads, computes, reduces and updates exactly what
+    the plan gives it, once. Order: on every device data arrives before its use and leaves after it is
+    made. Termination: run in any timing, every action is reached.
     """
+    if len(program.buckets) != len(plan.syncs):
+        raise PlanError(
+            f"program: has buckets for {len(program.buckets)} of the plan's {len(plan.syncs)} syncs"
+        )
     _check_pairs(program)
-    _check_coverage(program, plan)
+    work = _work(program, plan)
+    for device in dict.fromkeys((*plan.devices, *program.devices)):
+        actions = program.devices.get(device, ())
+        _check_coverage(device, actions, work.get(device, {}))
+        _check_order(device, actions, plan)
     _check_end(program)
 
 
@@ -55,29 +66,108 @@ def _check_pairs(program: Program) -> None:
                 )
 
 
-def _check_coverage(program: Program, plan: Plan) -> None:
-    computed: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
-    for actions in program.devices.values():
-        for action in actions:
-            if action.kind in ("forward", "backward"):
-                key = (action.kind, action.stage, action.micro_batch)
-                computed.setdefault(key, []).append(action.rows)
-    for kind in ("forward", "backward"):
-        for stage in range(len(plan.stages)):
-            for micro_batch in range(plan.micro_batches):
-                end = 0
-                for a, b in sorted(computed.pop((kind, stage, micro_batch), [])):
-                    if a != end:
-                        break
-                    end = b
-                if end != plan.micro_batch_rows:
-                    raise PlanError(
-                        f"program: {kind} of stage {stage}, micro-batch {micro_batch} covers rows up to "
-                        f"{end} of {plan.micro_batch_rows}, each must be computed once"
-                    )
-    if computed:
-        kind, stage, micro_batch = next(iter(computed))
-        raise PlanError(f"program: {kind} s{stage} m{micro_batch} belongs to no stage of the plan")
+def _key(action: Action) -> _Key:
+    if action.kind == "reduce":
+        return action.kind, action.sync, action.segment
+    return action.kind, action.stage, action.micro_batch
+
+
+def _work(program: Program, plan: Plan) -> dict[str, dict[_Key, Action]]:
+    """What each device has to do besides moving rows."""
+    work: dict[str, dict[_Key, Action]] = {device: {} for device in plan.devices}
+
+    def give(device: str, action: Action) -> None:
+        work[device][_key(action)] = action
+
+    for m in range(plan.micro_batches):
+        for device, a, b in row_ranges(plan.sources):
+            give(device, Action("load", micro_batch=m, rows=(a, b)))
+        for s, stage in enumerate(plan.stages):
+            for device, a, b in stage.row_ranges():
+                give(device, Action("forward", s, m, (a, b)))
+                give(device, Action("backward", s, m, (a, b)))
+    for y, (sync, segments) in enumerate(zip(plan.syncs, program.buckets, strict=True)):
+        for device in sync.devices:
+            for g in range(len(segments)):
+                give(device, Action("reduce", sync=y, segment=g, members=sync.devices))
+    computing = tuple(dict.fromkeys(d for s in plan.stages for d in s.devices))
+    clip = any(action.kind == "norm" for actions in program.devices.values() for action in actions)
+    for device in computing:
+        if clip:
+            give(device, Action("norm", members=computing))
+        give(device, Action("step"))
+    return work
+
+
+def _check_coverage(device: str, actions: tuple[Action, ...], work: dict[_Key, Action]) -> None:
+    left = dict(work)
+    for action in actions:
+        if action.kind in ("send", "recv"):
+            continue
+        given = left.pop(_key(action), None)
+        if given is None:
+            raise PlanError(f"program: '{action}' on {device} is done twice or is not in the plan")
+        if (action.rows, action.members) != (given.rows, given.members):
+            raise PlanError(f"program: '{action}' on {device} is '{given}' in the plan")
+    if left:
+        raise PlanError(
+            f"program: {device} lacks '{next(iter(left.values()))}'; "
+            "every row must be loaded and computed, every gradient summed, once"
+        )
+
+
+def _check_order(device: str, actions: tuple[Action, ...], plan: Plan) -> None:
+    at = {_key(action): i for i, action in enumerate(actions) if action.kind not in ("send", "recv")}
+    nowhere = len(actions)
+    for position, action in enumerate(actions):
+        match action.kind:
+            case "recv":
+                right = at.get(_use(action, len(plan.stages) - 1), -1) > position
+            case "norm" | "step":
+                right = position == len(actions) - _FROM_END[action.kind]
+            case _:
+                right = all(at.get(key, nowhere) < position for key in _sources(action, device, plan))
+        if not right:
+            raise PlanError(f"program: '{action}' on {device} stands in the wrong place, or for nothing")
+
+
+_FROM_END = {"norm": 2, "step": 1}
+
+
+def _use(recv: Action, last: int) -> _Key:
+    """The compute that needs what is received."""
+    match recv.payload:
+        case "input":
+            return "forward", 0, recv.micro_batch
+        case "label":
+            return "forward", last, recv.micro_batch
+        case "gradient":
+            return "backward", recv.stage, recv.micro_batch
+        case _:
+            return "forward", recv.stage + 1, recv.micro_batch
+
+
+def _sources(action: Action, device: str, plan: Plan) -> list[_Key]:
+    """What must have been done on the device before it computes, sends or reduces."""
+    s, m = action.stage, action.micro_batch
+    match action.kind, action.payload:
+        case "backward", _:
+            return [("forward", s, m)]
+        case "send", "input" | "label":
+            return [("load", -1, m)]
+        case "send", "activation":
+            return [("forward", s, m)]
+        case "send", _:
+            return [("backward", s + 1, m)]
+        case "reduce", _:
+            return [
+                ("backward", i, plan.micro_batches - 1)
+                for i, stage in enumerate(plan.stages)
+                if device in stage.devices
+                and any(stage.meets(a, b) for a, b in plan.syncs[action.sync].layers)
+            ]
+        case _:
+            return []
 
 
 def _check_end(program: Program) -> None:

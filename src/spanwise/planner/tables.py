@@ -79,7 +79,7 @@ class Tables:
     def row_bytes(self, start: Ints, stop: Ints, *, in_flight: Ints | int) -> Floats:
         """Bytes of a stage per row: activations in flight and message buffers."""
         messages = 2 * (self.into[start] + self.into[stop])
-        return in_flight * (self.saved[stop] - self.saved[start]) + messages
+        return in_flight * (self.saved[stop] - self.saved[start] + self.into[stop]) + messages
 
     def row_cap(self, device: int, start: Ints, stop: Ints, *, in_flight: Ints | int, synced: bool) -> Ints:
         """Most rows that fit the budget of a device; below 1 = none."""

@@ -116,14 +116,11 @@ def priced(
             continue
         if plan not in found:
             found[plan] = price(problem, plan).step_time_s
+    if not found and reasons:
+        raise closest(reasons)
     if not found:
-        raise (
-            closest(reasons)
-            if reasons
-            else InfeasibleError(
-                f"{strategy}: the links allow no plan; the devices with the data must reach those of the first and "
-                "the last stage"
-            )
+        raise InfeasibleError(
+            f"{strategy}: the links allow no plan; data devices must reach those of the first and last stage"
         )
     return sorted((Priced(plan, p) for plan, p in found.items()), key=lambda entry: entry.price_s)
 

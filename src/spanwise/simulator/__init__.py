@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spanwise.core.cluster import Cluster
+from spanwise.core.errors import InputError
 from spanwise.core.faults import Fault
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan
@@ -43,7 +44,10 @@ def simulate(
 
     Raises:
         PlanError: the Program never ends.
+        InputError: a device without times in the profile, two devices without a link, no steps.
     """
+    if steps < 1:
+        raise InputError(f"simulation: {steps} steps; at least 1 is needed")
     costs = Costs(program, plan, graph, profile, cluster, optimizer_copies, faults)
     engine = Engine(costs, steps=steps, spans=spans)
     trace = engine.run()

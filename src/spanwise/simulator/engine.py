@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import permutations
 
 from spanwise.core.errors import PlanError
 from spanwise.core.program import Action
@@ -47,7 +48,6 @@ class Trace:
     busy: dict[str, list[float]]
     sent: dict[str, list[float]]
     spans: list[Span] = field(default_factory=list[Span])
-    stalled: str = ""
 
 
 class Engine:
@@ -76,15 +76,16 @@ class Engine:
         """Until every device has ended its last step, or nothing moves any more."""
         for lane in self.lanes.values():
             self._advance(lane, 0.0)
+        now = 0.0
         while self._events:
             now, _, call = heapq.heappop(self._events)
             call(now)
-        stuck = [lane for lane in self.lanes.values() if lane.step < self.steps]
-        if stuck:
+        stuck = [lane for lane in self.lanes.values() if lane.step < self.steps and not lane.lost]
+        if stuck and not self.costs.faults:
             where = "; ".join(f"{x.name} at '{x.actions[x.at]}' of step {x.step}" for x in stuck)
-            if not self.costs.faults:
-                raise PlanError(f"simulation: it never ends; waiting: {where}")
-            self.trace.stalled = where
+            raise PlanError(f"simulation: it never ends; waiting: {where}")
+        for lane in stuck:
+            self._waited(lane, now)
         return self.trace
 
     def _at(self, when: float, call: Callable[[float], None]) -> None:
@@ -95,9 +96,7 @@ class Engine:
 
     def _advance(self, lane: _Lane, now: float) -> None:
         """Takes actions until one takes time or must wait."""
-        if lane.blocked_since is not None:
-            self._span(lane.name, "wait", lane.actions[lane.at], lane.blocked_since, now, lane.step)
-            lane.blocked_since = None
+        self._waited(lane, now)
         while lane.step < self.steps and not lane.lost:
             if lane.at == 0 and self.costs.lost(lane.name, lane.step):
                 lane.lost = True
@@ -110,10 +109,17 @@ class Engine:
             if self._take(lane, lane.actions[lane.at], now):
                 return
 
+    def _waited(self, lane: _Lane, now: float) -> None:
+        """Ends the wait of a device, if it waits."""
+        if lane.blocked_since is not None and now > lane.blocked_since:
+            self._span(lane.name, "wait", lane.actions[lane.at], lane.blocked_since, now, lane.step)
+        lane.blocked_since = None
+
     def _take(self, lane: _Lane, action: Action, now: float) -> bool:
         """Takes one action; true when the device goes on later."""
         match action.kind:
             case "forward":
+                self._consume(lane, now)  # first: what came in is kept as part of what is saved
                 self.memory.add(lane.name, self.costs.saved[lane.name, action.stage], now)
                 return self._compute(lane, action, self.costs.forward[lane.name, action.stage], now)
             case "backward":
@@ -145,6 +151,8 @@ class Engine:
         cost = self.costs.message[lane.name]
         if not cost or action.kind not in ("send", "recv"):
             return False
+        if self.costs.faults:
+            cost *= self.costs.slowdown(lane.name, lane.step)
         self.trace.busy[lane.name][lane.step] += cost
         self._at(now + cost, lambda t: self._advance(lane, t))
         return True
@@ -156,13 +164,16 @@ class Engine:
     def _compute(self, lane: _Lane, action: Action, seconds: float, now: float) -> bool:
         if self.costs.faults:
             seconds *= self.costs.slowdown(lane.name, lane.step)
-        self.memory.add(lane.name, -lane.consumed, now)
-        lane.consumed = 0
+        self._consume(lane, now)
         self.trace.busy[lane.name][lane.step] += seconds
         end = now + seconds
         self._span(lane.name, action.kind, action, now, end, lane.step)
         self._at(end, lambda t: self._computed(lane, action, t))
         return True
+
+    def _consume(self, lane: _Lane, now: float) -> None:
+        self.memory.add(lane.name, -lane.consumed, now)
+        lane.consumed = 0
 
     def _computed(self, lane: _Lane, action: Action, now: float) -> None:
         if action.kind == "backward":
@@ -185,13 +196,18 @@ class Engine:
         message = queue[0]
         message.started = now
         action = message.action
-        nbytes: float = action.nbytes
-        if self.costs.faults:
-            nbytes *= self.costs.stretch(message.source, action.peer, message.step)
-            if nbytes == float("inf"):
-                return  # a cut link: this message and all behind it never arrive
+        factor = self._factor(message.source, action.peer, message.step)
+        if factor is None:
+            return  # a cut link: this message and all behind it never arrive
         way = self.costs.way(message.source, action.peer)
-        self.network.start(now, way.resources, nbytes, lambda t: self._passed(queue, way.latency_s, t))
+        latency_s = way.latency_s * factor
+        self.network.start(
+            now, way.resources, action.nbytes * factor, lambda t: self._passed(queue, latency_s, t)
+        )
+
+    def _factor(self, source: str, target: str, step: int) -> float | None:
+        """By how much a fault stretches messages on a link; None if it cuts the link."""
+        return self.costs.stretch(source, target, step) if self.costs.faults else 1.0
 
     def _passed(self, queue: deque[_Message], latency_s: float, now: float) -> None:
         message = queue.popleft()
@@ -229,7 +245,7 @@ class Engine:
         action, _ = queue[0]
         edges = ring_edges(action)
         nbytes = ring_edge_bytes(len(edges), action.nbytes)
-        latency_s = ring_rounds(len(edges)) * max(self.costs.way(a, b).latency_s for a, b in edges)
+        latency_s = ring_rounds(len(edges)) * self._farthest(edges, step)
         left = len(edges)
 
         def edge_done(source: str, target: str, t: float) -> None:
@@ -241,11 +257,22 @@ class Engine:
 
         for a, b in edges:
             self.trace.sent[a][step] += nbytes
-            stretched = nbytes * self.costs.stretch(a, b, step) if self.costs.faults else nbytes
-            if stretched < float("inf"):
+            factor = self._factor(a, b, step)
+            if factor is not None:
                 self.network.start(
-                    now, self.costs.way(a, b).resources, stretched, lambda t, a=a, b=b: edge_done(a, b, t)
+                    now,
+                    self.costs.way(a, b).resources,
+                    nbytes * factor,
+                    lambda t, a=a, b=b: edge_done(a, b, t),
                 )
+
+    def _farthest(self, pairs: Iterable[tuple[str, str]], step: int) -> float:
+        """Most latency of any of these links; infinite if one is cut."""
+        most = 0.0
+        for a, b in pairs:
+            factor = self._factor(a, b, step)
+            most = max(most, float("inf") if factor is None else self.costs.way(a, b).latency_s * factor)
+        return most
 
     def _reduced(self, queue: deque[tuple[Action, list[_Lane]]], step: int, now: float) -> None:
         _, lanes = queue.popleft()
@@ -264,18 +291,14 @@ class Engine:
         arrived.append(lane)
         if len(arrived) == len(action.members):
             del self._normed[lane.step]
-            names = action.members
-            latency_s = max(
-                (self.costs.way(a, b).latency_s for a in names for b in names if a != b), default=0.0
-            )
-            self._at(now + latency_s, lambda t: self._go_on(arrived, t))
+            latency_s = self._farthest(permutations(action.members, 2), lane.step)
+            if latency_s < float("inf"):
+                self._at(now + latency_s, lambda t: self._go_on(arrived, t))
         return True
 
     def _go_on(self, lanes: list[_Lane], now: float) -> None:
         for lane in lanes:
-            action = lane.actions[lane.at]
-            self._span(lane.name, "wait", action, lane.blocked_since or now, now, lane.step)
-            lane.blocked_since = None
+            self._waited(lane, now)
             lane.at += 1
         for lane in lanes:
             self._advance(lane, now)

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 Finish = Callable[[float], None]
 At = Callable[[float, Finish], None]
 
-_DONE = 1e-6  # bytes: less than this is rounding
-
 
 def max_min_rates(flows: Sequence[tuple[int, ...]], capacities: Sequence[float]) -> list[float]:
     """Max-min fair rates by progressive filling. Bertsekas and Gallager, Data Networks, 1992, section 6.5.2.
@@ -63,10 +61,10 @@ class Network:
 
     capacities: list[float]
     at: At
-    users: list[set[Flow]] = field(init=False)
+    users: list[dict[Flow, None]] = field(init=False)  # dicts keep their order: same run, same order
 
     def __post_init__(self) -> None:
-        self.users = [set() for _ in self.capacities]
+        self.users = [{} for _ in self.capacities]
 
     def start(self, now: float, resources: tuple[int, ...], nbytes: float, finish: Finish) -> None:
         """Begins to transmit; ``finish(t)`` is called when the last byte has left."""
@@ -77,7 +75,7 @@ class Network:
         alone = True
         for resource in resources:
             alone = alone and not self.users[resource]
-            self.users[resource].add(flow)
+            self.users[resource][flow] = None
         if alone:
             self._set_rate(flow, now, min(self.capacities[r] for r in resources))
         else:
@@ -98,7 +96,7 @@ class Network:
         flow.open = False
         shared = False
         for resource in flow.resources:
-            self.users[resource].discard(flow)
+            del self.users[resource][flow]
             shared = shared or bool(self.users[resource])
         if shared:
             self._share(now, flow.resources)

@@ -8,7 +8,7 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.faults import Fault
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan
-from spanwise.core.profile import Profile
+from spanwise.core.profile import LinkTimes, Profile
 from spanwise.core.program import Action, Program
 from spanwise.cost import saved_bytes, state_bytes
 
@@ -35,6 +35,7 @@ class Costs:
         self._index: dict[str, int] = {}
         self._ways: dict[tuple[str, str], Way] = {}
         self._measured = {(link.source, link.target): link for link in profile.links}
+        self._widest = _measured_capacities(cluster, profile.links)
         self.sizes = {p.name: p.bytes for p in graph.parameters}
         self.forward: dict[tuple[str, int], float] = {}
         self.backward: dict[tuple[str, int], float] = {}
@@ -48,7 +49,6 @@ class Costs:
         self.update: dict[str, float] = {}
         self.message: dict[str, float] = {}
         self.base: dict[str, int] = {}
-        synced = {device for sync in plan.syncs for device in sync.devices}
         for device in program.devices:
             held = sum(self.sizes[name] for name in program.held.get(device, ()))
             buffers = sum(
@@ -57,7 +57,8 @@ class Costs:
                 if device in stage.devices
                 for layer in graph.layers[stage.start : stage.stop]
             )
-            self.base[device] = state_bytes(held, buffers, copies, synced=device in synced)
+            travels = sum(a.nbytes for a in program.devices[device] if a.kind == "reduce")
+            self.base[device] = state_bytes(held, buffers, copies, synced=False) + travels
             self.update[device] = profile.update_s(device, held) if held else 0.0
             table, factor = profile.table(device)
             self.message[device] = table.message_s * factor
@@ -78,12 +79,17 @@ class Costs:
                 factor *= fault.factor
         return factor
 
-    def stretch(self, source: str, target: str, step: int) -> float:
-        """Factor on the bytes of messages by ``slow`` faults of a link; infinite when it is cut."""
+    def stretch(self, source: str, target: str, step: int) -> float | None:
+        """Factor on bytes and latency of messages by ``slow`` faults of a link; None when it is cut.
+
+        More bytes, as if parts were lost and sent again: a slow link also takes more of what it shares.
+        """
         factor = 1.0
         for fault in self.faults:
             if (fault.device, fault.peer) == (source, target) and step >= fault.step:
-                factor *= fault.factor if fault.kind == "slow" else float("inf")
+                if fault.kind == "cut":
+                    return None
+                factor *= fault.factor
         return factor
 
     def lost(self, device: str, step: int) -> bool:
@@ -92,21 +98,43 @@ class Costs:
 
     def _find_way(self, source: str, target: str) -> Way:
         measured = self._measured.get((source, target))
-        if measured is not None:
-            resources: tuple[tuple[str, float], ...] = (
-                (f"measured:{source}>{target}", measured.bandwidth_bytes_per_s),
-            )
-            latency_s = measured.latency_s
-        else:
+        if measured is None:
             route = self.cluster.route(source, target)
             resources, latency_s = route.resources, route.latency_s
+        else:
+            shared = self.cluster.route(source, target).resources if _listed(self.cluster, measured) else ()
+            resources = ((f"measured:{source}>{target}", measured.bandwidth_bytes_per_s), *shared)
+            latency_s = measured.latency_s
         return Way(tuple(self._resource(name, rate) for name, rate in resources), latency_s)
 
     def _resource(self, name: str, rate: float) -> int:
         if name not in self._index:
             self._index[name] = len(self.capacities)
-            self.capacities.append(rate)
+            self.capacities.append(self._widest.get(name, rate))
         return self._index[name]
+
+
+def _listed(cluster: Cluster, link: LinkTimes) -> bool:
+    """Whether the cluster file has a link for a measured pair."""
+    return {link.source, link.target} <= set(cluster.ids) and cluster.connected(link.source, link.target)
+
+
+def _measured_capacities(cluster: Cluster, links: tuple[LinkTimes, ...]) -> dict[str, float]:
+    """What the shared capacities on measured ways can carry.
+
+    Pairs are measured one at a time, so which messages share something is known from the cluster file only. A
+    capacity carries what the fastest pair measured over it; what the file says counts where it was not the
+    narrowest on a way, as then the measurement could not fill it.
+    """
+    found: dict[str, float] = {}
+    for link in links:
+        if not _listed(cluster, link):
+            continue
+        route = cluster.route(link.source, link.target)
+        for name, rate in route.resources:
+            least = rate if rate > route.bandwidth_bytes_per_s else 0.0
+            found[name] = max(found.get(name, 0.0), least, link.bandwidth_bytes_per_s)
+    return found
 
 
 def ring_edges(action: Action) -> tuple[tuple[str, str], ...]:

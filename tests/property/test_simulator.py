@@ -1,0 +1,203 @@
+"""Any plan on any cluster: it ends, no lane does two things at once, nothing is faster than it can be."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from itertools import pairwise
+
+from hypothesis import HealthCheck, assume, given, settings
+from strategies import Case, cases
+
+from spanwise.core.errors import PlanError
+from spanwise.core.program import Program
+from spanwise.core.timeline import Timeline
+from spanwise.cost import ring_edge_bytes, stage_bytes
+from spanwise.lowering import check, lower
+from spanwise.simulator import simulate
+
+COPIES = 1
+ROUNDING = 1e-9
+many = settings(
+    max_examples=120, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)  # fmt: skip
+
+
+def lowered(case: Case) -> Program:
+    """The Program; cases without any possible order are left out, which only reuse of devices can cause."""
+    held = [device for stage in case.plan.stages for device in stage.devices]
+    try:
+        return lower(case.plan, case.graph, clip=case.clip)
+    except PlanError as error:
+        if "no order" not in str(error) or len(held) == len(set(held)):
+            raise
+    assume(False)
+    raise AssertionError("unreachable")
+
+
+def run(case: Case, program: Program, *, steps: int = 1, spans: bool = True) -> Timeline:
+    return simulate(
+        program, case.plan, case.graph, case.profile, case.cluster,
+        optimizer_copies=COPIES, steps=steps, spans=spans,
+    )  # fmt: skip
+
+
+def sent_bytes(program: Program) -> dict[tuple[str, str], float]:
+    """Bytes of a step over every ordered pair, rings included."""
+    out: dict[tuple[str, str], float] = defaultdict(float)
+    for device, actions in program.devices.items():
+        for action in actions:
+            if action.kind == "send":
+                out[device, action.peer] += action.nbytes
+            elif action.kind == "reduce":
+                after = action.members[(action.members.index(device) + 1) % len(action.members)]
+                out[device, after] += ring_edge_bytes(len(action.members), action.nbytes)
+    return out
+
+
+def compute_s(case: Case, program: Program) -> dict[str, float]:
+    """Busy seconds of a step on every device."""
+    out: dict[str, float] = {}
+    sizes = {p.name: p.bytes for p in case.graph.parameters}
+    for device, actions in program.devices.items():
+        table, factor = case.profile.table(device)
+        total = 0.0
+        for action in actions:
+            rows = action.rows[1] - action.rows[0]
+            if action.kind in ("forward", "backward"):
+                stage = case.plan.stages[action.stage]
+                find = case.profile.forward_s if action.kind == "forward" else case.profile.backward_s
+                total += find(device, stage.start, stage.stop, rows)
+            elif action.kind in ("send", "recv"):
+                total += factor * table.message_s
+            elif action.kind == "step":
+                total += case.profile.update_s(device, sum(sizes[n] for n in program.held[device]))
+        out[device] = total
+    return out
+
+
+@many
+@given(cases())
+def test_it_ends_and_every_step_does_the_same_work(case: Case) -> None:
+    program = lowered(case)
+    check(program, case.plan)
+    timeline = run(case, program, steps=3)
+    work = compute_s(case, program)
+    sent = sent_bytes(program)
+    for device in program.devices:
+        use = timeline.device(device)
+        assert math.isclose(use.busy_s, work[device], rel_tol=1e-9, abs_tol=1e-12)
+        assert use.sent_bytes == round(sum(n for (a, _), n in sent.items() if a == device))
+    for device, actions in program.devices.items():
+        expected = [str(a) for a in actions if a.kind in ("forward", "backward", "step")] * 3
+        lane = [s for s in timeline.spans if s.lane == device and s.kind != "wait"]
+        assert [s.action for s in sorted(lane, key=lambda s: (s.start_s, s.end_s))] == expected
+    sends = [a for actions in program.devices.values() for a in actions if a.kind == "send"]
+    moved = [s for s in timeline.spans if ">" in s.lane and s.kind != "reduce"]
+    assert len(moved) == 3 * len(sends)
+
+
+@many
+@given(cases())
+def test_no_lane_does_two_things_at_once(case: Case) -> None:
+    """Messages of one ordered pair neither; a reduction may run beside them."""
+    timeline = run(case, lowered(case), steps=2)
+    lanes = defaultdict(list)
+    for span in timeline.spans:
+        assert 0 <= span.start_s <= span.end_s
+        if span.kind != "reduce":
+            lanes[span.lane].append(span)
+    for spans in lanes.values():
+        spans.sort(key=lambda span: (span.start_s, span.end_s))
+        for before, after in pairwise(spans):
+            assert before.end_s <= after.start_s + ROUNDING
+
+
+@many
+@given(cases())
+def test_nothing_is_faster_than_it_can_be(case: Case) -> None:
+    """A step takes at least the compute of every device and the bytes of every capacity."""
+    program = lowered(case)
+    bounds = list(compute_s(case, program).values())
+    loads: dict[tuple[str, float], float] = defaultdict(float)
+    measured = {(link.source, link.target): link for link in case.profile.links}
+    for (a, b), nbytes in sent_bytes(program).items():
+        link = measured.get((a, b))
+        if link is not None:
+            bounds.append(nbytes / link.bandwidth_bytes_per_s)
+        if not measured:  # else shared capacities are those that were measured
+            for resource in case.cluster.route(a, b).resources:
+                loads[resource] += nbytes
+    bounds += [nbytes / rate for (_, rate), nbytes in loads.items()]
+    one = run(case, program, spans=False)
+    assert one.step_time_s >= max(bounds) * (1 - ROUNDING)
+    for steps in (2, 4):
+        timeline = run(case, program, steps=steps)
+        end = max((span.end_s for span in timeline.spans), default=0.0)
+        assert end >= steps * max(bounds) * (1 - ROUNDING)
+
+
+@many
+@given(cases())
+def test_it_is_deterministic_and_spans_change_nothing(case: Case) -> None:
+    program = lowered(case)
+    first, again, bare = run(case, program, steps=2), run(case, program, steps=2), run(
+        case, program, steps=2, spans=False
+    )  # fmt: skip
+    assert first == again
+    assert bare.spans == ()
+    assert bare.memory == ()
+    assert (bare.step_time_s, bare.devices) == (first.step_time_s, first.devices)
+
+
+@many
+@given(cases())
+def test_memory_returns_to_its_base_and_stays_below_the_bound(case: Case) -> None:
+    program = lowered(case)
+    steps = 2
+    timeline = run(case, program, steps=steps)
+    levels: dict[str, list[int]] = defaultdict(list)
+    for point in timeline.memory:
+        levels[point.device].append(point.bytes)
+    for device in program.devices:
+        assert levels[device][-1] == levels[device][0] == min(levels[device])
+        assert max(levels[device]) == timeline.device(device).peak_memory_bytes
+        assert timeline.device(device).peak_memory_bytes <= bound_bytes(case, device, steps)
+
+
+def bound_bytes(case: Case, device: str, steps: int) -> int:
+    """Sum of ``stage_bytes`` over the stages of a device, and what a plan may pile up beyond that.
+
+    Inputs and labels come from sources that run ahead. A micro-batch is at one place of a stage only: waiting,
+    in flight, or leaving as a gradient; at most as many are in any of these as the stage before runs ahead.
+    ``stage_bytes`` covers two more than are in flight, and those that wait instead of being in flight as
+    long as what is saved includes what comes in.
+    """
+    plan, graph = case.plan, case.graph
+    synced = any(device in sync.devices for sync in plan.syncs)
+    total = 0
+    depths = [
+        plan.micro_batches if plan.schedule == "gpipe" else min(stage.warmup, plan.micro_batches)
+        for stage in plan.stages
+    ]
+    raw = graph.input_row_bytes + graph.label_row_bytes
+    for source in plan.sources:
+        if source.device == device:  # to both ends of the pipeline
+            total += steps * plan.micro_batches * source.rows * raw
+    for index, stage in enumerate(plan.stages):
+        for replica in stage.replicas:
+            if replica.device != device:
+                continue
+            depth = depths[index]
+            total += stage_bytes(
+                graph, stage.start, stage.stop, rows=replica.rows, in_flight=depth, copies=COPIES,
+                synced=synced,
+            )  # fmt: skip
+            if index in (0, len(plan.stages) - 1):
+                total += steps * plan.micro_batches * replica.rows * raw
+            if index > 0:
+                into = replica.rows * graph.layers[stage.start - 1].cut_bytes
+                kept = replica.rows * sum(x.saved_bytes for x in graph.layers[stage.start : stage.stop])
+                total += max(depths[index - 1] - depth - 2, 0) * into + depth * max(into - kept, 0)
+    return total

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+from plan_cases import chain
+
+from spanwise import cost
+from spanwise.core.job import Recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "copies"),
+    [
+        ("SGD", {"lr": 0.1}, 0), ("SGD", {"momentum": 0.9}, 1), ("SGD", {"momentum": 0}, 0),
+        ("Adam", {}, 2), ("AdamW", {"amsgrad": True}, 3), ("AdamW", {"amsgrad": False}, 2),
+        ("RMSprop", {}, 1), ("RMSprop", {"momentum": 0.9}, 2), ("Adagrad", {}, 1), ("Unheard", {}, 2),
+    ],
+)  # fmt: skip
+def test_copies_that_an_optimizer_keeps(name: str, args: dict[str, object], copies: int) -> None:
+    assert cost.optimizer_copies(Recipe(name=name, args=args)) == copies
+
+
+def test_a_message_takes_latency_and_bytes_over_rate() -> None:
+    assert cost.transfer_s(1e6, 4e6, 0.01) == pytest.approx(0.26)
+
+
+def test_a_ring_by_counting_its_messages() -> None:
+    """n - 1 rounds of reduce-scatter and n - 1 of all-gather, a piece of 1/n each, one after the other."""
+    for devices in range(2, 7):
+        rounds = [1200 / devices] * (devices - 1) * 2
+        assert cost.ring_rounds(devices) == len(rounds)
+        assert cost.ring_edge_bytes(devices, 1200) == pytest.approx(sum(rounds))
+        one_by_one = sum(cost.transfer_s(piece, 50, 0.5) for piece in rounds)
+        assert cost.ring_s(devices, 1200, 50, 0.5) == pytest.approx(one_by_one)
+
+
+def test_one_device_needs_no_ring() -> None:
+    assert cost.ring_s(1, 1200, 50, 0.5) == 0.0
+    assert cost.ring_edge_bytes(1, 1200) == 0.0
+    assert cost.ring_rounds(1) == 0
+
+
+def test_state_is_weights_gradients_copies_and_the_buffer_that_travels() -> None:
+    assert cost.state_bytes(100, 7, 0, synced=False) == 207
+    assert cost.state_bytes(100, 7, 2, synced=False) == 407
+    assert cost.state_bytes(100, 7, 2, synced=True) == 507
+
+
+def test_saved_activations_grow_with_rows_but_for_the_fixed_part() -> None:
+    data = chain(3).to_data()
+    data["layers"][1]["saved_fixed_bytes"] = 1000
+    graph = type(chain(3)).parse(data)
+    assert cost.saved_bytes(graph, 0, 3, 5) == 3 * 16 * 5 + 1000
+    assert cost.saved_bytes(graph, 2, 3, 5) == 16 * 5
+    assert cost.saved_bytes(graph, 1, 1, 5) == 0
+
+
+def test_messages_are_both_cuts_both_ways() -> None:
+    graph = chain(3)  # 12 bytes a row in, 8 behind layer 0, 16 behind layer 1
+    assert cost.message_bytes(graph, 0, 1, 5) == 2 * 5 * (12 + 8)
+    assert cost.message_bytes(graph, 1, 2, 5) == 2 * 5 * (8 + 16)
+    assert cost.message_bytes(graph, 2, 3, 5) == 2 * 5 * 16
+
+
+def test_a_stage_adds_up_and_counts_tied_weights_once() -> None:
+    graph = chain(3, tied=(0, 2))
+    parameters = 4 + 8 + 12 + 40
+    expected = 3 * parameters + 2 * (3 * 16 * 5) + 2 * 5 * 12
+    assert cost.stage_bytes(graph, 0, 3, rows=5, in_flight=2, copies=1, synced=False) == expected
+    synced = cost.stage_bytes(graph, 0, 3, rows=5, in_flight=2, copies=1, synced=True)
+    assert synced == expected + parameters
