@@ -26,14 +26,19 @@ if TYPE_CHECKING:
     from spanwise.runtime.session import StepReport
 
 
+_PIPED_COLUMNS = 120  # a file or pipe has no width of its own
+
+
 def _console() -> Console:
-    return Console(highlight=False)
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_PIPED_COLUMNS)
 
 
 def _table(*columns: tuple[str, str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, justify in columns:
-        table.add_column(name, justify="right" if justify == "r" else "left", overflow="fold")
+        right = justify == "r"
+        table.add_column(name, justify="right" if right else "left", no_wrap=right or not name)
     return table
 
 
@@ -95,28 +100,40 @@ def show_plans(found: Answer, graph: ModelGraph, cluster: Cluster) -> None:
     console.print(found.advice.sentence, style="bold", markup=False)
 
 
+_DEVICE_COLUMNS = 8  # more devices than this do not fit on a line
+
+
 def _show_evaluations(
     console: Console, evaluations: tuple[Evaluation, ...], cluster: Cluster, single_s: float | None
 ) -> None:
-    table = _table(("strategy", "l"), ("step", "r"), ("vs single", "r"), ("stages", "r"), ("M x rows", "r"),
-                   *((f"{d} memory", "r") for d in cluster.ids), ("", "l"))  # fmt: skip
+    shown = cluster.ids if len(cluster.ids) <= _DEVICE_COLUMNS else ()
+    memory = [(device, "r") for device in shown] or [("most", "r")]
+    table = _table(
+        ("strategy", "l"), ("step", "r"), ("gain", "r"), ("stages", "r"), ("M x rows", "r"), *memory
+    )
+    table.columns[0].no_wrap = True
+    table.padding = (0, 1, 0, 0)
     ranked = sorted(evaluations, key=lambda e: e.timeline.step_time_s if e.timeline else float("inf"))
     for entry in ranked:
         if entry.plan is None or entry.timeline is None:
-            table.add_row(entry.strategy, "-", "-", "-", "-", *("" for _ in cluster.ids), entry.reason)
             continue
         seconds = entry.timeline.step_time_s
-        memory = [entry.timeline.device(d).peak_memory_bytes for d in cluster.ids]
+        peaks = [entry.timeline.device(d).peak_memory_bytes for d in shown] or [
+            max(use.peak_memory_bytes for use in entry.timeline.devices)
+        ]
         table.add_row(
             entry.strategy,
             format_seconds(seconds),
             f"{single_s / seconds:.2f}x" if single_s else "-",
             str(len(entry.plan.stages)),
             f"{entry.plan.micro_batches} x {entry.plan.micro_batch_rows}",
-            *(format_bytes(m) if m else "-" for m in memory),
-            "",
+            *(f"{peak / 2**20:.0f}" if peak else "-" for peak in peaks),
         )
     console.print(table)
+    console.print("[dim]gain: over the best single device; last columns: peak memory per device in MiB[/dim]")
+    for entry in ranked:
+        if entry.plan is None:
+            console.print(f"{entry.strategy}: no plan. {entry.reason}", markup=False)
 
 
 def show_timeline(timeline: Timeline) -> None:

@@ -169,7 +169,7 @@ def test_memory_returns_to_its_base_and_stays_below_the_bound(case: Case) -> Non
 def bound_bytes(case: Case, device: str, steps: int) -> int:
     """Sum of ``stage_bytes`` over the stages of a device, and what a plan may pile up beyond that.
 
-    Inputs and labels come from sources that run ahead. A micro-batch is at one place of a stage only: waiting,
+    Inputs and labels come from sources that run ahead. A micro-batch is at one place of a stage: waiting,
     in flight, or leaving as a gradient; at most as many are in any of these as the stage before runs ahead.
     ``stage_bytes`` covers two more than are in flight, and those that wait instead of being in flight as
     long as what is saved includes what comes in.

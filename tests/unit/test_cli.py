@@ -89,7 +89,7 @@ def test_profile_plan_simulate(
     assert answer["advice"]
     assert {"single", "hpp"} <= answer["strategies"].keys()
     assert call(monkeypatch, "plan", *common) == 0
-    assert "vs single" in capsys.readouterr().out
+    assert "gain: over the best single device" in capsys.readouterr().out
     assert call(monkeypatch, "simulate", out, "--json") == 0
     assert json.loads(capsys.readouterr().out)["step_time_s"] == pytest.approx(answer["step_time_s"])
     assert call(monkeypatch, "simulate", out, "--fault", "slow:a*3@0", "--json") == 0

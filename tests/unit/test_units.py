@@ -42,7 +42,7 @@ def test_seconds(text: str | float, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "10", "GiB", "-1 GiB", "1 gib", "1 GiB/s", "1 2 GiB", "1,5 GiB", "nan B", "inf GiB", True]
+    "text", ["", "10", "GiB", "-1 GiB", "1 gib", "1 GiB/s", "1 2 GiB", "1,5 GiB", "nan B", "inf GiB", True, None, [1], {}]
 )
 def test_what_is_not_a_size(text: str) -> None:
     with pytest.raises(InputError, match="write it like '2 GiB'"):

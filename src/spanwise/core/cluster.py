@@ -18,9 +18,9 @@ Tier = Literal["cloud", "edge", "end"]
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
-def check_id(text: str) -> str:
+def check_id(text: object) -> str:
     """A name that survives file names, host names and the text form of actions."""
-    if not ID_PATTERN.fullmatch(text):
+    if not isinstance(text, str) or not ID_PATTERN.fullmatch(text):
         raise InputError(
             f"id '{text}': must be 1 to 63 letters, digits, '_', '.' or '-' "
             "and start with a letter or digit; rename it"

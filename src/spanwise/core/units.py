@@ -19,11 +19,14 @@ _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-zµ/]+)\s*")
 
 
-def _parse(text: str | float | int, units: dict[str, float], what: str, example: str) -> float:
-    if isinstance(text, bool):
+_HUGE = 2**1023  # about the greatest float
+
+
+def _parse(text: object, units: dict[str, float], what: str, example: str) -> float:
+    if isinstance(text, bool) or not isinstance(text, (int, float, str)):
         raise InputError(f"{what}: {text} is not a quantity; write it like '{example}'")
-    if isinstance(text, (int, float)):
-        value = float(text)
+    if not isinstance(text, str):
+        value = float(text) if abs(text) < _HUGE else math.inf
     else:
         match = _QUANTITY.fullmatch(text)
         if match is None or match.group(2) not in units:

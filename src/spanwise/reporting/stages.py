@@ -88,6 +88,9 @@ def _strip(
     return join(*parts)
 
 
+_LABEL_WIDTH = 92.0  # of "24.0 KiB a row"
+
+
 def _cut_curve(graph: ModelGraph, edges: list[float], plan: Plan | None, y: float) -> Markup:
     """Bytes of one row that would cross each possible cut; the cuts taken stand out."""
     cuts = [layer.cut_bytes for layer in graph.layers[:-1]]
@@ -96,6 +99,7 @@ def _cut_curve(graph: ModelGraph, edges: list[float], plan: Plan | None, y: floa
     tallest, base = float(max(cuts)), y + _CUTS
     taken = {stage.stop - 1: index for index, stage in enumerate(plan.stages[:-1] if plan else ())}
     parts = [line(0, base, WIDTH, base, "rule")]
+    free, level = 0.0, 0
     for index, cut in enumerate(cuts):
         x, top = edges[index + 1], base - max(1.0, (_CUTS - 14) * cut / tallest)
         title = el(
@@ -105,8 +109,13 @@ def _cut_curve(graph: ModelGraph, edges: list[float], plan: Plan | None, y: floa
         style = "cut taken" if index in taken else "cut"
         parts.append(el("rect", title, x=x - width / 2, y=top, width=width, height=base - top, class_=style))
         if index in taken:
+            # Labels stand clear of the bars; one that would touch its neighbour goes a line up.
             end = x > WIDTH - 120
-            parts.append(text(x + (-6 if end else 6), max(top + 4, y + 10), f"{format_bytes(cut)} a row",
+            left = x - 6 - _LABEL_WIDTH if end else x + 6
+            level = level + 1 if left < free else 0
+            free = left + _LABEL_WIDTH
+            place = max(y + 10, base - 16 - 13 * level)
+            parts.append(text(x + (-6 if end else 6), place, f"{format_bytes(cut)} a row",
                               class_="cut-label", text_anchor="end" if end else "start"))  # fmt: skip
     what = f"bytes of a row that would cross each cut, up to {format_bytes(tallest)}"
     parts.append(text(0, base + 16, what, class_="axis-title"))
