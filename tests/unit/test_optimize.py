@@ -104,7 +104,7 @@ def test_loading_takes_a_copy() -> None:
     assert torch.equal(state["a.weight::momentum_buffer"], torch.ones(3, 2))
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (6,), (4, 4)])
+@pytest.mark.parametrize("shape", [(2, 3), (6,), (1, 6)])
 def test_state_of_another_shape(shape: tuple[int, ...]) -> None:
     parameters = weights()
     optimizer = make_optimizer(OPTIMIZERS[1], parameters)
@@ -136,7 +136,7 @@ def test_optimizers_that_are_refused(name: str, args: dict[str, Any], message: s
         ("StepLR", {}, "step_size"),
         ("StepLR", {"step_size": 1, "speed": 1}, "unexpected keyword"),
         ("LambdaLR", {"lr_lambda": 3}, "LambdaLR"),
-        ("LRScheduler", {}, "'LRScheduler' "),
+        ("LRScheduler", {}, "'LRScheduler' is not in"),
     ],
 )
 def test_schedulers_that_are_refused(name: str, args: dict[str, Any], message: str) -> None:

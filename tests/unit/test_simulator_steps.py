@@ -8,7 +8,7 @@ from simulator_cases import FAST, B, F, chain, make, run, switch, times, two
 from spanwise.core.errors import InputError, PlanError
 from spanwise.core.program import Program
 from spanwise.core.timeline import Span, Timeline
-from spanwise.cost import state_bytes
+from spanwise.cost import stage_bytes, state_bytes
 from spanwise.lowering import lower
 from spanwise.simulator import simulate
 
@@ -55,6 +55,16 @@ def test_memory_of_a_pipeline() -> None:
     # b's peak: at work on its first micro-batch, with the other two labels there.
     assert timeline.device("b").peak_memory_bytes == state + 5000 + 2 * 8
     assert timeline.memory[0].bytes == state
+
+
+def test_the_bound_covers_outputs_that_wait_for_a_slow_link() -> None:
+    graph = chain(2, width=2500, saved=40)
+    cluster = two(bandwidth=10.0)
+    plan = make(graph, [("a:1", 8), ("b:1", 1)], sources="a:1", m=8)
+    timeline = run(plan, graph, times(graph, cluster), cluster)
+    peak = timeline.device("a").peak_memory_bytes
+    assert peak >= 8 * (40 + 10_000)
+    assert peak <= stage_bytes(graph, 0, 1, rows=1, in_flight=8, copies=1, synced=False)
 
 
 def test_flat_gradients_count_where_they_travel() -> None:

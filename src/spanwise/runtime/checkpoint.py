@@ -21,6 +21,7 @@ from spanwise.runtime.session import Snapshot
 
 _FORMAT = 1
 _MODEL, _OPTIMIZER, _MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
+_FIELDS = {"step": int, "model_digest": str, "sha256": dict, "options": dict, "scheduler": dict}
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -56,9 +57,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
                 "scheduler": snapshot.scheduler,
             }
             _write(aside / _MANIFEST, json.dumps(manifest, indent=1).encode())
-            if target.exists():
-                shutil.rmtree(target)
-            os.rename(aside, target)
+            _put(aside, target)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -70,6 +69,21 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
             "another run folder"
         ) from None
     return target
+
+
+def _put(aside: Path, target: Path) -> None:
+    """Renames ``aside`` to ``target``; one that is there already goes only when the new one is in place."""
+    if not target.exists():
+        os.rename(aside, target)
+        return
+    old = aside.with_name(f"{aside.name}-old")
+    os.rename(target, old)
+    try:
+        os.rename(aside, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_checkpoint(folder: Path, model_digest: str) -> Checkpoint:
@@ -129,8 +143,10 @@ def _manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         raise CheckpointError(f"{path / _MANIFEST}: is missing or not JSON; remove {path.name}") from None
     manifest = cast("dict[str, Any]", data) if isinstance(data, dict) else {}
-    wrong = manifest.get("format") != _FORMAT
-    if wrong or not {"step", "model_digest", "sha256", "options", "scheduler"} <= manifest.keys():
+    right = manifest.get("format") == _FORMAT and all(
+        isinstance(manifest.get(name), kind) for name, kind in _FIELDS.items()
+    )
+    if not right or manifest["sha256"].keys() != {_MODEL, _OPTIMIZER}:
         raise CheckpointError(f"{path / _MANIFEST}: is not of format {_FORMAT}; remove {path.name}")
     return manifest
 

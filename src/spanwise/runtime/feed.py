@@ -38,7 +38,7 @@ def shard(rows: int, shares: tuple[DataShare, ...], device: str) -> Tensor:
     owed = torch.zeros(len(shares), dtype=torch.float64)
     me = [share.device for share in shares].index(device)
     if bool((weights == weights[0]).all()):
-        return torch.arange(me, rows, len(shares))
+        return torch.arange(rows)[me :: len(shares)]
     mine: list[int] = []
     for row in range(rows):
         owed += weights
@@ -127,6 +127,11 @@ def read_rows(data: Rows, indices: Tensor) -> tuple[tuple[Tensor, ...], tuple[Te
 
 def cast(tensors: tuple[Tensor, ...], specs: tuple[TensorSpec, ...]) -> tuple[Tensor, ...]:
     """Tensors in the dtypes that the model was traced with; ``InputError`` if shapes do not fit."""
+    if len(tensors) != len(specs):
+        raise InputError(
+            f"data: a row has {len(tensors)} tensors where the model was traced with {len(specs)}; "
+            "give rows as (inputs, labels)"
+        )
     out: list[Tensor] = []
     for tensor, spec in zip(tensors, specs, strict=True):
         if tuple(tensor.shape[1:]) != spec.shape:

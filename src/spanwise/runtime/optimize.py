@@ -19,7 +19,8 @@ _SEPARATOR = "::"  # cannot occur in a parameter's name
 def make_optimizer(recipe: Recipe, parameters: Named) -> torch.optim.Optimizer:
     """A ``torch.optim`` class by name over parameters in the order given."""
     kind = getattr(torch.optim, recipe.name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)):
+    base = torch.optim.Optimizer
+    if not (inspect.isclass(kind) and issubclass(kind, base) and kind is not base):
         names = [n for n in dir(torch.optim) if n[0].isupper() and n not in ("Optimizer", "LBFGS")]
         raise InputError(f"optimizer '{recipe.name}' is not in torch.optim; known: {', '.join(names)}")
     if recipe.name == "LBFGS":
@@ -35,7 +36,8 @@ def make_scheduler(recipe: Recipe | None, optimizer: torch.optim.Optimizer) -> A
     if recipe is None:
         return None
     kind = getattr(torch.optim.lr_scheduler, recipe.name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, torch.optim.lr_scheduler.LRScheduler)):
+    base = torch.optim.lr_scheduler.LRScheduler
+    if not (inspect.isclass(kind) and issubclass(kind, base) and kind is not base):
         raise InputError(f"scheduler '{recipe.name}' is not in torch.optim.lr_scheduler")
     if recipe.name == "ReduceLROnPlateau":
         raise InputError("scheduler 'ReduceLROnPlateau' needs a metric; choose one that counts steps")
