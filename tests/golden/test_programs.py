@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from plan_cases import chain, plan, stage
 
+from plan_cases import chain, plan, stage
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan
 from spanwise.core.program import parse_actions
@@ -20,7 +20,9 @@ CASES: dict[str, tuple[Plan, ModelGraph]] = {
         GRAPH,
     ),
     "program-u-shape": (
-        plan(GRAPH, stage(0, 1, "end:4", 2), stage(1, 3, "cloud:4", 2), stage(3, 4, "end:4"), micro_batches=3),
+        plan(
+            GRAPH, stage(0, 1, "end:4", 2), stage(1, 3, "cloud:4", 2), stage(3, 4, "end:4"), micro_batches=3
+        ),
         GRAPH,
     ),
     "program-tied": (

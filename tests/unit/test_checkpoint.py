@@ -115,7 +115,9 @@ def test_a_step_that_is_saved_again_survives_a_failure_at_the_last_moment(
     assert_equal(load_checkpoint(tmp_path, "0123"), before)
 
 
-def test_an_interrupt_from_the_keyboard_leaves_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_from_the_keyboard_leaves_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -166,7 +168,9 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_a_manifest_that_is_none(tmp_path: Path, text: str | None) -> None:
     manifest = save_checkpoint(tmp_path, checkpoint(2)) / "manifest.json"
     manifest.unlink() if text is None else manifest.write_text(text)
-    with pytest.raises(CheckpointError, match=r"manifest.json: is (missing or not JSON|not of format 1); remove"):
+    with pytest.raises(
+        CheckpointError, match=r"manifest.json: is (missing or not JSON|not of format 1); remove"
+    ):
         load_checkpoint(tmp_path, "0123")
 
 

@@ -72,7 +72,11 @@ class TestRoutes:
             lab().route("b2", "b1")
 
     def test_unknown_device(self) -> None:
-        for ask in (lambda: lab().route("a1", "c"), lambda: lab().connected("c", "a1"), lambda: lab().device("c")):
+        for ask in (
+            lambda: lab().route("a1", "c"),
+            lambda: lab().connected("c", "a1"),
+            lambda: lab().device("c"),
+        ):
             with pytest.raises(InputError, match="unknown device 'c'; known: a1, a2, b1, b2"):
                 ask()
 
@@ -80,7 +84,9 @@ class TestRoutes:
 class TestRules:
     def test_unknown_end_of_a_link(self) -> None:
         link = {"between": ["a1", "moon"], "bandwidth": 1}
-        refused("link a1 -> moon: unknown device or site 'moon'; known devices: a1,.*sites: a, b", links=[link])
+        refused(
+            "link a1 -> moon: unknown device or site 'moon'; known devices: a1,.*sites: a, b", links=[link]
+        )
 
     def test_doubled_ids(self) -> None:
         refused("device id 'x' is listed twice", devices=[{"id": "x"}, {"id": "x"}], links=[])
@@ -149,7 +155,12 @@ class TestKeys:
     def test_files_write_long_keys(self) -> None:
         data = lab().to_data()
         assert data["devices"][0]["up_bytes_per_s"] == 1e6
-        assert data["links"][0] == {"source": "a", "target": "b", "bandwidth_bytes_per_s": 2e6, "latency_s": 0.005}
+        assert data["links"][0] == {
+            "source": "a",
+            "target": "b",
+            "bandwidth_bytes_per_s": 2e6,
+            "latency_s": 0.005,
+        }
 
     def test_links_may_be_values(self) -> None:
         link = Link(source="a", target="b", bandwidth_bytes_per_s=5)

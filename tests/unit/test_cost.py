@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from plan_cases import chain
 
+from plan_cases import chain
 from spanwise import cost
 from spanwise.core.job import Recipe
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_cases import chain, plan, stage
 from torch.utils.data import TensorDataset
 
+from plan_cases import chain, plan, stage
 from spanwise.core.cluster import DataShare
 from spanwise.core.errors import InputError
 from spanwise.core.model import TensorSpec

@@ -13,7 +13,13 @@ BASE: dict[str, Any] = {"model": "spanwise.zoo:mlp", "data": "spanwise.zoo:digit
 def test_the_least_that_a_job_says() -> None:
     job = Job.parse(BASE)
     assert job.model == Recipe(name="spanwise.zoo:mlp")
-    assert (job.batch, job.loss, job.optimizer.name, job.epochs, job.steps) == (128, "cross_entropy", "SGD", None, None)
+    assert (job.batch, job.loss, job.optimizer.name, job.epochs, job.steps) == (
+        128,
+        "cross_entropy",
+        "SGD",
+        None,
+        None,
+    )
     assert not job.private
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from plan_cases import chain, plan, stage
 
+from plan_cases import chain, plan, stage
 from spanwise.core.errors import PlanError
 from spanwise.core.plan import Plan, Replica, Stage, Sync
 from spanwise.core.program import Action, Program

@@ -3,8 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from plan_cases import chain, spec
 
+from plan_cases import chain, spec
 from spanwise.core.errors import InputError
 from spanwise.core.model import Layer, ModelGraph
 

@@ -30,7 +30,9 @@ def weights() -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.randn(3, 2, generator=generator)) for name in ("a.weight", "b.weight")}
 
 
-def train(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, scheduler: Any, steps: int) -> None:
+def train(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, scheduler: Any, steps: int
+) -> None:
     for _ in range(steps):
         optimizer.zero_grad()
         torch.stack([(p**2).sum() for p in parameters.values()]).sum().backward()
@@ -66,7 +68,11 @@ def resumed_equals(optimizer: Recipe, scheduler: Recipe | None) -> None:
     before = make_optimizer(optimizer, first)
     schedule = make_scheduler(scheduler, before)
     train(first, before, schedule, 3)
-    state, options, position = optimizer_state(before, first), group_options(before), scheduler_state(schedule)
+    state, options, position = (
+        optimizer_state(before, first),
+        group_options(before),
+        scheduler_state(schedule),
+    )
     assert all(isinstance(value, Tensor) for value in state.values())
 
     with torch.no_grad():

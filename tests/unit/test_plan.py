@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from plan_cases import chain, plan, replicas, stage
 
+from plan_cases import chain, plan, replicas, stage
 from spanwise.core.errors import InputError, PlanError
 from spanwise.core.plan import Plan, Stage, Sync, row_ranges
 

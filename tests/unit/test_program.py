@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from plan_cases import chain, plan, stage
 
+from plan_cases import chain, plan, stage
 from spanwise.core.errors import PlanError
 from spanwise.core.program import Action, Program, ProgramFile, parse_actions
 from spanwise.lowering import lower
@@ -23,9 +23,7 @@ FORMS = {
     "recv label m1 [2:5) from b #0 36B": Action(
         "recv", -1, 1, (2, 5), payload="label", peer="b", transfer=0, nbytes=36
     ),
-    "reduce y2.1 40B over a,b_1,c": Action(
-        "reduce", sync=2, segment=1, nbytes=40, members=("a", "b_1", "c")
-    ),
+    "reduce y2.1 40B over a,b_1,c": Action("reduce", sync=2, segment=1, nbytes=40, members=("a", "b_1", "c")),
     "norm over a,b": Action("norm", members=("a", "b")),
     "step": Action("step"),
 }

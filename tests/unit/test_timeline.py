@@ -16,10 +16,18 @@ def test_use_of_a_device() -> None:
     timeline = Timeline(origin="simulated", step_time_s=2, devices=(USE,))
     assert timeline.device("a") == USE
     idle = timeline.device("b")
-    assert (idle.device, idle.busy_s, idle.utilization, idle.peak_memory_bytes, idle.sent_bytes) == ("b", 0, 0, 0, 0)
+    assert (idle.device, idle.busy_s, idle.utilization, idle.peak_memory_bytes, idle.sent_bytes) == (
+        "b",
+        0,
+        0,
+        0,
+        0,
+    )
 
 
-@pytest.mark.parametrize("change", [{"origin": "guessed"}, {"step_time_s": -1}, {"step_time_s": float("nan")}])
+@pytest.mark.parametrize(
+    "change", [{"origin": "guessed"}, {"step_time_s": -1}, {"step_time_s": float("nan")}]
+)
 def test_rules(change: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(change))):
         Timeline.parse({"origin": "measured", "step_time_s": 1, **change})

@@ -35,14 +35,31 @@ def test_rates(text: str | float, value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("10 ms", 0.01), ("20 us", 2e-5), ("20 µs", 2e-5), ("3 ns", 3e-9), ("1.5 s", 1.5), (0, 0)]
+    ("text", "value"),
+    [("10 ms", 0.01), ("20 us", 2e-5), ("20 µs", 2e-5), ("3 ns", 3e-9), ("1.5 s", 1.5), (0, 0)],
 )
 def test_seconds(text: str | float, value: float) -> None:
     assert parse_seconds(text) == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "10", "GiB", "-1 GiB", "1 gib", "1 GiB/s", "1 2 GiB", "1,5 GiB", "nan B", "inf GiB", True, None, [1], {}]
+    "text",
+    [
+        "",
+        "10",
+        "GiB",
+        "-1 GiB",
+        "1 gib",
+        "1 GiB/s",
+        "1 2 GiB",
+        "1,5 GiB",
+        "nan B",
+        "inf GiB",
+        True,
+        None,
+        [1],
+        {},
+    ],
 )
 def test_what_is_not_a_size(text: str) -> None:
     with pytest.raises(InputError, match="write it like '2 GiB'"):

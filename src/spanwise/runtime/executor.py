@@ -111,8 +111,12 @@ class Executor:
             (a.payload or "", a.stage, a.micro_batch) for a in self._actions if a.kind == "send"
         )
         self._outbox = Outbox(self._me, self._timeout_s)
-        rings = len(plan.syncs)
-        self._rings = ThreadPoolExecutor(rings, f"ring-{self._me}") if rings else None
+        # A thread a sync: segments follow each other, and no sync can keep another from its peers.
+        self._rings = {
+            number: ThreadPoolExecutor(1, f"ring-{self._me}-{number}")
+            for number, sync in enumerate(plan.syncs)
+            if self._me in sync.devices
+        }
         self._scale: Tensor | None = None
         self._reset(-1)
 
@@ -135,8 +139,8 @@ class Executor:
     def close(self) -> None:
         """Stops the threads that run reductions and watch over sends."""
         self._outbox.close()
-        if self._rings is not None:
-            self._rings.shutdown(wait=False, cancel_futures=True)
+        for ring in self._rings.values():
+            ring.shutdown(wait=False, cancel_futures=True)
 
     def _reset(self, index: int) -> None:
         self._step = index
@@ -285,8 +289,7 @@ class Executor:
     # Gradients
 
     def _reduce(self, action: Action) -> None:
-        assert self._rings is not None
-        self._reductions.append((action, self._rings.submit(self._sum, action)))
+        self._reductions.append((action, self._rings[action.sync].submit(self._sum, action)))
 
     def _sum(self, action: Action) -> None:
         names = self._program.buckets[action.sync][action.segment]
