@@ -14,7 +14,7 @@ from spanwise.zoo.data import digits
 
 CLUSTER = """
 data = ["camera"]                # the training data is on this device
-emulation = { core_share = 1.0 } # all devices on this machine; speed 1.0 = one of its cores
+emulation = { core_share = 0.5 } # all devices on this machine; speed 1.0 is half a core of it
 devices = [
     { id = "server", tier = "cloud", speed = 0.4 },
     { id = "box", tier = "edge", speed = 0.3 },

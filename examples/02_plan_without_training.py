@@ -15,11 +15,11 @@ data = ["gate-1", "gate-2"]
 devices = [
     {{ id = "server", site = "office", tier = "cloud", speed = 1.0, memory = "2 GiB" }},
     {{ id = "gate-1", site = "plant", tier = "end", speed = 0.10, memory = "256 MiB" }},
-    {{ id = "gate-2", site = "plant", tier = "end", speed = 0.05, memory = "256 MiB" }},
+    {{ id = "gate-2", site = "plant", tier = "end", speed = 0.06, memory = "256 MiB" }},
 ]
 links = [
     {{ between = ["office", "plant"], bandwidth = "{uplink} Mbit/s", latency = "5 ms" }},
-    {{ between = ["plant", "plant"], bandwidth = "100 Mbit/s", latency = "1 ms" }},
+    {{ between = ["plant", "plant"], bandwidth = "1 Gbit/s", latency = "1 ms" }},
 ]
 emulation = {{ core_share = 0.5 }}
 """
@@ -28,7 +28,7 @@ data = {"name": "spanwise.zoo.data:digits", "size": 32, "channels": 1}
 job = spanwise.Job.parse({"model": "spanwise.zoo:lenet5", "data": data, "batch": 64})
 
 with tempfile.TemporaryDirectory() as cache:
-    for uplink in (10, 20):
+    for uplink in (12, 24):
         cluster = spanwise.Cluster.from_toml(CLUSTER.format(uplink=uplink))
         graph, times = spanwise.profile(job, cluster, cache=Path(cache))
         answer = advice_data(job, cluster, graph, times, "auto")

@@ -14,7 +14,7 @@ def spec(name: str, *shape: int, dtype: str = "float32", item_bytes: int = 4) ->
 
 
 def chain(layers: int, *, tied: tuple[int, int] | None = None) -> ModelGraph:
-    """Layer i: parameter ``w{i}`` of 4(i+1) bytes, 8(i+1) bytes a row behind it. ``tied`` share ``w-tied``."""
+    """Layer i: parameter ``w{i}`` of 4(i+1) bytes, 8(i+1) a row behind it. ``tied`` ones share ``w-tied``."""
     found: list[Layer] = []
     for index in range(layers):
         parameters = [Parameter(name=f"w{index}", shape=(index + 1,), bytes=4 * (index + 1))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, get_args
 
 from hypothesis import strategies as st
@@ -65,7 +66,8 @@ jobs = st.builds(
     optimizer=recipes, scheduler=st.none() | recipes, scheduler_every=st.sampled_from(["epoch", "step"]),
     clip_norm=st.none() | positive, epochs=st.none() | st.integers(1, 9), steps=st.none() | st.integers(1, 9),
     seed=st.integers(-9, 9), dtype=st.sampled_from(["float32", "float64", "bfloat16"]), private=st.booleans(),
-    share_labels=st.booleans(), data_devices=tuples(texts), checkpoint_every=counts, transfer_timeout_s=positive,
+    share_labels=st.booleans(), data_devices=tuples(texts), checkpoint_every=counts,
+    transfer_timeout_s=positive,
 )  # fmt: skip
 
 specs = st.builds(
@@ -85,7 +87,7 @@ def graphs(draw: st.DrawFn) -> ModelGraph:
             outputs=draw(tuples(specs, 1)) if b != edges[-1] else (), saved_bytes=draw(counts),
             saved_fixed_bytes=draw(counts), batch_statistics=draw(st.booleans()),
         )
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in pairwise(edges)
     ]  # fmt: skip
     return ModelGraph(
         name=draw(texts), source_digest=draw(texts), layers=tuple(layers), inputs=draw(tuples(specs, 1)),
@@ -172,9 +174,11 @@ stages = st.integers(0, 99)
 actions = st.one_of(
     st.just(Action("step")),
     st.builds(Action, st.just("load"), micro_batch=stages, rows=ranges),
-    st.builds(Action, st.sampled_from(["forward", "backward"]), stage=stages, micro_batch=stages, rows=ranges),
+    st.builds(Action, st.sampled_from(["forward", "backward"]), stage=stages, micro_batch=stages,
+              rows=ranges),
     st.builds(Action, st.sampled_from(["send", "recv"]), stage=st.just(-1) | stages, micro_batch=stages,
-              rows=ranges, payload=st.sampled_from(get_args(Payload)), peer=ids, transfer=counts, nbytes=counts),
+              rows=ranges, payload=st.sampled_from(get_args(Payload)), peer=ids, transfer=counts,
+              nbytes=counts),
     st.builds(Action, st.just("reduce"), sync=stages, segment=stages, nbytes=counts, members=tuples(ids, 1)),
     st.builds(Action, st.just("norm"), members=tuples(ids, 1)),
 )  # fmt: skip

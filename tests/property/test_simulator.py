@@ -184,7 +184,7 @@ def bound_bytes(case: Case, device: str, steps: int) -> int:
     raw = graph.input_row_bytes + graph.label_row_bytes
     for source in plan.sources:
         if source.device == device:  # to both ends of the pipeline
-            total += steps * plan.micro_batches * source.rows * raw
+            total += plan.micro_batches * source.rows * raw
     for index, stage in enumerate(plan.stages):
         for replica in stage.replicas:
             if replica.device != device:

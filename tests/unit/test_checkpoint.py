@@ -197,6 +197,6 @@ def test_weights_under_the_names_of_the_model(tmp_path: Path) -> None:
 def test_weights_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").mkdir()
     (tmp_path / "weights.safetensors" / "x").write_text("")
-    with pytest.raises(ResourceError, match="weights.safetensors: cannot be written"):
+    with pytest.raises(ResourceError, match=r"weights\.safetensors: cannot be written"):
         save_weights(tmp_path / "weights.safetensors", {"a": torch.ones(1)})
     assert names(tmp_path) == ["weights.safetensors"]

@@ -96,6 +96,6 @@ def test_an_exchange_sums_in_member_order(devices: int) -> None:
 
 def test_a_peer_that_is_silent_is_an_error() -> None:
     fabric = LocalFabric()
-    with pytest.raises(PeerError, match="'b': nothing within 0.01 s") as caught:
+    with pytest.raises(PeerError, match=r"'b': nothing within 0\.01 s") as caught:
         ring_all_reduce(fabric.transport("a"), ["a", "b"], "a", torch.ones(4), tag=0, timeout_s=0.01)
     assert caught.value.device == "b"

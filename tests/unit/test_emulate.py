@@ -175,7 +175,7 @@ class TestThrottle:
         assert clock.slept == [pytest.approx(1.0), pytest.approx(1.0)]
 
     def test_an_error_passes_at_once(self, clock: Clock) -> None:
-        with pytest.raises(KeyError), Throttle(0.1):
+        with pytest.raises(KeyError), Throttle(0.1):  # noqa: PT012
             clock.compute(cpu=1.0, wall=1.0)
             raise KeyError
         assert clock.slept == []
@@ -288,7 +288,7 @@ class TestPacedTransport:
 
     def test_a_message_that_is_still_on_its_way(self, rig: Rig) -> None:
         rig.send("b1", 1, 300_000)
-        with pytest.raises(PeerError, match="'b1': not sent within 0.01 s") as caught:
+        with pytest.raises(PeerError, match=r"'b1': not sent within 0\.01 s") as caught:
             rig.pending[0].wait(0.01)
         assert caught.value.device == "b1"
 

@@ -27,8 +27,8 @@ def test_every_factor_survives_as_text(factor: float) -> None:
     assert Fault.of(str(fault)) == fault
 
 
-@pytest.mark.parametrize("text", ["", "lose", "lose:edge", "lose:edge@-1", "break:edge@1", "lose:@1", "lose:a b@1",
-                                  "slow:a*x@1", "slow:a>@1", "lose:edge@1.5"])  # fmt: skip
+@pytest.mark.parametrize("text", ["", "lose", "lose:edge", "lose:edge@-1", "break:edge@1", "lose:@1",
+                                  "lose:a b@1", "slow:a*x@1", "slow:a>@1", "lose:edge@1.5"])  # fmt: skip
 def test_what_is_not_a_fault(text: str) -> None:
     with pytest.raises(InputError, match="write it like lose:edge@3"):
         Fault.of(text)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given
@@ -31,7 +32,7 @@ def two_rows(draw: st.DrawFn) -> tuple[list[int], list[int]]:
     first = draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
     cuts = draw(st.sets(st.integers(1, max(1, sum(first) - 1)), max_size=4))
     edges = [0, *sorted(c for c in cuts if c < sum(first)), sum(first)]
-    return first, [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    return first, [b - a for a, b in pairwise(edges)]
 
 
 def owners(rows: list[int], prefix: str) -> list[str]:

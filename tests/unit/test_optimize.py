@@ -47,7 +47,8 @@ OPTIMIZERS = [
     recipe("Adagrad"), recipe("NAdam"), recipe("RAdam"), recipe("Adadelta"), recipe("Adamax"),
 ]  # fmt: skip
 SCHEDULERS = [None, recipe("StepLR", step_size=2), recipe("CosineAnnealingLR", T_max=5),
-              recipe("MultiStepLR", milestones=[2, 4]), recipe("OneCycleLR", max_lr=0.1, total_steps=9)]  # fmt: skip
+              recipe("MultiStepLR", milestones=[2, 4]),
+              recipe("OneCycleLR", max_lr=0.1, total_steps=9)]  # fmt: skip
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda r: r.name)
@@ -114,7 +115,7 @@ def test_loading_takes_a_copy() -> None:
 def test_state_of_another_shape(shape: tuple[int, ...]) -> None:
     parameters = weights()
     optimizer = make_optimizer(OPTIMIZERS[1], parameters)
-    with pytest.raises(CheckpointError, match="'a.weight::momentum_buffer': shape .* does not fit"):
+    with pytest.raises(CheckpointError, match=r"'a\.weight::momentum_buffer': shape .* does not fit"):
         load_optimizer_state(optimizer, parameters, {"a.weight::momentum_buffer": torch.ones(shape)})
 
 

@@ -57,6 +57,20 @@ def test_memory_of_a_pipeline() -> None:
     assert timeline.memory[0].bytes == state
 
 
+def test_a_source_ends_its_step_when_its_rows_have_arrived() -> None:
+    """Else it would run ahead by whole steps, and its memory grow with the number of steps."""
+    graph, cluster = chain(1), two(bandwidth=10.0, latency=0.5)
+    plan = make(graph, [("b:1", 3)], sources="a:1", m=3)
+    profile = times(graph, cluster)
+    one, four = (run(plan, graph, profile, cluster, steps=n) for n in (1, 4))
+    assert one.device("a").peak_memory_bytes == four.device("a").peak_memory_bytes == 3 * (40 + 8)
+    moved = [s for s in four.spans if s.lane == "a>b"]
+    assert len(moved) == 4 * 6
+    # 144 bytes of a step pass in 14.4 s and arrive 0.5 s later: only then the next step's begin.
+    assert [s.start_s for s in moved[::6]] == pytest.approx([0.0, 14.9, 29.8, 44.7])
+    assert four.step_time_s == pytest.approx(3 * (F + B))
+
+
 def test_the_bound_covers_outputs_that_wait_for_a_slow_link() -> None:
     graph = chain(2, width=2500, saved=40)
     cluster = two(bandwidth=10.0)

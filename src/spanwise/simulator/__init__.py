@@ -65,11 +65,13 @@ def simulate(
         )
         for device in program.devices
     )
-    ordered = sorted(trace.spans, key=lambda span: (span.lane, span.start_s))
-    return Timeline(
-        origin="simulated",
-        step_time_s=step_s,
-        spans=tuple(ordered),
-        memory=engine.memory.points(),
-        devices=uses,
+    trace.spans.sort(key=lambda span: (span["lane"], span["start_s"]))
+    return Timeline.model_validate(
+        {
+            "origin": "simulated",
+            "step_time_s": step_s,
+            "spans": trace.spans,
+            "memory": engine.memory.points,
+            "devices": uses,
+        }
     )

@@ -7,14 +7,16 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import permutations
+from typing import Any
 
 from spanwise.core.errors import PlanError
 from spanwise.core.program import Action
-from spanwise.core.timeline import Span
 from spanwise.cost import ring_edge_bytes, ring_rounds
 from spanwise.simulator.memory import MemoryMeter
 from spanwise.simulator.network import Network
 from spanwise.simulator.setup import Costs, all_ways, ring_edges
+
+_LOST = Action("step")  # what a lost device does not do
 
 
 @dataclass(slots=True)
@@ -28,13 +30,15 @@ class _Lane:
     blocked_since: float | None = None
     reductions: int = 0  # own reductions that are not complete
     consumed: int = 0  # bytes received since the last compute
+    unsent: int = 0  # own messages that have not arrived
+    drains: bool = False  # all actions of the step taken; waits for them to arrive
     lost: bool = False
 
 
 @dataclass(slots=True)
 class _Message:
     lane: str
-    source: str
+    source: _Lane
     action: Action
     step: int
     started: float = 0.0
@@ -42,12 +46,15 @@ class _Message:
 
 @dataclass(slots=True)
 class Trace:
-    """What the loop saw: ends of steps, busy seconds and sent bytes per step and device, spans."""
+    """What the loop saw: ends of steps, busy seconds and sent bytes per step and device, spans.
+
+    ``spans`` are the fields of ``Span``, to be validated all at once: one by one takes twice as long.
+    """
 
     ends: list[float]
     busy: dict[str, list[float]]
     sent: dict[str, list[float]]
-    spans: list[Span] = field(default_factory=list[Span])
+    spans: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
 
 class Engine:
@@ -65,6 +72,7 @@ class Engine:
         )
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._count = 0
+        self._texts: dict[int, str] = {}  # by identity: the actions of the Program outlive the loop
         self._queues: dict[str, deque[_Message]] = {}
         self._arrived: set[tuple[int, int]] = set()
         self._waiting: dict[tuple[int, int], _Lane] = {}
@@ -100,9 +108,12 @@ class Engine:
         while lane.step < self.steps and not lane.lost:
             if lane.at == 0 and self.costs.lost(lane.name, lane.step):
                 lane.lost = True
-                self._span(lane.name, "lost", Action("step"), now, now, lane.step)
+                self._span(lane.name, "lost", _LOST, now, now, lane.step)
                 return
             if lane.at == len(lane.actions):
+                lane.drains = lane.unsent > 0  # so that sources do not run ahead by whole steps
+                if lane.drains:
+                    return
                 self.trace.ends[lane.step] = max(self.trace.ends[lane.step], now)
                 lane.step, lane.at = lane.step + 1, 0
                 continue
@@ -188,7 +199,8 @@ class Engine:
         self.trace.sent[lane.name][lane.step] += action.nbytes
         self.memory.add(lane.name, action.nbytes, now)
         queue = self._queues.setdefault(name, deque())
-        queue.append(_Message(name, lane.name, action, lane.step))
+        queue.append(_Message(name, lane, action, lane.step))
+        lane.unsent += 1
         if len(queue) == 1:
             self._transmit(queue, now)
 
@@ -196,10 +208,10 @@ class Engine:
         message = queue[0]
         message.started = now
         action = message.action
-        factor = self._factor(message.source, action.peer, message.step)
+        factor = self._factor(message.source.name, action.peer, message.step)
         if factor is None:
             return  # a cut link: this message and all behind it never arrive
-        way = self.costs.way(message.source, action.peer)
+        way = self.costs.way(message.source.name, action.peer)
         latency_s = way.latency_s * factor
         self.network.start(
             now, way.resources, action.nbytes * factor, lambda t: self._passed(queue, latency_s, t)
@@ -213,7 +225,7 @@ class Engine:
         message = queue.popleft()
         action = message.action
         self._span(message.lane, action.payload or "", action, message.started, now, message.step)
-        self.memory.add(message.source, -action.nbytes, now)
+        self.memory.add(message.source.name, -action.nbytes, now)
         self._at(now + latency_s, lambda t: self._arrive(message, t))
         if queue:
             self._transmit(queue, now)
@@ -225,6 +237,10 @@ class Engine:
         lane = self._waiting.pop(key, None)
         if lane is not None:
             self._advance(lane, now)
+        source = message.source
+        source.unsent -= 1
+        if source.drains and not source.unsent:
+            self._advance(source, now)
 
     # Collectives
 
@@ -305,8 +321,9 @@ class Engine:
 
     def _span(self, lane: str, kind: str, action: Action, start: float, end: float, step: int) -> None:
         if self.keep_spans:
+            text = self._texts.get(id(action))
+            if text is None:
+                text = self._texts[id(action)] = str(action)
             self.trace.spans.append(
-                Span.model_construct(
-                    lane=lane, kind=kind, action=str(action), start_s=start, end_s=end, step=step
-                )
+                {"lane": lane, "kind": kind, "action": text, "start_s": start, "end_s": end, "step": step}
             )

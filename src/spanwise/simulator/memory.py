@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spanwise.core.timeline import MemoryPoint
+from typing import Any
 
 
 class MemoryMeter:
@@ -11,9 +11,11 @@ class MemoryMeter:
     def __init__(self, base: dict[str, int], *, points: bool) -> None:
         self.now = dict(base)
         self.peak = dict(base)
-        self._points: list[MemoryPoint] | None = [] if points else None
-        if self._points is not None:
-            self._points += [MemoryPoint(device=d, at_s=0.0, bytes=b) for d, b in base.items()]
+        self._keep = points
+        #: Fields of ``MemoryPoint``: every change in order of time, if asked for.
+        self.points: list[dict[str, Any]] = []
+        if points:
+            self.points += [{"device": d, "at_s": 0.0, "bytes": b} for d, b in base.items()]
 
     def add(self, device: str, nbytes: int, at_s: float) -> None:
         """``nbytes`` more (or fewer) are held from ``at_s`` on."""
@@ -23,9 +25,5 @@ class MemoryMeter:
         self.now[device] = value
         if value > self.peak[device]:
             self.peak[device] = value
-        if self._points is not None:
-            self._points.append(MemoryPoint.model_construct(device=device, at_s=at_s, bytes=value))
-
-    def points(self) -> tuple[MemoryPoint, ...]:
-        """Every change in order of time."""
-        return tuple(self._points or ())
+        if self._keep:
+            self.points.append({"device": device, "at_s": at_s, "bytes": value})
