@@ -6,6 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, and no limit on time: a busy machine must not fail a test.
+settings.register_profile("spanwise", deadline=None, derandomize=True)
+settings.load_profile("spanwise")
 
 GOLDEN = Path(__file__).parent / "golden"
 
