@@ -1,4 +1,4 @@
-"""The default three-tier cluster: every strategy's predicted and measured step time, and `auto` against one device.
+"""The default cluster: every strategy's predicted and measured step time, and `auto` against one device.
 
 Each strategy trains the same job (MobileNetV2 on digits) on the emulated cluster with worker processes. Runs
 are interleaved in rounds, so slow drift of the machine meets all strategies.
@@ -44,9 +44,14 @@ def main() -> None:
             for name, plan in plans.items():
                 run = Path(folder) / f"{name}-{turn}"
                 # Profiles are measured once: every round is held against the same prediction.
-                outcome = run_job(job, cluster, TrainOptions(run=run, plan=plan, prepared=prepared, times=times))
+                outcome = run_job(
+                    job, cluster, TrainOptions(run=run, plan=plan, prepared=prepared, times=times)
+                )
                 measured[name].append(outcome.measured.step_time_s)
-                print(f"{name}: {predicted[name]:.3f} s predicted, {measured[name][-1]:.3f} s measured", flush=True)
+                print(
+                    f"{name}: {predicted[name]:.3f} s predicted, {measured[name][-1]:.3f} s measured",
+                    flush=True,
+                )
     rows: dict[str, Any] = {}
     for name in STRATEGIES:
         middle = statistics.median(measured[name])

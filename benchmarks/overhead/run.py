@@ -44,7 +44,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "batch": 16,
     },
     "gpt": {
-        "model": {"name": "spanwise.zoo:gpt", "vocab": 128, "n_layer": 4, "n_head": 4, "d_model": 128, "seq": 64},
+        "model": {
+            "name": "spanwise.zoo:gpt",
+            "vocab": 128,
+            "n_layer": 4,
+            "n_head": 4,
+            "d_model": 128,
+            "seq": 64,
+        },
         "data": {"name": "spanwise.zoo.data:synthetic_text", "rows": 512, "seq": 64, "vocab": 128},
         "loss": "spanwise.zoo.losses:language_model_loss",
         "batch": 32,

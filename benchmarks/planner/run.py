@@ -46,12 +46,15 @@ def chain(layers: int, seed: int) -> ModelGraph:
         built.append(
             Layer(
                 name=f"layer{index}", ops=(index, index + 1), forward_flops=flops, backward_flops=2 * flops,
-                parameters=(weights,), outputs=(cut,) if index + 1 < layers else (), saved_bytes=cut.row_bytes,
+                parameters=(weights,), outputs=(cut,) if index + 1 < layers else (),
+                saved_bytes=cut.row_bytes,
             )
         )  # fmt: skip
     image = TensorSpec(name="x", shape=(3, 32, 32), dtype="float32", item_bytes=4, differentiable=False)
     label = TensorSpec(name="y", shape=(), dtype="int64", item_bytes=8, differentiable=False)
-    return ModelGraph(name="chain", source_digest="chain", layers=tuple(built), inputs=(image,), labels=(label,))
+    return ModelGraph(
+        name="chain", source_digest="chain", layers=tuple(built), inputs=(image,), labels=(label,)
+    )
 
 
 def problem(devices: int, layers: int, seed: int) -> Problem:
@@ -105,7 +108,9 @@ def compare_s(devices: int, layers: int, repeats: int) -> dict[str, Any]:
         start = time.perf_counter()
         found = compare(task)
         seconds.append(time.perf_counter() - start)
-        winner = min((e for e in found if e.timeline), key=lambda e: e.timeline.step_time_s if e.timeline else 0)
+        winner = min(
+            (e for e in found if e.timeline), key=lambda e: e.timeline.step_time_s if e.timeline else 0
+        )
         best.append(winner.strategy)
     return {"seconds": summary(seconds), "best": best}
 

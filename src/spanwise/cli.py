@@ -168,6 +168,9 @@ def train(
         typer.Option("--listen", metavar="HOST:PORT", help="Wait here for workers started by hand."),
     ] = None,
     token_file: Annotated[Path | None, typer.Option("--token-file", help="Token for those workers.")] = None,
+    join_timeout: Annotated[
+        float, typer.Option("--join-timeout", min=1, help="Seconds to wait for workers started by hand.")
+    ] = 120.0,
     as_json: AsJson = False,
 ) -> None:
     """Train: profile, plan, predict, run exactly that plan, report."""
@@ -178,8 +181,13 @@ def train(
     task, machines = api.load_job(job, tuple(sets or ())), api.load_cluster(cluster)
     options: dict[str, Any] = {}
     if listen is not None:
-        options = {"spawn": False, "listen": parse_endpoint(listen), "token": _token(token_file, make=True)}
-    console = RunConsole(quiet=as_json)
+        options = {
+            "spawn": False,
+            "listen": parse_endpoint(listen),
+            "token": _token(token_file, make=True),
+            "join_timeout_s": join_timeout,
+        }
+    console = RunConsole(quiet=as_json, show_token=token_file is None)
     with console:
         outcome = api.train(
             task, machines, run=run, strategy=strategy, resume=resume, cache=_cache(cache),
@@ -198,13 +206,14 @@ def worker(
     token_file: Annotated[
         Path | None, typer.Option("--token-file", help="File with the token; else SPANWISE_TOKEN.")
     ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Leave it to train to say why a run ended.")] = False,
 ) -> None:
     """Work as one device: the same process here, on a real device and in the lab."""
     from spanwise.api.services import services
     from spanwise.runtime.worker import join as work
 
     token = _token(token_file, make=False)
-    raise typer.Exit(work(join, device, token, services=services()))
+    raise typer.Exit(work(join, device, token, services=services(), quiet=quiet))
 
 
 @app.command()

@@ -171,7 +171,8 @@ def show_outcome(summary: dict[str, Any], report: Path) -> None:
 class RunConsole:
     """Tells a run's phases, plan and progress. ``quiet`` keeps standard output for JSON."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, show_token: bool = True) -> None:
+        self._show_token = show_token
         self._console = Console(stderr=quiet, quiet=quiet, highlight=False)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -204,10 +205,11 @@ class RunConsole:
             return
         endpoint = f"{pool.coordinator.host}:{pool.coordinator.port}"
         self._console.print(
-            "workers may join; on each device, with its id and this token in SPANWISE_TOKEN:\n"
-            f"  spanwise worker --join {endpoint} --device ID\n  token: {pool.token}",
+            f"workers may join; on each device:\n  spanwise worker --join {endpoint} --device ID",
             markup=False,
         )
+        token = f"  with SPANWISE_TOKEN={pool.token}" if self._show_token else "  with the same --token-file"
+        self._console.print(token, markup=False)
 
     def on_plan(
         self, plan: Plan, graph: ModelGraph, evaluations: tuple[Evaluation, ...], predicted: Timeline

@@ -1,4 +1,4 @@
-"""A worker killed in the middle of a step: exit code, message, whole checkpoint, resume, nothing left behind."""
+"""A worker killed in the middle of a step: exit code, message, whole checkpoint, resume, no orphans."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def test_killed_mid_step(train: subprocess.Popen[str], tmp_path: Path) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"
     wait_until(lambda: checkpoints.is_dir() and any(checkpoints.glob("step-*")))
     workers = {
-        child.cmdline()[-1]: child for child in psutil.Process(train.pid).children() if "worker" in child.cmdline()
+        child.cmdline()[-1]: child
+        for child in psutil.Process(train.pid).children()
+        if "worker" in child.cmdline()
     }
     assert set(workers) == {"a", "b"}
     workers["b"].kill()

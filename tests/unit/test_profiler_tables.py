@@ -16,7 +16,7 @@ from spanwise.core.model import Layer, ModelGraph, Parameter, TensorSpec
 from spanwise.core.profile import LayerTimes, TimeTable
 from spanwise.profiler.cache import cache_key, cached_table
 from spanwise.profiler.network import fit_link
-from spanwise.profiler.scale import analytic_table, emulated_profile
+from spanwise.profiler.scale import analytic_table, scaled_profile
 from spanwise.profiler.trace import trace
 
 TABLE = TimeTable(rows=(1, 4), layers=(LayerTimes(forward_s=(1.0, 2.0), backward_s=(2.0, 4.0)),) * 2)
@@ -37,13 +37,13 @@ def graph() -> ModelGraph:
     )  # fmt: skip
 
 
-def test_emulated_profile_scales_by_speed_and_core_share() -> None:
+def test_profile_scales_by_speed_and_core_share() -> None:
     cluster = default_cluster()
-    profile = emulated_profile(graph(), TABLE, cluster)
+    profile = scaled_profile(graph(), {1: TABLE}, cluster)
     assert profile.graph_digest == graph().digest
-    assert profile.forward_s("cloud", 0, 2, 4) == pytest.approx(2 * 2.0 / 0.5)
-    assert profile.forward_s("end-2", 0, 1, 4) == pytest.approx(2.0 / (0.15 * 0.5))
-    real = emulated_profile(graph(), TABLE, cluster.model_copy(update={"emulation": None}))
+    assert profile.forward_s("cloud", 0, 2, 4) == pytest.approx(2 * 2.0 / 0.65)
+    assert profile.forward_s("end-2", 0, 1, 4) == pytest.approx(2.0 / (0.15 * 0.65))
+    real = scaled_profile(graph(), {1: TABLE}, cluster.model_copy(update={"emulation": None}))
     assert real.forward_s("edge", 0, 1, 1) == pytest.approx(1.0 / 0.5)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from spanwise.core.errors import InputError
 from spanwise.core.job import Job
 from spanwise.profiler.trace import Traced, trace
 from spanwise.runtime.feed import Rows, read_rows
-from spanwise.runtime.imports import build, load_loss
+from spanwise.runtime.imports import build, data_sets, load_loss
 from spanwise.runtime.optimize import check_recipes
 
 _SAMPLE_ROWS = 4  # enough to see which dimension is the batch and whether the loss is a mean over rows
@@ -43,9 +43,7 @@ def prepare(job: Job) -> Prepared:
     model = build(job.model.name, job.model.args, "model")
     if not isinstance(model, nn.Module):
         raise InputError(f"job: model '{job.model.name}' gave {type(model).__name__}, not an nn.Module")
-    sets = build(job.data.name, job.data.args, "data")
-    pair = cast("tuple[Any, ...]", sets) if isinstance(sets, tuple) else ()
-    train, test = pair if len(pair) == 2 else (cast("Any", sets), None)
+    train, test = data_sets(build(job.data.name, job.data.args, "data"))
     return _prepared(job, model, loss, train, test)
 
 

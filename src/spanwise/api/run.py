@@ -129,7 +129,8 @@ class Outcome:
 def run_job(job: Job, cluster: Cluster, options: TrainOptions) -> Outcome:
     """Profiles, plans, predicts, trains, reports."""
     watcher = options.watcher or Quiet()
-    folder = RunFolder.create(options.run)
+    resumes_here = options.resume is not None and options.resume.resolve() == options.run.resolve()
+    folder = RunFolder.create(options.run, keep=resumes_here)
     watcher.on_stage("tracing the model")
     prepared = options.prepared or prepare(job)
     job = prepared.job
@@ -258,8 +259,6 @@ class _Run:
         folder.program.write_text(str(assignment.program), encoding="utf-8")
         predicted.save(folder.simulated)
         folder.write_json(folder.env, environment())
-        if self.options.resume is None or self.options.resume.resolve() != folder.path.resolve():
-            folder.metrics.unlink(missing_ok=True)
 
     def _summary(
         self,

@@ -56,7 +56,11 @@ def _profile(head: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], byte
     inputs = tuple(_generated(spec.shape, spec.dtype, rows[-1]) for spec in graph.inputs)
     labels = tuple(_generated(spec.shape, spec.dtype, rows[-1]) for spec in graph.labels)
     table = measure_layers(
-        traced, rows=rows, device="cpu", threads=torch.get_num_threads(), sample=(inputs, labels)
+        traced,
+        rows=rows,
+        device=str(head["torch_device"]),
+        threads=torch.get_num_threads(),
+        sample=(inputs, labels),
     )
     return {"table": table.to_data()}, b""
 

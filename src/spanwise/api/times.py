@@ -11,6 +11,7 @@ from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
 from spanwise.core.profile import DeviceTimes, LinkTimes, Profile, TimeTable
 from spanwise.profiler import known
+from spanwise.profiler.scale import scaled_profile
 
 if TYPE_CHECKING:
     from spanwise.api.prepare import Prepared
@@ -26,7 +27,7 @@ def graph_and_profile(job: Job, cluster: Cluster, cache: Path | None) -> tuple[M
 
         prepared = prepare(job)
         return prepared.traced.graph, profile_prepared(prepared, cluster, cache)
-    return found.graph, scaled(found.graph, cluster, found.tables)
+    return found.graph, scaled_profile(found.graph, cluster, found.tables)
 
 
 def profile_prepared(prepared: Prepared, cluster: Cluster, cache: Path | None) -> Profile:
@@ -35,35 +36,27 @@ def profile_prepared(prepared: Prepared, cluster: Cluster, cache: Path | None) -
     found = known.find(cache, job) if cache is not None else None
     tables = dict(found.tables) if found is not None and found.graph.digest == graph.digest else {}
     for threads in sorted({device.threads for device in cluster.devices} - tables.keys()):
-        tables[threads] = measure_here(prepared, threads)
+        tables[threads] = measure_here(prepared, threads, cache)
     if cache is not None:
         entry = known.Known(graph=graph, tables=tables, dataset_rows=len(prepared.train))
         known.keep(cache, job, entry)
-    return scaled(graph, cluster, tables)
+    return scaled_profile(graph, cluster, tables)
 
 
-def measure_here(prepared: Prepared, threads: int, torch_device: str = "cpu") -> TimeTable:
-    """Times every layer on this machine."""
+def measure_here(prepared: Prepared, threads: int, cache: Path | None = None) -> TimeTable:
+    """Times every layer on this machine, or reads the times of the same operations from ``cache``."""
+    from spanwise.profiler.cache import cache_key, cached_table
     from spanwise.profiler.compute import measure_layers
 
-    rows = known.profile_rows(prepared.job.batch)
-    return measure_layers(
-        prepared.traced, rows=rows, device=torch_device, threads=threads, sample=prepared.sample(rows[-1])
-    )
+    traced, rows = prepared.traced, known.profile_rows(prepared.job.batch)
 
+    def measure() -> TimeTable:
+        return measure_layers(traced, rows=rows, threads=threads, sample=prepared.sample(rows[-1]))
 
-def scaled(graph: ModelGraph, cluster: Cluster, tables: dict[int, TimeTable]) -> Profile:
-    """Tables of this machine, stretched by each device's speed (and core share when emulated)."""
-    threads = sorted(tables)
-    share = cluster.emulation.core_share if cluster.emulation is not None else 1.0
-    return Profile(
-        graph_digest=graph.digest,
-        tables=tuple(tables[t] for t in threads),
-        devices=tuple(
-            DeviceTimes(device=d.id, table=threads.index(d.threads), factor=1.0 / (d.speed * share))
-            for d in cluster.devices
-        ),
-    )
+    if cache is None:
+        return measure()
+    key = cache_key(traced, device="cpu", threads=threads, rows=rows)
+    return cached_table(cache, key, len(traced.graph), measure)
 
 
 def profile_devices(prepared: Prepared, pool: WorkerPool) -> Profile:
@@ -75,7 +68,8 @@ def profile_devices(prepared: Prepared, pool: WorkerPool) -> Profile:
     head, payload = profile_request(prepared)
     frames: dict[str, Any] = {}
     for device in pool.devices:  # one after the other: workers of one machine would disturb each other
-        pool.coordinator.tell(device, "service", payload, name="profile", **head)
+        where = pool.cluster.device(device).torch_device
+        pool.coordinator.tell(device, "service", payload, name="profile", torch_device=where, **head)
         frames |= pool.coordinator.gather("served", (device,), 600.0)
     links: list[LinkTimes] = []
     for (a, b), samples in pool.probe_links().items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spanwise.core.cluster import Cluster
 
-# Speeds add up to 1.9 cores; at core_share 0.5 two cores hold them with room for the coordinator and the
+# Speeds add up to 1.9 cores; at core_share 0.65 two cores hold them with room for the coordinator and the
 # pacing of messages, so that what is measured is the emulated cluster and not the machine's scheduler.
 DEFAULT_CLUSTER_TOML = """\
 name = "three-tier"
@@ -12,7 +12,7 @@ description = "1 cloud server, 1 edge box and 2 end devices with the data, emula
 data = ["end-1", "end-2"]
 
 [emulation]
-core_share = 0.5
+core_share = 0.65
 
 [[devices]]
 id = "cloud"

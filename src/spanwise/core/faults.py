@@ -1,4 +1,4 @@
-"""Faults as values: the simulator predicts them, the runtime injects them."""
+"""Faults as values: what goes wrong in a simulated run."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,6 +84,13 @@ class Noun(BaseModel):
         """Writes ``.json`` or ``.toml`` whole or not at all."""
         write_whole(path, self.to_json() if path.suffix == ".json" else self.to_toml())
 
+    def model_copy(self: N, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> N:
+        """A changed copy; what was derived from the old content is derived anew, nothing is validated."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in copied.__dict__.keys() - type(self).model_fields.keys():
+            del copied.__dict__[name]  # a cached property of the original
+        return copied
+
     @property
     def digest(self) -> str:
         """SHA-256 of the content, 16 hex digits: equal values have equal digests."""
@@ -99,6 +107,12 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: not TOML ({error})") from None
 
 
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes to a temporary neighbour, syncs and renames: a reader never sees half a file."""
     data = content.encode("utf-8") if isinstance(content, str) else content
@@ -106,6 +120,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
+            os.fchmod(handle, 0o666 & ~_umask())
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()

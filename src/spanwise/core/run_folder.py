@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from spanwise.core.errors import InputError, ResourceError
 from spanwise.core.noun import write_whole
+
+
+def _aside(path: Path) -> Iterator[Path]:
+    return (path.with_name(f"{path.name}.{number}") for number in count(1))
 
 
 @dataclass(frozen=True)
@@ -18,10 +24,16 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, path: Path) -> RunFolder:
-        """Makes the folder; ``ResourceError`` if it cannot be written."""
+    def create(cls, path: Path, *, keep: bool = False) -> RunFolder:
+        """Makes the folder; an earlier run there is moved aside (to ``NAME.1``, ...), or kept with ``keep``.
+
+        Raises:
+            ResourceError: it cannot be written.
+        """
         folder = cls(path)
         try:
+            if folder.job.is_file() and not keep:
+                path.rename(next(p for p in _aside(path) if not p.exists()))
             folder.timelines.mkdir(parents=True, exist_ok=True)
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
             probe = path / ".writable"

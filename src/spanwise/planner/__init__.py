@@ -17,6 +17,7 @@ from spanwise.planner.trial import timeline
 
 __all__ = ["STRATEGIES", "Advice", "Evaluation", "Problem", "advise", "compare", "make_plan"]
 
+# What they raise is a reason without their name: ``make_plan`` and reports put that in front.
 STRATEGIES: dict[str, Callable[[Problem], Plan]] = {
     "single": single,
     "data_parallel": data_parallel,
@@ -42,7 +43,10 @@ def make_plan(problem: Problem, strategy: str = "auto") -> Plan:
         return best.plan
     if strategy not in STRATEGIES:
         raise InputError(f"strategy '{strategy}': unknown; known: {', '.join((*STRATEGIES, 'auto'))}")
-    return STRATEGIES[strategy](problem)
+    try:
+        return STRATEGIES[strategy](problem)
+    except InfeasibleError as error:
+        raise InfeasibleError(f"{strategy}: {error}") from error
 
 
 def compare(problem: Problem) -> tuple[Evaluation, ...]:

@@ -85,17 +85,8 @@ def advise(problem: Problem, evaluations: Sequence[Evaluation]) -> Advice:
             f"a gain of {100 * (speed_up - 1):.1f} % is within the error of the prediction."
         )
     else:
-        others = [e for e in evaluations if e.plan and e.timeline and len(_computing(e.plan)) > 1]
-        best = fastest_of(others)
-        rival = ""
-        if best is not None and best.plan is not None and best.timeline is not None:
-            limit_there = bottleneck(problem, best.plan, best.timeline)
-            rival = (
-                f"; the best distributed plan, {best.strategy}, takes "
-                f"{format_seconds(best.timeline.step_time_s)}, limited by {limit_there}"
-            )
         alone_there = f"{_names(computing)} alone takes {format_seconds(seconds)} a step"
-        sentence = f"Distributing does not pay: {alone_there}{rival}."
+        sentence = f"Distributing does not pay: {alone_there}; {_rival(problem, evaluations)}."
     return Advice(winner.strategy, seconds, device, alone, speed_up, limit, pays, sentence)
 
 
@@ -107,7 +98,30 @@ def fastest_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
 
 def no_plan(evaluations: Sequence[Evaluation]) -> str:
     """Why no strategy has a plan: the reason of the most general one, which is the last."""
-    return f"no strategy has a plan; {evaluations[-1].reason}" if evaluations else "no strategy was tried"
+    if not evaluations:
+        return "no strategy was tried"
+    return f"no strategy has a plan; {evaluations[-1].strategy}: {evaluations[-1].reason}"
+
+
+def _rival(problem: Problem, evaluations: Sequence[Evaluation]) -> str:
+    """The fastest plan on several computing devices of all that were simulated.
+
+    A strategy may end on one device although it also tried several, so the plans it turned down count too.
+    """
+    tried = [(e.strategy, e.plan, e.timeline) for e in evaluations if e.plan and e.timeline]
+    tried += [
+        (strategy, plan, found)
+        for plan, (strategy, found) in problem.memo.trials.items()
+        if isinstance(found, Timeline)
+    ]
+    rivals = [entry for entry in tried if len(_computing(entry[1])) > 1]
+    if not rivals:
+        return "no distributed plan was found"
+    strategy, plan, found = min(rivals, key=lambda entry: entry[2].step_time_s)
+    return (
+        f"the best distributed plan found, {strategy} on {_names(_computing(plan))}, takes "
+        f"{format_seconds(found.step_time_s)}, limited by {bottleneck(problem, plan, found)}"
+    )
 
 
 def bottleneck(problem: Problem, plan: Plan, timeline: Timeline) -> str:

@@ -60,7 +60,7 @@ def build(
         stages.append(Stage(start=span.start, stop=span.stop, replicas=replicas, warmup=ahead))
     found, short = _fitted(problem, stages, schedule, count)
     if short is not None:
-        raise short.error(strategy)
+        raise short.error()
     plan = Plan(
         strategy=strategy,
         graph_digest=problem.graph.digest,
@@ -73,7 +73,7 @@ def build(
     )
     broken = broken_rule(problem, plan)
     if broken:
-        raise InfeasibleError(f"{strategy}: {broken}")
+        raise InfeasibleError(broken)
     return plan
 
 
@@ -93,7 +93,7 @@ def _shares(problem: Problem, span: Span, rows: int, ahead: int) -> Shares:
             for at, device in enumerate(group):
                 cap = tables.row_cap(device, start, stop, in_flight=in_flight, synced=True)[0]
                 limited[0, at, max(int(cap), 0) :] = np.inf
-        found, feasible = min_max_rows(limited, rows)
+        found, feasible = min_max_rows(limited, rows, tables.least_rows(start, stop))
         if feasible[0]:
             return tuple((d, float(y)) for d, y in zip(group, found[0], strict=True) if y)
     raise AssertionError("unreachable: rows without a cap are always feasible")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.planner.build import fixed_span
 from spanwise.planner.groups import Groups
+from spanwise.planner.lanes import Group
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.problem import Problem, largest_remainder
 from spanwise.planner.search import Search, mask_of, members
-from spanwise.planner.trial import fastest, priced
+from spanwise.planner.trial import Priced, fastest, priced
 
 FINALISTS = 4
+MOST_SETS = 32
+MOST_PRICED = 64
 ALL_SUBSETS = 8  # devices; beyond it devices are left out one after the other
 
 
@@ -20,7 +24,7 @@ def data_parallel(problem: Problem) -> Plan:
     With private data the replicas are the data devices with their own shares.
 
     Raises:
-        InfeasibleError: the batch has fewer rows than devices, or memory is short on one of them.
+        InfeasibleError: the batch has too few rows for all devices, or memory is short on one of them.
     """
     if problem.first_is_fixed:
         return _over_sources(problem, "data_parallel")
@@ -42,7 +46,25 @@ def weighted_data_parallel(problem: Problem) -> Plan:
     if problem.first_is_fixed:
         return _over_sources(problem, "weighted_data_parallel")
     outlines = weighted_outlines(problem, 1) or weighted_outlines(problem, 0)
-    return fastest(problem, priced(problem, "weighted_data_parallel", outlines[:64]), FINALISTS)
+    pool = priced(problem, "weighted_data_parallel", leaders(outlines)[:MOST_SETS] + outlines[:MOST_PRICED])
+    first: dict[frozenset[str], Priced] = {}
+    for entry in pool:
+        first.setdefault(frozenset(entry.plan.stages[0].devices), entry)
+    try:
+        best = fastest(problem, list(first.values()), FINALISTS)
+    except InfeasibleError:  # the simulator found more bytes than the formula: other counts may need fewer
+        return fastest(problem, pool, FINALISTS)
+    devices = frozenset(best.stages[0].devices)
+    same = [entry for entry in pool if frozenset(entry.plan.stages[0].devices) == devices]
+    return fastest(problem, same, FINALISTS)
+
+
+def leaders(outlines: list[Outline]) -> list[Outline]:
+    """The first outline of every set of devices."""
+    best: dict[Group, Outline] = {}
+    for outline in outlines:
+        best.setdefault(outline.spans[0].group, outline)
+    return list(best.values())
 
 
 def weighted_outlines(problem: Problem, in_flight: int) -> list[Outline]:

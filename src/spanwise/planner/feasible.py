@@ -1,4 +1,4 @@
-"""Memory, links and privacy: what a plan must keep to, and by how much it does not."""
+"""Memory, links, privacy and batch statistics: what a plan must keep to, and by how much it does not."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from itertools import permutations
 
 from spanwise.core.errors import InfeasibleError
+from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan, ScheduleName, Stage, row_ranges
 from spanwise.core.units import format_bytes
 from spanwise.cost import stage_bytes
+from spanwise.lowering import holders
 from spanwise.planner.problem import Problem
 
 
@@ -27,11 +29,11 @@ class Shortage:
         """Bytes too many."""
         return self.needed_bytes - self.budget_bytes
 
-    def error(self, strategy: str) -> ShortageError:
+    def error(self) -> ShortageError:
         """As an error that says where and by how much."""
         return ShortageError(
             self.over_bytes,
-            f"{strategy}: {self.device} needs {format_bytes(self.needed_bytes)} for {self.where}, "
+            f"{self.device} needs {format_bytes(self.needed_bytes)} for {self.where}, "
             f"its budget is {format_bytes(self.budget_bytes)}, {format_bytes(self.over_bytes)} short; "
             "raise its memory, shrink the batch or add devices",
         )
@@ -55,7 +57,7 @@ def memory_bytes(
     problem: Problem, stages: tuple[Stage, ...], schedule: ScheduleName, micro_batches: int
 ) -> dict[str, int]:
     """Most bytes that every computing device needs, over all its stages."""
-    out: dict[str, int] = {}
+    out = _flat_bytes(problem.graph, stages)
     for stage in stages:
         depth = micro_batches if schedule == "gpipe" else min(stage.warmup, micro_batches)
         for replica in stage.replicas:
@@ -66,8 +68,23 @@ def memory_bytes(
                 rows=replica.rows,
                 in_flight=depth,
                 copies=problem.copies,
-                synced=len(stage.replicas) > 1,
+                synced=False,
             )
+    return out
+
+
+def _flat_bytes(graph: ModelGraph, stages: tuple[Stage, ...]) -> dict[str, int]:
+    """Bytes of the flat buffers in which every device sends gradients.
+
+    They hold each parameter that several devices have, once: replicas of a stage, holders of a tied weight.
+    """
+    out: dict[str, int] = {}
+    if graph.ties or any(len(stage.replicas) > 1 for stage in stages):
+        sizes = {parameter.name: parameter.bytes for parameter in graph.parameters}
+        for name, devices in holders(stages, graph).items():
+            if len(devices) > 1:
+                for device in devices:
+                    out[device] = out.get(device, 0) + sizes[name]
     return out
 
 
@@ -89,7 +106,7 @@ def shortage(
 
 
 def broken_rule(problem: Problem, plan: Plan) -> str:
-    """Which rule of links or privacy a plan breaks; empty if none."""
+    """Which rule of links, privacy or batch statistics a plan breaks; empty if none."""
     for a, b in _routes(problem, plan):
         if not problem.cluster.connected(a, b):
             return f"no link from {a} to {b}"
@@ -99,6 +116,15 @@ def broken_rule(problem: Problem, plan: Plan) -> str:
     ):
         if fixed and stage.replicas != plan.sources:
             return f"{what} on {' and '.join(problem.sources)} must not leave"
+    for stage in plan.stages:
+        least = problem.least_rows(stage.start, stage.stop)
+        for replica in stage.replicas:
+            if replica.rows < least:
+                return (
+                    f"{replica.device} would compute {replica.rows} row of each micro-batch of "
+                    f"{plan.micro_batch_rows} in layers [{stage.start}:{stage.stop}), whose batch statistics "
+                    f"need {least}; raise the batch or use fewer devices"
+                )
     return ""
 
 

@@ -19,7 +19,7 @@ def gpipe(problem: Problem) -> Plan:
     Raises:
         InfeasibleError: private data lies on several devices, memory is short, or a link is missing.
     """
-    one_source(problem, "gpipe")
+    one_source(problem)
     layers = len(problem.graph)
     order = list(range(len(problem.cluster.devices)))
     if problem.first_is_fixed:

@@ -8,7 +8,7 @@ import numpy as np
 
 from spanwise.planner.tables import Tables
 
-MOST_CUTS = 24  # methods/hpp section 4.4: merge cheap layers until L <= 24
+MOST_CUTS = 24  # own choice: beyond it the search takes longer and its plans hardly improve
 
 
 def all_cuts(layers: int) -> tuple[int, ...]:

@@ -63,10 +63,10 @@ class Groups:
 
     def fixed_times(self, group: Group, rows: tuple[tuple[int, ...], ...]) -> StageTimes:
         """Of a group with given rows, one tuple for every micro-batch count."""
-        start, _ = self.ranges
-        count, size = len(self.micro_batches), len(start)
+        least = self._least_rows()
+        count, size = len(self.micro_batches), len(least)
         found = np.array(rows, dtype=np.int64)[:, None, :].repeat(size, axis=1)
-        feasible = np.ones((count, size), dtype=bool)
+        feasible = found.min(axis=2) >= least[None]
         for m in range(count):
             for at, device in enumerate(group):
                 cap = self._cap(device, m, synced=len(group) > 1)
@@ -75,15 +75,15 @@ class Groups:
         return self._from_rows(group, list(found), list(feasible))
 
     def _stage_times(self, group: Group) -> StageTimes:
-        start, _ = self.ranges
+        least = self._least_rows()
         rows: list[Ints] = []
         feasible: list[NDArray[np.bool_]] = []
         for m, count in enumerate(self.micro_batches):
             total = self.problem.job.batch // count
             if len(group) == 1:
                 cap = self._cap(group[0], m, synced=False)
-                rows.append(np.full((len(start), 1), total, dtype=np.int64))
-                feasible.append(np.ones(len(start), dtype=bool) if cap is None else cap >= total)
+                rows.append(np.full((len(least), 1), total, dtype=np.int64))
+                feasible.append(least <= total if cap is None else (cap >= total) & (least <= total))
                 continue
             seconds = np.stack([self._range_seconds(d)[:, :total] for d in group], axis=1)
             for at, device in enumerate(group):
@@ -91,10 +91,16 @@ class Groups:
                 if cap is not None and int(cap.min()) < total:
                     over = np.arange(1, total + 1)[None, :] > cap[:, None]
                     seconds[:, at][over] = np.inf
-            found, fits = min_max_rows(seconds, total)
+            found, fits = min_max_rows(seconds, total, least)
             rows.append(found)
-            feasible.append(fits & (found.min(axis=1) >= 1))  # without a row it is a smaller group
+            feasible.append(fits & (found.min(axis=1) >= least))  # without a row it is a smaller group
         return self._from_rows(group, rows, feasible)
+
+    def _least_rows(self) -> Ints:
+        """Per range."""
+        at = np.array(self.cuts)
+        start, stop = self.ranges
+        return self.problem.tables.least_rows(at[start], at[stop])
 
     def _range_seconds(self, device: int) -> Floats:
         """``[range, rows]`` of 1..batch rows, forward and backward."""

@@ -1,7 +1,8 @@
 """``hpp``: hybrid pipeline parallelism, stages held by groups of unlike devices with uneven rows.
 
-After Asteroid (MobiCom 2024) and SpanTrain (Big Data Research 2025, arXiv 2505.15536), of which only
-parts are public; the search over sets of devices instead of one device order is ours (``search.py``).
+After Asteroid (Ye et al., MobiCom 2024) and SpanTrain (Wang, Liu et al., Big Data Research 2025, arXiv
+2505.15536). Asteroid's equations are known to us from unofficial re-implementations, of SpanTrain only the
+abstracts; the search over sets of devices instead of one device order is our own (``search.py``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Many devices: dynamic programming along a device order, and a local search over the orders.
 
-methods/hpp section 4.5: link clusters in every order, each by memory downwards or by speed upwards, then
-moves of one device and exchanges of two as long as they help.
+The dynamic programme along an order is Asteroid's (Ye et al., MobiCom 2024; read from re-implementations), as
+is the order by memory. Searching the orders is our own: link clusters in every order, each by memory
+downwards or by speed upwards, then moves of one device and exchanges of two as long as they help. Link
+clusters are SpanTrain's idea (Wang, Liu et al., Big Data Research 2025), the rule that makes them is ours.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def pipeline(problem: Problem) -> Plan:
     Raises:
         InfeasibleError: private data lies on several devices, or memory or links allow no pipeline.
     """
-    one_source(problem, "pipeline")
+    one_source(problem)
     return at_both_depths(problem, "pipeline", pipeline_outlines(problem), FINALISTS)
 
 
@@ -37,10 +37,10 @@ def pipeline_outlines(problem: Problem) -> list[Outline]:
     return found
 
 
-def one_source(problem: Problem, strategy: str) -> None:
+def one_source(problem: Problem) -> None:
     """``InfeasibleError`` if private data lies on several devices: a stage here is one device."""
     if problem.first_is_fixed and len(problem.sources) > 1:
         raise InfeasibleError(
-            f"{strategy}: raw data on {' and '.join(problem.sources)} must not leave them (private = true), "
+            f"raw data on {' and '.join(problem.sources)} must not leave them (private = true), "
             "but every stage is one device here; use hpp"
         )

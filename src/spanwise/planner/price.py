@@ -1,4 +1,7 @@
-"""Step time by formula: Asteroid's cost model (MobiCom 2024; methods/hpp section 3), for ranking only.
+"""Step time by formula: Asteroid's cost model, for ranking only.
+
+Ye et al., "Asteroid", MobiCom 2024. The equations are those of two unofficial re-implementations that cite
+the paper's equation numbers; we derived them anew but have not held them against the paper itself.
 
 A plan is a list of steps: compute of stage 0, link, compute of stage 1, ... Step ``c`` takes ``E_c`` seconds
 a micro-batch, forward and backward together. The dominant step is the one with the greatest

@@ -22,19 +22,22 @@ from spanwise.planner.tables import Tables
 MOST_MICRO_BATCHES = 64
 MOST_CHOICES = 8
 
+Trial = tuple[str, Timeline | InfeasibleError]  # the strategy that asked first, and what came of it
+
 
 @dataclass(slots=True)
 class Memo:
-    """What was worked out about one problem: kept so that strategies share tables and simulations."""
+    """What was worked out about one problem: kept so that strategies share tables and simulations.
+
+    ``trials`` has every plan that was simulated, under no strategy's name.
+    """
 
     tables: Tables | None = None
     links: Links | None = None
     lanes: Lanes | None = None
     orders: dict[bool, tuple[Group, ...]] = field(default_factory=dict[bool, "tuple[Group, ...]"])
     outlines: dict[str, list[Outline]] = field(default_factory=dict[str, "list[Outline]"])
-    trials: dict[Plan, Timeline | InfeasibleError] = field(
-        default_factory=dict[Plan, "Timeline | InfeasibleError"]
-    )
+    trials: dict[Plan, Trial] = field(default_factory=dict[Plan, "Trial"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,48 +105,78 @@ class Problem:
         return self.memo.lanes
 
     def source_rows(self, rows: int) -> tuple[Replica, ...]:
-        """Where ``rows`` rows of a micro-batch start out: by share, largest remainder, at least one each."""
-        counts = largest_remainder(rows, tuple(share.share for share in self.shares))
+        """Where ``rows`` rows of a micro-batch start out: by share, largest remainder, at least one each.
+
+        Where the data devices must compute their own rows it is at least as many as the model needs, if the
+        micro-batch has them.
+        """
+        least = self.least_rows(0, len(self.graph)) if self.first_is_fixed else 1
+        weights = tuple(share.share for share in self.shares)
+        counts = largest_remainder(rows, weights, least if rows >= least * len(weights) else 1)
         return tuple(Replica(device=s.device, rows=n) for s, n in zip(self.shares, counts, strict=True))
 
-    def micro_batch_choices(self, least_rows: int = 1) -> tuple[int, ...]:
+    def least_rows(self, start: int, stop: int) -> int:
+        """Rows of a micro-batch that a replica of layers ``[start, stop)`` needs: 2 for batch statistics."""
+        return int(self.tables.least_rows(start, stop))
+
+    def micro_batch_choices(self, replicas: int = 1) -> tuple[int, ...]:
         """Micro-batch counts worth trying: divisors of the batch, at most 8, spread evenly by ratio.
 
         Args:
-            least_rows: rows that a micro-batch needs for other reasons than the data devices.
+            replicas: devices that compute rows of every micro-batch.
 
         Raises:
-            InfeasibleError: the batch has fewer rows than data devices, or than ``least_rows``.
+            InfeasibleError: the batch has fewer rows than the data devices or the replicas need.
         """
-        batch, least = self.job.batch, max(least_rows, len(self.shares))
+        each = self.least_rows(0, len(self.graph))
+        batch, least = self.job.batch, max(each * replicas, len(self.shares))
         found = [
             m for m in range(1, min(batch, MOST_MICRO_BATCHES) + 1) if batch % m == 0 and batch // m >= least
         ]
         if not found:
-            what = "data devices" if least == len(self.shares) else "replicas"
-            raise InfeasibleError(
-                f"job '{self.job.name}': a batch of {batch} rows is smaller than its {least} {what}, each "
-                f"needs a row; raise the batch to {least}"
-            )
+            raise InfeasibleError(self._too_few_rows(replicas, each, least))
         while len(found) > MOST_CHOICES:
             # The inner value whose neighbours lie closest together by ratio is missed least.
             del found[min(range(1, len(found) - 1), key=lambda i: found[i + 1] / found[i - 1])]
         return tuple(found)
 
+    def _too_few_rows(self, replicas: int, each: int, least: int) -> str:
+        batch, sources = f"a batch of {_rows(self.job.batch)}", len(self.shares)
+        if least == sources:
+            return (
+                f"{batch} is smaller than its {sources} data devices, each gives a row; raise the batch to "
+                f"{least} or name fewer data devices"
+            )
+        if each == 1:
+            return (
+                f"{batch} is smaller than its {replicas} replicas, each needs a row; raise the batch to "
+                f"{least} or use fewer devices"
+            )
+        of = f"{replicas} replicas with" if replicas > 1 else "a replica with"
+        layer = next(layer.name for layer in self.graph.layers if layer.batch_statistics)
+        return (
+            f"{batch} is too small for {of} batch statistics (layer '{layer}'), each needs {_rows(each)}; "
+            f"raise the batch to {least}{' or use fewer devices' if replicas > 1 else ''}"
+        )
 
-def largest_remainder(total: int, weights: tuple[float, ...]) -> tuple[int, ...]:
-    """``total`` in whole parts by weight, each at least 1: floors, then one each to the largest remainders.
 
-    Needs ``total >= len(weights)``.
+def _rows(count: int) -> str:
+    return f"{count} row{'s' if count != 1 else ''}"
+
+
+def largest_remainder(total: int, weights: tuple[float, ...], least: int = 1) -> tuple[int, ...]:
+    """``total`` in whole parts by weight, none below ``least``: floors, then one each to the largest remainders.
+
+    Needs ``total >= least * len(weights)``.
     """
     scale = total / sum(weights)
     parts = [floor(weight * scale) for weight in weights]
     by_remainder = sorted(range(len(parts)), key=lambda i: (parts[i] - weights[i] * scale, i))
     for i in by_remainder[: total - sum(parts)]:
         parts[i] += 1
-    for i, part in enumerate(parts):
-        if part == 0:
+    for i in range(len(parts)):
+        while parts[i] < least:
             richest = reduce(lambda a, b: b if parts[b] > parts[a] else a, range(len(parts)))
             parts[richest] -= 1
-            parts[i] = 1
+            parts[i] += 1
     return tuple(parts)

@@ -20,7 +20,7 @@ def single(problem: Problem) -> Plan:
     ids = problem.cluster.ids
     if problem.first_is_fixed and len(problem.sources) > 1:
         raise InfeasibleError(
-            f"single: raw data on {' and '.join(problem.sources)} must not leave them (private = true), "
+            f"raw data on {' and '.join(problem.sources)} must not leave them (private = true), "
             "so no single device may hold all of it"
         )
     allowed = problem.sources if problem.first_is_fixed else ids

@@ -28,6 +28,7 @@ class Tables:
         into: ``[layer]`` bytes per row that enter layer ``layer``; ``into[L]`` is 0.
         back: ``[layer]`` bytes per row of the gradients that leave layer ``layer`` towards the front.
         budget: ``[device]`` bytes.
+        mixing: ``[layer]`` how many layers before it have batch statistics.
         copies: optimizer copies of the parameters.
     """
 
@@ -42,6 +43,7 @@ class Tables:
     into: Floats
     back: Floats
     budget: Floats
+    mixing: Ints
     copies: int
 
     @classmethod
@@ -62,6 +64,7 @@ class Tables:
             into=np.array([graph.input_row_bytes, *(layer.cut_bytes for layer in layers)], dtype=np.float64),
             back=np.array([0, *(layer.gradient_cut_bytes for layer in layers)], dtype=np.float64),
             budget=np.array([device.memory_bytes for device in cluster.devices], dtype=np.float64),
+            mixing=_prefix([int(layer.batch_statistics) for layer in layers]).astype(np.int64),
             copies=copies,
         )
 
@@ -69,6 +72,10 @@ class Tables:
     def layers(self) -> int:
         """L."""
         return self.forward.shape[1] - 1
+
+    def least_rows(self, start: Ints | int, stop: Ints | int) -> Ints:
+        """Rows of a micro-batch that a replica needs: one row has no variance to divide by."""
+        return 1 + (self.mixing[stop] > self.mixing[start]).astype(np.int64)
 
     def fixed_bytes(self, start: Ints, stop: Ints, *, in_flight: Ints | int, synced: bool) -> Floats:
         """Bytes of a stage that do not grow with rows (see ``cost.stage_bytes``)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from spanwise.core.cluster import Cluster
 from spanwise.core.model import Layer, ModelGraph
 from spanwise.core.profile import DeviceTimes, LayerTimes, Profile, TimeTable
@@ -9,20 +11,25 @@ from spanwise.core.profile import DeviceTimes, LayerTimes, Profile, TimeTable
 _ANALYTIC_ROWS = (1, 64)
 
 
-def emulated_profile(graph: ModelGraph, table: TimeTable, cluster: Cluster) -> Profile:
-    """One table for every device, slowed by its relative speed.
+def scaled_profile(graph: ModelGraph, tables: Mapping[int, TimeTable], cluster: Cluster) -> Profile:
+    """The same tables for every device, slowed by its relative speed.
 
     Args:
         graph: the model.
-        table: times of one core of this machine at full speed.
+        tables: by number of threads, times of this machine at full speed.
         cluster: where it is emulated on this machine, speed 1.0 is only its ``core_share`` of a core.
     """
+    threads = sorted(tables)
     share = cluster.emulation.core_share if cluster.emulation else 1.0
     return Profile(
         graph_digest=graph.digest,
-        tables=(table,),
+        tables=tuple(tables[count] for count in threads),
         devices=tuple(
-            DeviceTimes(device=device.id, table=0, factor=1 / (device.speed * share))
+            DeviceTimes(
+                device=device.id,
+                table=threads.index(device.threads) if device.threads in tables else 0,
+                factor=1 / (device.speed * share),
+            )
             for device in cluster.devices
         ),
     )

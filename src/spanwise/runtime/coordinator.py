@@ -35,6 +35,7 @@ class _Member:
     greeting: dict[str, Any]
     heard: float = field(default_factory=time.monotonic)
     clock_offset_s: float = 0.0
+    fastest_s: float = float("inf")  # the fastest ping so far: its offset is off by half of that at most
 
 
 class Coordinator:
@@ -193,10 +194,12 @@ class Coordinator:
         head = frame.head
         match frame.kind:
             case "heartbeat":
-                if "echo" in head:  # the answer to our own time stamp
-                    sent, now = float(head["echo"]), time.monotonic()
+                member.channel.send("ping", stamp=time.monotonic())
+            case "pong":
+                sent, now = float(head["stamp"]), time.monotonic()
+                if now - sent < member.fastest_s:
+                    member.fastest_s = now - sent
                     member.clock_offset_s = float(head["clock"]) - (sent + now) / 2
-                member.channel.send("clock", stamp=time.monotonic())
             case "put":
                 with self._changed:
                     self._values[head["key"]] = frame.payload

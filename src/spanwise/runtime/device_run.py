@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,8 @@ from spanwise.core.program import Program
 from spanwise.ops.opgraph import OpGraph
 from spanwise.ops.stage_module import StageModule
 from spanwise.runtime import optimize
-from spanwise.runtime.emulate import Throttle
+from spanwise.runtime.calibrate import undisturbed_times
+from spanwise.runtime.emulate import Throttle, Unthrottled
 from spanwise.runtime.executor import DeviceParts, Executor, StepResult
 from spanwise.runtime.feed import Feed, Rows, Sampler, shard
 from spanwise.runtime.recorder import Recorder
@@ -122,7 +122,10 @@ class DeviceRun:
         self.scheduler = optimize.make_scheduler(job.scheduler, self.optimizer) if self.optimizer else None
         self.recorder = Recorder(device)
         emulation = assignment.cluster.emulation
-        throttle = Throttle(spec.speed * emulation.core_share) if assignment.emulate and emulation else None
+        self._throttle = (
+            Throttle(spec.speed * emulation.core_share) if assignment.emulate and emulation else None
+        )
+        self._stages = stages
         self.executor = Executor(
             DeviceParts(device, stages, self.parameters, self.optimizer, spec.torch_device),
             plan,
@@ -130,12 +133,19 @@ class DeviceRun:
             assignment.program,
             transport,
             recorder=self.recorder,
-            throttle=throttle or contextlib.nullcontext(),
-            on_idle=throttle.idle if throttle else lambda: None,
+            pace=self._throttle or Unthrottled(),
             feed=_feed(assignment, device, data, held),
             clip_norm=job.clip_norm,
             timeout_s=job.transfer_timeout_s,
         )
+
+    def calibrate(self) -> None:
+        """Times its own compute, while the other devices rest; nothing to do on a real device."""
+        if self._throttle is not None:
+            self._throttle.undisturbed_s = undisturbed_times(
+                self._assignment.plan, self._assignment.graph, self.device, self._stages,
+                self.parameters, self.buffers,
+            )  # fmt: skip
 
     def run(self, first: int, count: int, on_step: Callable[[StepResult], None]) -> None:
         """Steps ``first .. first + count - 1``."""

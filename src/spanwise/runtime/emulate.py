@@ -1,7 +1,8 @@
 """Portable emulation, no root needed: compute is slowed and messages are paced to the cluster's numbers.
 
-Devices of an emulated cluster are processes (or threads) of one machine. Compute: after an action has taken
-``c`` seconds of processor time, the device rests until ``c / (speed * core_share)`` seconds have passed.
+Devices of an emulated cluster are processes (or threads) of one machine. Compute: after an action that takes
+``c`` seconds on the undisturbed machine, the device rests until ``c / (speed * core_share)`` seconds have
+passed.
 Messages: each is sent in quanta; a quantum books time on every capacity that its route shares, in a ledger
 that all processes map, so concurrent messages share links as they would on the wire. The message is handed on
 when its last quantum has passed, plus the latency.
@@ -18,7 +19,8 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 
@@ -84,18 +86,31 @@ def ledger_path() -> Path:
     return Path(name)
 
 
+Work = tuple[str, int]  # kind of action and stage
+
+
 class Throttle:
     """Makes compute take as long as on a device of ``share`` of this machine's core.
 
-    Processor time counts, not wall time, so a busy machine does not slow an emulated device twice. What
-    the machine was late with is made up for while the device has work without a break.
+    An action is due to end when ``undisturbed seconds / share`` have passed. What it takes undisturbed was
+    measured by the device itself at set-up (``calibrate``), with the other devices at rest: caches that
+    neighbours share and wake-ups after a rest make the same work 10 to 30 % dearer on this machine, which
+    the emulated device has nothing to do with. Work without such a measurement counts by processor time.
+    What the machine was late with is made up for while the device has work without a break.
     """
 
     def __init__(self, share: float) -> None:
         self.share = share
+        self.undisturbed_s: Mapping[Work, float] = {}
         self._owed_until = 0.0  # when the device is free in its own, undisturbed time
         self._start = 0.0
         self._cpu = 0.0
+        self._work: Work = ("", -1)
+
+    def work(self, kind: str, stage: int) -> Throttle:
+        """A context in which this kind of work is done."""
+        self._work = (kind, stage)
+        return self
 
     def idle(self) -> None:
         """The device had to wait: lateness before the wait is no longer made up for."""
@@ -111,10 +126,24 @@ class Throttle:
     ) -> None:
         if kind is not None:
             return
-        self._owed_until = self._start + (time.thread_time() - self._cpu) / self.share
+        seconds = self.undisturbed_s.get(self._work)
+        if seconds is None:
+            seconds = time.thread_time() - self._cpu
+        self._owed_until = self._start + seconds / self.share
         rest = self._owed_until - time.monotonic()
         if rest > 0:
             time.sleep(rest)
+
+
+class Unthrottled:
+    """A real device: compute takes as long as it takes."""
+
+    def work(self, kind: str, stage: int) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Nothing around the work."""
+        return nullcontext()
+
+    def idle(self) -> None:
+        """Nothing to forget."""
 
 
 class _Paced:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,18 @@ class DeviceParts:
     torch_device: str = "cpu"
 
 
+class Pace(Protocol):
+    """What surrounds compute: nothing on a real device, a throttle on an emulated one."""
+
+    def work(self, kind: str, stage: int) -> AbstractContextManager[None]:
+        """A context for a forward or backward of a stage, or the optimizer step."""
+        ...
+
+    def idle(self) -> None:
+        """The device had to wait."""
+        ...
+
+
 class Executor:
     """Takes one device through the actions of a step, again and again."""
 
@@ -88,15 +101,14 @@ class Executor:
         transport: Transport,
         *,
         recorder: Recorder,
-        throttle: AbstractContextManager[None],
-        on_idle: Callable[[], None] = lambda: None,
+        pace: Pace,
         feed: Feed | None = None,
         clip_norm: float | None = None,
         timeout_s: float = 60.0,
     ) -> None:
         self._parts, self._plan, self._graph, self._program = parts, plan, graph, program
-        self._transport, self._recorder, self._throttle = transport, recorder, throttle
-        self._on_idle, self._feed, self._clip, self._timeout_s = on_idle, feed, clip_norm, timeout_s
+        self._transport, self._recorder, self._pace = transport, recorder, pace
+        self._feed, self._clip, self._timeout_s = feed, clip_norm, timeout_s
         self._me = parts.device
         self._actions = program.devices.get(self._me, ())
         self._recvs = tuple(a for a in self._actions if a.kind == "recv")
@@ -201,7 +213,7 @@ class Executor:
         end = time.monotonic()
         if end - start > _BLOCKED_S:
             self._recorder.span("wait", action, start, end, busy=False)
-            self._on_idle()
+            self._pace.idle()
         self._post()
 
     # Sending
@@ -237,7 +249,7 @@ class Executor:
     def _forward(self, action: Action) -> None:
         s, m = action.stage, action.micro_batch
         start = time.monotonic()
-        with self._throttle:
+        with self._pace.work("forward", s):
             entry = ("input", -1, m) if s == 0 else ("activation", s - 1, m)
             specs = self._specs(entry[0], entry[1])
             inputs = tuple(
@@ -262,7 +274,7 @@ class Executor:
         s, m = action.stage, action.micro_batch
         inputs, outputs = self._saved.pop((s, m))
         start = time.monotonic()
-        with self._throttle:
+        with self._pace.work("backward", s):
             if s == self._last:
                 outputs[0].backward()  # pyright: ignore[reportUnknownMemberType]
             else:
@@ -315,7 +327,7 @@ class Executor:
         if self._reductions and time.monotonic() - start > _BLOCKED_S:
             last = self._reductions[-1][0]
             self._recorder.span("wait", last, start, time.monotonic(), busy=False)
-            self._on_idle()
+            self._pace.idle()
         self._reductions.clear()
 
     def _norm(self, action: Action) -> None:
@@ -330,7 +342,7 @@ class Executor:
             tag=self._tag(self._tags.norm), timeout_s=self._timeout_s,
         )  # fmt: skip
         self._recorder.span("wait", action, start, time.monotonic(), busy=False)
-        self._on_idle()
+        self._pace.idle()
         assert self._clip is not None
         self._scale = (self._clip / (total.sqrt() + 1e-6)).clamp(max=1.0)
 
@@ -348,7 +360,7 @@ class Executor:
         start = time.monotonic()
         if optimizer is None:
             return
-        with self._throttle:
+        with self._pace.work("step", -1):
             if self._scale is not None:
                 for parameter in self._parts.parameters.values():
                     if parameter.grad is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -39,6 +39,12 @@ def build(name: str, args: Mapping[str, Any], what: str) -> Any:
         raise
     except TypeError as error:
         raise InputError(f"job: {what} '{name}' with {dict(args)}: {error}") from None
+
+
+def data_sets(made: Any) -> tuple[Any, Any]:
+    """What a data factory gave as (training set, test set or None): a pair, or one training set."""
+    pair = cast("tuple[Any, ...]", made) if isinstance(made, tuple) else ()
+    return (pair[0], pair[1]) if len(pair) == 2 else (made, None)
 
 
 def load_loss(name: str) -> Callable[[Any, Any], Any]:

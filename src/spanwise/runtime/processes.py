@@ -87,7 +87,17 @@ class WorkerPool:
         for device in self.devices:
             threads = str(self.cluster.device(device).threads)
             env = os.environ | {"SPANWISE_TOKEN": self.token, "OMP_NUM_THREADS": threads}
-            command = [sys.executable, "-m", "spanwise", "worker", "--join", endpoint, "--device", device]
+            command = [
+                sys.executable,
+                "-m",
+                "spanwise",
+                "worker",
+                "--join",
+                endpoint,
+                "--quiet",
+                "--device",
+                device,
+            ]
             self._processes.append(subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL))
 
     def _meet(self) -> None:
@@ -157,6 +167,10 @@ class ProcessSession:
         for device in self._devices:
             self._set_up(device, tensors, data, resume)
         self._coordinator.gather("ready", self._devices, _SETUP_S)
+        if assignment.emulate:
+            for device in self._devices:  # in turn: each times its compute undisturbed
+                self._coordinator.tell(device, "calibrate")
+                self._coordinator.gather("calibrated", (device,), _SETUP_S)
 
     def _set_up(
         self, device: str, tensors: dict[str, Tensor], data: Rows | None, resume: Snapshot | None

@@ -44,6 +44,7 @@ class ThreadSession:
                 transport.on_passed = run.recorder.passed
             if resume is not None:
                 run.resume(resume.optimizer, resume.options, resume.scheduler)
+            run.calibrate()
             self._runs[device] = run
 
     def run(self, first: int, count: int) -> Iterator[StepReport]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import socket
@@ -31,7 +32,7 @@ from spanwise.runtime.device_run import Assignment, DeviceRun
 from spanwise.runtime.emulate import Ledger, PacedTransport
 from spanwise.runtime.executor import StepResult
 from spanwise.runtime.feed import Rows
-from spanwise.runtime.imports import build
+from spanwise.runtime.imports import build, data_sets
 from spanwise.runtime.link_probe import probe_link
 from spanwise.runtime.memory import MemoryWatch
 from spanwise.runtime.torch_dist import DistTransport, KeyValueStore, backend_for
@@ -56,6 +57,7 @@ def join(
     *,
     services: Mapping[str, Service] = MappingProxyType({}),
     patience_s: float = 30.0,
+    quiet: bool = False,
 ) -> int:
     """Works for a coordinator until it says stop. Returns the process's exit code.
 
@@ -65,6 +67,7 @@ def join(
         token: the run's secret.
         services: further requests that this worker answers, by name, such as ``profile``.
         patience_s: how long to wait for a coordinator to listen.
+        quiet: the coordinator, who started this worker, says why the run ended; this one need not.
 
     Raises:
         JoinError: nobody listens there within ``patience_s``, or the handshake fails.
@@ -74,7 +77,7 @@ def join(
     introduce(
         channel, token, device, {"versions": versions(), "machine": _machine(), "cores": os.cpu_count()}
     )
-    return _Worker(channel, device, services).serve()
+    return _Worker(channel, device, services, quiet).serve()
 
 
 def _connect(host: str, port: int, patience_s: float) -> socket.socket:
@@ -100,8 +103,8 @@ def _machine() -> str:
 class _Worker:
     """Two threads: one reads frames and reacts to abort at once, this one obeys commands in order."""
 
-    def __init__(self, channel: Channel, device: str, services: Mapping[str, Service]) -> None:
-        self.channel, self.device, self.services = channel, device, services
+    def __init__(self, channel: Channel, device: str, services: Mapping[str, Service], quiet: bool) -> None:
+        self.channel, self.device, self.services, self.quiet = channel, device, services, quiet
         self.commands: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self.values: dict[str, bytes] = {}
         self.arrived = threading.Condition()
@@ -129,8 +132,8 @@ class _Worker:
     def _obey(self, frame: Frame) -> None:
         commands = {
             "meet": self._on_meet, "probe": self._on_probe, "service": self._on_service,
-            "setup": self._on_setup, "run": self._on_run, "collect": self._on_collect,
-            "spans": self._on_spans,
+            "setup": self._on_setup, "calibrate": self._on_calibrate, "run": self._on_run,
+            "collect": self._on_collect, "spans": self._on_spans,
         }  # fmt: skip
         if frame.kind not in commands:
             raise PeerError(f"device '{self.device}': the coordinator asked for unknown '{frame.kind}'")
@@ -158,8 +161,8 @@ class _Worker:
                 with self.arrived:
                     self.values[frame.head["key"]] = frame.payload
                     self.arrived.notify_all()
-            elif frame.kind == "clock":
-                self.stamp = frame.head["stamp"]
+            elif frame.kind == "ping":
+                self._pong(frame)
             else:
                 self.commands.put(frame)
                 if frame.kind == "stop":
@@ -167,21 +170,22 @@ class _Worker:
 
     def _end(self, reason: str, code: int) -> None:
         """Ends the process at once: a transfer that hangs cannot keep it."""
-        print(reason, file=sys.stderr, flush=True)
+        if not self.quiet:
+            print(reason, file=sys.stderr, flush=True)
         os._exit(code)
 
     def _beat(self) -> None:
-        self.stamp: float | None = None
         while True:
-            head: dict[str, Any] = {}
-            if self.stamp is not None:
-                head = {"echo": self.stamp, "clock": time.monotonic()}
-                self.stamp = None
             try:
-                self.channel.send("heartbeat", **head)
+                self.channel.send("heartbeat")
             except PeerError:
                 return
             time.sleep(_HEARTBEAT_S)
+
+    def _pong(self, frame: Frame) -> None:
+        """Answers at once, so that the coordinator learns how far the clocks are apart."""
+        with contextlib.suppress(PeerError):  # its end is noticed by the next read
+            self.channel.send("pong", stamp=frame.head["stamp"], clock=time.monotonic())
 
     def _put(self, key: str, value: bytes) -> None:
         self.channel.send("put", value, key=key)
@@ -271,13 +275,18 @@ class _Worker:
             self.run.resume(parts["optimizer"], head["resume"]["options"], head["resume"]["scheduler"])
         self.channel.send("ready")
 
+    def _on_calibrate(self, _: Frame) -> None:
+        """Times this device's compute while the others rest."""
+        assert self.run is not None
+        self.run.calibrate()
+        self.channel.send("calibrated")
+
     def _own_data(self, job: Job, plan: Plan) -> Rows | None:
         if self.device not in [source.device for source in plan.sources]:
             return None
         if job.data.name == LIVE:
             raise InputError(f"device '{self.device}': live data did not arrive")
-        train, _ = build(job.data.name, job.data.args, "data")
-        return train
+        return data_sets(build(job.data.name, job.data.args, "data"))[0]
 
     def _on_service(self, frame: Frame) -> None:
         """Answers one of the requests that this worker was started with."""

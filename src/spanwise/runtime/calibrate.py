@@ -1,0 +1,91 @@
+"""What a device's compute takes on this machine undisturbed: the base of the portable emulation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from spanwise.core.model import ModelGraph, TensorSpec
+from spanwise.core.plan import Plan
+from spanwise.ops.stage_module import StageModule
+from spanwise.runtime.emulate import Work
+
+_REPEATS = 5
+
+
+def undisturbed_times(
+    plan: Plan,
+    graph: ModelGraph,
+    device: str,
+    stages: Mapping[int, StageModule],
+    parameters: Mapping[str, nn.Parameter],
+    buffers: Mapping[str, Tensor],
+) -> dict[Work, float]:
+    """Median seconds of forward and backward of each stage of a device on its rows of a micro-batch.
+
+    Generated rows go through the stages that will run, before the run begins; gradients, buffers and the
+    random state are as before afterwards. Other devices must rest meanwhile.
+    """
+    kept = {name: tensor.clone() for name, tensor in buffers.items()}
+    random_state = torch.get_rng_state()
+    found: dict[Work, float] = {}
+    for index, stage in stages.items():
+        spec = plan.stages[index]
+        rows = next(replica.rows for replica in spec.replicas if replica.device == device)
+        passes = [
+            _one_pass(stage, graph, spec.start, spec.stop, rows, parameters) for _ in range(_REPEATS + 1)
+        ]
+        found["forward", index] = median(forward for forward, _ in passes[1:])
+        found["backward", index] = median(backward for _, backward in passes[1:])
+    for parameter in parameters.values():
+        parameter.grad = None
+    with torch.no_grad():
+        for name, tensor in buffers.items():
+            tensor.copy_(kept[name])
+    torch.set_rng_state(random_state)
+    return found
+
+
+def _one_pass(
+    stage: StageModule,
+    graph: ModelGraph,
+    start: int,
+    stop: int,
+    rows: int,
+    parameters: Mapping[str, nn.Parameter],
+) -> tuple[float, float]:
+    where = next((p.device for p in parameters.values()), torch.device("cpu"))
+    inputs = tuple(_rows(spec, rows, where, start > 0) for spec in graph.cut_before(start))
+    last = stop == len(graph)
+    labels = tuple(_rows(spec, rows, where, False) for spec in graph.labels) if last else ()
+    began = _clock(where)
+    outputs = stage(inputs, labels)
+    middle = _clock(where)
+    ends = outputs[:1] if last else outputs
+    targets = [t for t in ends if t.requires_grad]
+    if targets:
+        torch.autograd.backward(targets, [torch.ones_like(t) for t in targets])
+    return middle - began, _clock(where) - middle
+
+
+def _clock(where: torch.device) -> float:
+    """Processor time where one thread does it all, so that nothing else on the machine counts."""
+    if where.type == "cpu" and torch.get_num_threads() == 1:
+        return time.thread_time()
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+    return time.perf_counter()
+
+
+def _rows(spec: TensorSpec, rows: int, where: torch.device, inner: bool) -> Tensor:
+    """Rows of noise, or of zeros where they are indices."""
+    dtype = getattr(torch, spec.dtype)
+    shape = (rows, *spec.shape)
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype, device=where)
+    values = torch.randn(shape, device=where).to(dtype)
+    return values.requires_grad_(inner and spec.differentiable)
