@@ -1,18 +1,13 @@
-"""The plans of all strategies for the default cluster as text; run as a script this file writes them."""
+"""The plans of all strategies for the default cluster as text: a change of planning shows as a diff."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+from collections.abc import Callable
 
 from planner_cases import make_graph, make_job, make_profile
 from spanwise.core.defaults import default_cluster
 from spanwise.planner import Evaluation, Problem, compare
 
-GOLDEN = Path(__file__).parent / "plans.txt"
 JOBS: dict[str, dict[str, object]] = {
     "free": {},
     "private": {"private": True},
@@ -45,9 +40,5 @@ def all_plans() -> str:
     return "\n\n\n".join(blocks) + "\n"
 
 
-def test_plans_are_as_written() -> None:
-    assert all_plans() == GOLDEN.read_text(encoding="utf-8")
-
-
-if __name__ == "__main__":
-    GOLDEN.write_text(all_plans(), encoding="utf-8")
+def test_plans_are_as_written(golden: Callable[[str, str], None]) -> None:
+    golden("plans", all_plans())

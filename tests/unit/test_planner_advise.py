@@ -6,6 +6,8 @@ from planner_cases import make_graph, make_job, make_profile
 from spanwise.core.cluster import Cluster
 from spanwise.core.defaults import default_cluster
 from spanwise.core.errors import InfeasibleError
+from spanwise.core.timeline import Timeline
+from spanwise.core.units import format_seconds
 from spanwise.planner import Evaluation, Problem, advise, compare
 
 
@@ -26,7 +28,31 @@ def test_over_one_kbit_a_second_distributing_does_not_pay() -> None:
     assert advice.winner == "single"
     assert advice.single_device == "a"
     assert advice.speed_up == 1.0
-    assert "the best distributed plan" in advice.sentence
+    assert "; the best distributed plan found, " in advice.sentence
+
+
+def test_the_rival_is_the_best_of_all_that_was_simulated() -> None:
+    """Strategies that end on one device leave data_parallel, but better distributed plans were tried."""
+    found = problem("30 Mbit/s")
+    evaluations = compare(found)
+    left = [e for e in evaluations if e.plan and e.timeline and len(e.plan.devices) > 1]
+    tried = [
+        result.step_time_s
+        for plan, (_, result) in found.memo.trials.items()
+        if isinstance(result, Timeline) and len(plan.devices) > 1
+    ]
+    assert min(tried) < min(e.timeline.step_time_s for e in left if e.timeline)  # the case is one
+    advice = advise(found, evaluations)
+    assert not advice.pays
+    assert f"takes {format_seconds(min(tried))}, limited by" in advice.sentence
+
+
+def test_no_distributed_plan_is_said_so() -> None:
+    cluster = Cluster.parse({"devices": [{"id": "a"}]})
+    graph = make_graph(4)
+    found = Problem(graph, make_profile(graph, cluster), cluster, make_job(16))
+    advice = advise(found, compare(found))
+    assert advice.sentence.endswith("; no distributed plan was found.")
 
 
 def test_over_a_fast_network_it_pays() -> None:

@@ -106,10 +106,28 @@ def test_replicas_keep_the_rows_that_they_hold() -> None:
 
 
 def test_batch_smaller_than_the_replicas() -> None:
-    with pytest.raises(InfeasibleError, match="a batch of 3 rows is smaller than its 4 replicas"):
+    text = (
+        r"^data_parallel: a batch of 3 rows is smaller than its 4 replicas, .*; raise the batch to 4 or use "
+    )
+    with pytest.raises(InfeasibleError, match=text):
         make_plan(problem(batch=3), "data_parallel")
-    with pytest.raises(InfeasibleError, match="a batch of 1 rows is smaller than its 2 data devices"):
+    text = r"^single: a batch of 1 row is smaller than its 2 data devices, .*; raise the batch to 2 or name "
+    with pytest.raises(InfeasibleError, match=text):
         make_plan(problem(batch=1), "single")
+
+
+@pytest.mark.parametrize("options", [{"batch": 1}, {"batch": 3}, {"private": True}])
+def test_a_reason_stands_behind_its_strategy_once(options: dict[str, int]) -> None:
+    found = problem(**options)
+    seen = 0
+    for evaluation in compare(found):
+        if evaluation.plan is None:
+            seen += 1
+            assert not evaluation.reason.startswith(f"{evaluation.strategy}:")
+            with pytest.raises(InfeasibleError) as caught:
+                make_plan(found, evaluation.strategy)
+            assert str(caught.value) == f"{evaluation.strategy}: {evaluation.reason}"
+    assert seen
 
 
 def test_unknown_data_device() -> None:

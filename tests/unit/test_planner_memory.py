@@ -107,6 +107,40 @@ def test_memory_of_a_device_adds_up_over_its_stages() -> None:
     assert flooded["d0"] > used["d0"]
 
 
+def test_what_is_summed_needs_a_flat_buffer() -> None:
+    """Replicas for all of their parameters, holders of a tied weight for that weight alone."""
+    found = problem("1 GiB")
+    layers = list(found.graph.layers)
+    tied = layers[0].parameters[0]
+    layers[5] = layers[5].model_copy(update={"parameters": (*layers[5].parameters, tied)})
+    graph = found.graph.model_copy(update={"layers": tuple(layers)})
+    tying = Problem(graph, make_profile(graph, found.cluster), found.cluster, found.job)
+    stages = (
+        Stage(start=0, stop=2, replicas=(Replica(device="d0", rows=4),), warmup=3),
+        Stage(start=2, stop=4, replicas=(Replica(device="d1", rows=4),), warmup=2),
+        Stage(start=4, stop=6, replicas=(Replica(device="d2", rows=4),), warmup=1),
+    )
+
+    def alone(stage: Stage, *, synced: bool = False) -> int:
+        rows = stage.replicas[0].rows
+        return stage_bytes(graph, stage.start, stage.stop, rows=rows, in_flight=stage.warmup,
+                           copies=found.copies, synced=synced)  # fmt: skip
+
+    assert memory_bytes(tying, stages, "1f1b", 4) == {
+        "d0": alone(stages[0]) + tied.bytes,
+        "d1": alone(stages[1]),
+        "d2": alone(stages[2]) + tied.bytes,
+    }
+    both = (Replica(device="d0", rows=2), Replica(device="d1", rows=2))
+    replicated = (
+        Stage(start=0, stop=4, replicas=both, warmup=2),
+        Stage(start=4, stop=6, replicas=(Replica(device="d2", rows=4),), warmup=1),
+    )
+    used = memory_bytes(tying, replicated, "1f1b", 4)
+    assert used["d0"] == used["d1"] == alone(replicated[0], synced=True)
+    assert used["d2"] == alone(replicated[1]) + tied.bytes
+
+
 def test_tables_count_bytes_as_cost_does() -> None:
     """Tied parameters, buffers and fixed bytes included."""
     cluster = make_cluster(2, 0)

@@ -1,4 +1,7 @@
-"""The search against brute force, on the price alone: an independent reading of methods/hpp section 3."""
+"""The search against brute force, on the price alone: an independent reading of Asteroid's cost model.
+
+Ye et al., MobiCom 2024, by the equations of its unofficial re-implementations.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from spanwise.planner.grid import all_cuts, coarse_cuts, fine_cuts
 from spanwise.planner.outlines import best_outlines
 
 
-def section_3(problem: Problem, order: tuple[str, ...], edges: tuple[int, ...], m: int) -> float:
-    """G of section 3 with full-duplex links, the input link in front where the data is elsewhere."""
+def dominant_step_s(problem: Problem, order: tuple[str, ...], edges: tuple[int, ...], m: int) -> float:
+    """Time of the dominant step, links full duplex, the input link in front where the data is elsewhere."""
     graph, profile, cluster = problem.graph, problem.profile, problem.cluster
     rows = problem.job.batch // m
     steps: list[tuple[float, float]] = []  # (forward + backward, busy)
@@ -48,7 +51,7 @@ def test_search_is_exact_over_orders_subsets_cuts_and_counts(seed: int) -> None:
     profile = make_profile(graph, cluster, flops_per_s=4e9, update_s_per_byte=0.0)
     problem = Problem(graph, profile, cluster, make_job(16, data_devices=[cluster.ids[seed % devices]]))
     best = min(
-        section_3(problem, order, (0, *cuts, layers), m)
+        dominant_step_s(problem, order, (0, *cuts, layers), m)
         for count in range(1, devices + 1)
         for order in permutations(cluster.ids, count)
         for cuts in combinations(range(1, layers), count - 1)

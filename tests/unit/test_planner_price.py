@@ -16,7 +16,10 @@ from spanwise.planner.trial import timeline
 
 
 def published(steps: list[Step], m: int) -> float:
-    """methods/hpp section 3 as printed, without the full-duplex correction."""
+    """Asteroid's round time (Ye et al., MobiCom 2024) by a re-implementation's equation numbers.
+
+    Without our full-duplex correction.
+    """
     e = [s.forward_s + s.backward_s for s in steps]
     dm = max(range(len(steps)), key=lambda c: m * e[c] + sum(e[:c]))
     worst = 0.0
@@ -85,7 +88,7 @@ def pipelines(cases: int) -> list[tuple[float, float, float]]:
 
 
 def test_formula_against_simulation() -> None:
-    """methods/hpp section 9.3, links up to the compute time: 95 % of cases within 10 %, none beyond 20 %.
+    """Our own bound for links up to the compute time: 95 % of cases within 10 %, none beyond 20 %.
 
     Measured with 314 such cases: mean -0.2 %, 5th percentile -2.4 %, from -16.9 % to +3.2 %.
     """
@@ -113,5 +116,5 @@ def test_a_link_without_bandwidth_for_long_is_the_bottleneck() -> None:
     plan = build(problem, "x", Outline(4, (Span(0, 2, (0,)), Span(2, 4, (1,)))))
     found = price(problem, plan)
     assert found.bottleneck == "link a > b"
-    # methods/hpp section 9.4: never above the simulation when a link dominates.
+    # Own derivation: with full-duplex links never above the simulation when a link dominates.
     assert found.step_time_s <= timeline(problem, plan).step_time_s * (1 + 1e-9)

@@ -55,6 +55,33 @@ def test_all_cases_are_worked_out_at_once() -> None:
     assert feasible.tolist() == [True, True, False]
 
 
+def test_two_rows_or_none_equals_brute_force() -> None:
+    """For layers with batch statistics. Whom one row is left to has none in another group."""
+    r = random.Random(5)
+    exact = 0
+    for _ in range(200):
+        devices, total = r.randint(1, 3), r.randint(2, 8)
+        times = [
+            [float(t) for t in np.cumsum([r.choice([0.5, 1.0, r.random()]) for _ in range(total)])]
+            for _ in range(devices)
+        ]
+        rows, feasible = min_max_rows(np.array([times]), total, np.array([2]))
+        assert feasible[0]
+        assert rows[0].sum() == total
+        if 1 not in rows[0]:
+            exact += 1
+            found = max(t[y - 1] if y else 0.0 for t, y in zip(times, rows[0], strict=True))
+            paired = [[t[1], *t[1:]] for t in times]
+            assert found == pytest.approx(brute_force(paired, total))
+    assert exact > 150
+
+
+def test_a_row_more_than_memory_holds_is_no_pair() -> None:
+    times = np.array([[[1.0, np.inf, np.inf, np.inf], [1.0, 2.0, 3.0, 4.0]]])
+    assert min_max_rows(times, 4)[0].tolist() == [[1, 3]]
+    assert min_max_rows(times, 4, np.array([2]))[0].tolist() == [[0, 4]]
+
+
 @pytest.mark.parametrize(
     ("total", "weights", "parts"),
     [
@@ -67,3 +94,8 @@ def test_all_cases_are_worked_out_at_once() -> None:
 )
 def test_largest_remainder(total: int, weights: tuple[float, ...], parts: tuple[int, ...]) -> None:
     assert largest_remainder(total, weights) == parts
+
+
+def test_largest_remainder_with_a_floor() -> None:
+    assert largest_remainder(8, (100.0, 1.0, 1.0), 2) == (4, 2, 2)
+    assert largest_remainder(6, (100.0, 1.0, 1.0), 2) == (2, 2, 2)

@@ -27,7 +27,7 @@ def graph_and_profile(job: Job, cluster: Cluster, cache: Path | None) -> tuple[M
 
         prepared = prepare(job)
         return prepared.traced.graph, profile_prepared(prepared, cluster, cache)
-    return found.graph, scaled_profile(found.graph, cluster, found.tables)
+    return found.graph, scaled_profile(found.graph, found.tables, cluster)
 
 
 def profile_prepared(prepared: Prepared, cluster: Cluster, cache: Path | None) -> Profile:
@@ -40,7 +40,7 @@ def profile_prepared(prepared: Prepared, cluster: Cluster, cache: Path | None) -
     if cache is not None:
         entry = known.Known(graph=graph, tables=tables, dataset_rows=len(prepared.train))
         known.keep(cache, job, entry)
-    return scaled_profile(graph, cluster, tables)
+    return scaled_profile(graph, tables, cluster)
 
 
 def measure_here(prepared: Prepared, threads: int, cache: Path | None = None) -> TimeTable:

@@ -87,8 +87,9 @@ class Noun(BaseModel):
     def model_copy(self: N, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> N:
         """A changed copy; what was derived from the old content is derived anew, nothing is validated."""
         copied = super().model_copy(update=update, deep=deep)
-        for name in copied.__dict__.keys() - type(self).model_fields.keys():
-            del copied.__dict__[name]  # a cached property of the original
+        held = vars(copied)
+        for name in held.keys() - type(self).model_fields.keys():
+            held.pop(name)  # a cached property of the original
         return copied
 
     @property

@@ -50,23 +50,21 @@ class Links:
     def of(cls, cluster: Cluster, measured: Sequence[LinkTimes] = ()) -> Links:
         """Looks every pair up once.
 
-        Measured links replace the numbers of the cluster file, but keep what the file says is shared: the same
-        reading as the simulator's (``simulator/setup.py``).
+        Measured links replace the numbers of the cluster file, but keep what the file says is shared, as in the
+        simulator (``simulator/setup.py``).
         """
         ids = cluster.ids
         known = {(link.source, link.target): link for link in measured}
         widest = _measured_capacities(cluster, measured)
         sites = {site: i for i, site in enumerate(dict.fromkeys(d.site for d in cluster.devices))}
+
+        def route(a: str, b: str) -> Route | None:
+            if not cluster.connected(a, b):
+                return None
+            return _with_measured(cluster.route(a, b), known.get((a, b)), widest)
+
         return cls(
-            tuple(
-                tuple(
-                    _route(cluster.route(a, b), known.get((a, b)), widest)
-                    if cluster.connected(a, b)
-                    else None
-                    for b in ids
-                )
-                for a in ids
-            ),
+            tuple(tuple(route(a, b) for b in ids) for a in ids),
             tuple(sites[device.site] for device in cluster.devices),
         )
 
@@ -144,7 +142,7 @@ class Links:
         return tuple((d, rows[d]) for d in best)
 
 
-def _route(route: Route, link: LinkTimes | None, widest: dict[str, float]) -> Route:
+def _with_measured(route: Route, link: LinkTimes | None, widest: dict[str, float]) -> Route:
     """A route of the file with measured numbers: the link's own rate is one capacity more."""
     latency = route.latency_s
     resources = tuple((name, widest.get(name, rate)) for name, rate in route.resources)

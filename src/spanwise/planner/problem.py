@@ -165,9 +165,9 @@ def _rows(count: int) -> str:
 
 
 def largest_remainder(total: int, weights: tuple[float, ...], least: int = 1) -> tuple[int, ...]:
-    """``total`` in whole parts by weight, none below ``least``: floors, then one each to the largest remainders.
+    """``total`` in whole parts by weight: floors, then one each to the largest remainders.
 
-    Needs ``total >= least * len(weights)``.
+    No part is below ``least``; needs ``total >= least * len(weights)``.
     """
     scale = total / sum(weights)
     parts = [floor(weight * scale) for weight in weights]

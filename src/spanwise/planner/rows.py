@@ -30,7 +30,7 @@ def min_max_rows(seconds: Floats, total: int, least: Ints | None = None) -> tupl
     cases, devices, width = seconds.shape
     if least is not None and width > 1 and least.max() > 1:
         pairs = least > 1
-        seconds = seconds.copy()
+        seconds = np.array(seconds)
         seconds[pairs, :, :2] = seconds[pairs, :, 1:2] * (1 - 1e-12)
     flat = np.reshape(seconds, (cases, devices * width))
     last = np.partition(flat, total - 1, axis=1)[:, total - 1]

@@ -8,8 +8,8 @@ the stages from here on and ``X`` their exposed gradient sum,
 A state is the set of devices used from here to the end, the group at its head and the layer where it
 starts. All micro-batch counts and cuts are array axes. One plan, that with the least ``G + max(0, X)``, is
 kept per state. Without gradient sums this is exact for the price. Sets are all subsets of few devices, or
-the runs of a device order if there are many, as in Asteroid's dynamic programme (Ye et al., MobiCom 2024; read
-from re-implementations). The search over sets is our own.
+the runs of a device order if there are many, as in Asteroid's dynamic programme (Ye et al., MobiCom 2024;
+read from re-implementations). The search over sets is our own.
 """
 
 from __future__ import annotations

@@ -44,7 +44,9 @@ def build(name: str, args: Mapping[str, Any], what: str) -> Any:
 def data_sets(made: Any) -> tuple[Any, Any]:
     """What a data factory gave as (training set, test set or None): a pair, or one training set."""
     pair = cast("tuple[Any, ...]", made) if isinstance(made, tuple) else ()
-    return (pair[0], pair[1]) if len(pair) == 2 else (made, None)
+    if len(pair) == 2:
+        return pair[0], pair[1]
+    return cast("Any", made), None
 
 
 def load_loss(name: str) -> Callable[[Any, Any], Any]:
