@@ -106,9 +106,7 @@ def test_replicas_keep_the_rows_that_they_hold() -> None:
 
 
 def test_batch_smaller_than_the_replicas() -> None:
-    text = (
-        r"^data_parallel: a batch of 3 rows is smaller than its 4 replicas, .*; raise the batch to 4 or use "
-    )
+    text = r"^data_parallel: a batch of 3 rows is smaller than its 4 replicas, .*; raise the batch to 4 or "
     with pytest.raises(InfeasibleError, match=text):
         make_plan(problem(batch=3), "data_parallel")
     text = r"^single: a batch of 1 row is smaller than its 2 data devices, .*; raise the batch to 2 or name "

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,7 +93,7 @@ class Noun(BaseModel):
             held.pop(name)  # a cached property of the original
         return copied
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the content, 16 hex digits: equal values have equal digests."""
         text = json.dumps(self.to_data(), sort_keys=True)

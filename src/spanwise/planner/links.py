@@ -50,8 +50,8 @@ class Links:
     def of(cls, cluster: Cluster, measured: Sequence[LinkTimes] = ()) -> Links:
         """Looks every pair up once.
 
-        Measured links replace the numbers of the cluster file, but keep what the file says is shared, as in the
-        simulator (``simulator/setup.py``).
+        Measured links replace the numbers of the cluster file, but keep what the file says is shared, as the
+        simulator has it (``simulator/setup.py``).
         """
         ids = cluster.ids
         known = {(link.source, link.target): link for link in measured}
