@@ -29,9 +29,9 @@ STRATEGIES = ("single", "hpp", "pipeline", "gpipe", "data_parallel")
 
 def main() -> None:
     args = options(__doc__ or "")
-    steps, rounds = (4, 1) if args.short else (8, 3)
+    steps, rounds = (4, 1) if args.short else (7, 2)
     cluster = default_cluster()
-    job = api.load_job(JOB, (f"steps={steps}", "checkpoint_every=0"))
+    job = api.load_job(JOB, (f"steps={steps}", "batch=128", "checkpoint_every=0"))
     prepared = prepare(job)
     times = profile_prepared(prepared, cluster, None)
     graph = prepared.traced.graph

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spanwise.core.errors import InputError
 from spanwise.core.profile import LayerTimes, TimeTable
+from spanwise.ops.allocator import keep_freed_memory
 from spanwise.ops.stage_module import StageModule
 from spanwise.profiler.export import Sample, fixed_seed
 from spanwise.profiler.traced import Traced, layer_stages, received
@@ -55,6 +56,7 @@ def measure_layers(
     Raises:
         InputError: not a single number of rows can be measured.
     """
+    keep_freed_memory()  # as workers do
     start = time.perf_counter()
     wanted = [count for count in rows if max_rows is None or count <= max_rows] or [min(rows)]
     measured: list[int] = []

@@ -26,6 +26,7 @@ from spanwise.core.job import LIVE, Job
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan
 from spanwise.core.program import ProgramFile
+from spanwise.ops.allocator import keep_freed_memory
 from spanwise.ops.opgraph import OpGraph
 from spanwise.runtime.control import HANDSHAKE_TIMEOUT_S, Channel, Frame, introduce, parse_endpoint
 from spanwise.runtime.device_run import Assignment, DeviceRun
@@ -72,6 +73,7 @@ def join(
     Raises:
         JoinError: nobody listens there within ``patience_s``, or the handshake fails.
     """
+    keep_freed_memory()
     host, port = parse_endpoint(endpoint)
     channel = Channel(_connect(host, port, patience_s), endpoint)
     introduce(
