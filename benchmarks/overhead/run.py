@@ -157,7 +157,7 @@ def per_action(steps: int) -> dict[str, Any]:
 def main() -> None:
     args = options(__doc__ or "")
     torch.set_num_threads(1)
-    repeats = 6 if args.short else 30
+    repeats = 6 if args.short else 20
     models = ["mobilenet_v2"] if args.short else list(MODELS)
     result: dict[str, Any] = {"per_action": per_action(10 if args.short else 50), "models": {}}
     for name in models:

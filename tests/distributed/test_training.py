@@ -19,7 +19,7 @@ from spanwise import api
 from spanwise.api.prepare import prepare_live
 from spanwise.api.run import Outcome, TrainOptions, run_job
 from spanwise.core.cluster import Cluster
-from spanwise.core.errors import CheckpointError, InputError, TrainingError
+from spanwise.core.errors import CheckpointError, InputError, PlanError, TrainingError
 from spanwise.core.job import Job
 from spanwise.zoo import mlp, mobilenet_v2
 from spanwise.zoo.data import synthetic_images, synthetic_vectors
@@ -218,3 +218,21 @@ def test_api_verbs_agree(tmp_path: Path) -> None:
     timeline = api.simulate(plan, graph, times, machines, job=task)
     assert timeline.step_time_s > 0
     assert MLP.batch == 12
+
+
+def test_a_plan_from_elsewhere_must_keep_the_rules(tmp_path: Path) -> None:
+    """A plan made without ``private`` is refused by a private job."""
+    machines = cluster(("a", "b"))
+    free = job()
+    plan, _ = api.plan(free, machines, strategy="single")
+    with pytest.raises(PlanError, match=r"raw data on a and b must not leave; plan again"):
+        run(job(private=True), tmp_path / "r", machines, plan=plan)
+
+
+def test_an_earlier_run_is_moved_aside(tmp_path: Path) -> None:
+    """A shorter run into the same folder must not take the longer one's checkpoints for its own."""
+    run(job(), tmp_path / "r")
+    run(job(steps=2), tmp_path / "r")
+    assert (tmp_path / "r.1" / "summary.json").is_file()
+    kept = [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()]
+    assert kept == ["step-00000002"]

@@ -26,6 +26,7 @@ from spanwise.core.profile import Profile
 from spanwise.core.run_folder import RunFolder
 from spanwise.core.timeline import Timeline
 from spanwise.lowering import lower
+from spanwise.planner import Problem, check_plan
 from spanwise.reporting import summarize, write_report
 from spanwise.runtime.checkpoint import load_checkpoint
 from spanwise.runtime.device_run import Assignment
@@ -215,6 +216,7 @@ class _Run:
                 f"plan '{given.strategy}' is for batches of {given.batch} rows, the job has "
                 f"{self.job.batch}; plan again"
             )
+        check_plan(Problem(graph=graph, profile=times, cluster=self.cluster, job=self.job), given)
         return given, ()
 
     def _assignment(self, plan: Plan, graph: ModelGraph) -> Assignment:

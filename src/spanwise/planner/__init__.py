@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from spanwise.core.errors import InfeasibleError, InputError
+from spanwise.core.errors import InfeasibleError, InputError, PlanError
 from spanwise.core.plan import Plan
 from spanwise.planner.advise import Advice, Evaluation, advise, fastest_of, no_plan
 from spanwise.planner.data_parallel import data_parallel, weighted_data_parallel
+from spanwise.planner.feasible import broken_rule
 from spanwise.planner.gpipe import gpipe
 from spanwise.planner.hpp import hpp
 from spanwise.planner.pipeline import pipeline
@@ -15,7 +16,7 @@ from spanwise.planner.problem import Problem
 from spanwise.planner.single import single
 from spanwise.planner.trial import timeline
 
-__all__ = ["STRATEGIES", "Advice", "Evaluation", "Problem", "advise", "compare", "make_plan"]
+__all__ = ["STRATEGIES", "Advice", "Evaluation", "Problem", "advise", "check_plan", "compare", "make_plan"]
 
 # What they raise is a reason without their name: ``make_plan`` and reports put that in front.
 STRATEGIES: dict[str, Callable[[Problem], Plan]] = {
@@ -52,6 +53,13 @@ def make_plan(problem: Problem, strategy: str = "auto") -> Plan:
 def compare(problem: Problem) -> tuple[Evaluation, ...]:
     """Every strategy, planned and simulated (without spans), in the order of the registry."""
     return tuple(_evaluate(problem, name) for name in STRATEGIES)
+
+
+def check_plan(problem: Problem, plan: Plan) -> None:
+    """``PlanError`` if a plan from elsewhere breaks a rule of links, privacy or batch statistics."""
+    rule = broken_rule(problem, plan)
+    if rule:
+        raise PlanError(f"plan '{plan.strategy}': {rule}; plan again")
 
 
 def _evaluate(problem: Problem, strategy: str) -> Evaluation:

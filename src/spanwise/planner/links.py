@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from spanwise.core.cluster import Cluster, Route
 from spanwise.core.profile import LinkTimes
+from spanwise.core.routes import Routes
 from spanwise.cost import ring_edge_bytes, ring_rounds
 
 Floats = NDArray[np.float64]
 NO_LINK_S = 1e30
-NO_LIMIT = float("inf")  # bytes per second from a device to itself
 Shares = tuple[tuple[int, float], ...]  # (device, rows or fraction of rows), rows consecutive in this order
 
 
@@ -54,14 +54,11 @@ class Links:
         simulator has it (``simulator/setup.py``).
         """
         ids = cluster.ids
-        known = {(link.source, link.target): link for link in measured}
-        widest = _measured_capacities(cluster, measured)
+        routes = Routes(cluster, measured)
         sites = {site: i for i, site in enumerate(dict.fromkeys(d.site for d in cluster.devices))}
 
         def route(a: str, b: str) -> Route | None:
-            if not cluster.connected(a, b):
-                return None
-            return _with_measured(cluster.route(a, b), known.get((a, b)), widest)
+            return routes.route(a, b) if cluster.connected(a, b) else None
 
         return cls(
             tuple(tuple(route(a, b) for b in ids) for a in ids),
@@ -140,33 +137,6 @@ class Links:
 
         best = max(orders, key=lambda order: round(stays(order), 6))
         return tuple((d, rows[d]) for d in best)
-
-
-def _with_measured(route: Route, link: LinkTimes | None, widest: dict[str, float]) -> Route:
-    """A route of the file with measured numbers: the link's own rate is one capacity more."""
-    latency = route.latency_s
-    resources = tuple((name, widest.get(name, rate)) for name, rate in route.resources)
-    if link is not None:
-        latency = link.latency_s
-        resources = ((f"measured:{link.source}>{link.target}", link.bandwidth_bytes_per_s), *resources)
-    return Route(min((rate for _, rate in resources), default=NO_LIMIT), latency, resources)
-
-
-def _measured_capacities(cluster: Cluster, links: Sequence[LinkTimes]) -> dict[str, float]:
-    """Rates of the shared capacities on measured ways.
-
-    A capacity carries what the fastest pair measured over it; what the file says counts where it was not the
-    narrowest on a way, as then the measurement could not fill it.
-    """
-    ids = set(cluster.ids)
-    found: dict[str, float] = {}
-    for link in links:
-        if {link.source, link.target} <= ids and cluster.connected(link.source, link.target):
-            route = cluster.route(link.source, link.target)
-            for name, rate in route.resources:
-                least = rate if rate > route.bandwidth_bytes_per_s else 0.0
-                found[name] = max(found.get(name, 0.0), least, link.bandwidth_bytes_per_s)
-    return found
 
 
 def _sources_placed(start: tuple[int, ...], sources: list[int]) -> list[tuple[int, ...]]:

@@ -8,8 +8,9 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.faults import Fault
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan
-from spanwise.core.profile import LinkTimes, Profile
+from spanwise.core.profile import Profile
 from spanwise.core.program import Action, Program
+from spanwise.core.routes import Routes
 from spanwise.cost import saved_bytes, state_bytes
 
 
@@ -34,8 +35,7 @@ class Costs:
         self.capacities: list[float] = []
         self._index: dict[str, int] = {}
         self._ways: dict[tuple[str, str], Way] = {}
-        self._measured = {(link.source, link.target): link for link in profile.links}
-        self._widest = _measured_capacities(cluster, profile.links)
+        self._routes = Routes(cluster, profile.links)
         self.sizes = {p.name: p.bytes for p in graph.parameters}
         self.forward: dict[tuple[str, int], float] = {}
         self.backward: dict[tuple[str, int], float] = {}
@@ -97,44 +97,14 @@ class Costs:
         return any(f.kind == "lose" and f.device == device and step >= f.step for f in self.faults)
 
     def _find_way(self, source: str, target: str) -> Way:
-        measured = self._measured.get((source, target))
-        if measured is None:
-            route = self.cluster.route(source, target)
-            resources, latency_s = route.resources, route.latency_s
-        else:
-            shared = self.cluster.route(source, target).resources if _listed(self.cluster, measured) else ()
-            resources = ((f"measured:{source}>{target}", measured.bandwidth_bytes_per_s), *shared)
-            latency_s = measured.latency_s
-        return Way(tuple(self._resource(name, rate) for name, rate in resources), latency_s)
+        route = self._routes.route(source, target)
+        return Way(tuple(self._resource(name, rate) for name, rate in route.resources), route.latency_s)
 
     def _resource(self, name: str, rate: float) -> int:
         if name not in self._index:
             self._index[name] = len(self.capacities)
-            self.capacities.append(self._widest.get(name, rate))
+            self.capacities.append(rate)
         return self._index[name]
-
-
-def _listed(cluster: Cluster, link: LinkTimes) -> bool:
-    """Whether the cluster file has a link for a measured pair."""
-    return {link.source, link.target} <= set(cluster.ids) and cluster.connected(link.source, link.target)
-
-
-def _measured_capacities(cluster: Cluster, links: tuple[LinkTimes, ...]) -> dict[str, float]:
-    """What the shared capacities on measured ways can carry.
-
-    Pairs are measured one at a time, so which messages share something is known from the cluster file only. A
-    capacity carries what the fastest pair measured over it; what the file says counts where it was not the
-    narrowest on a way, as then the measurement could not fill it.
-    """
-    found: dict[str, float] = {}
-    for link in links:
-        if not _listed(cluster, link):
-            continue
-        route = cluster.route(link.source, link.target)
-        for name, rate in route.resources:
-            least = rate if rate > route.bandwidth_bytes_per_s else 0.0
-            found[name] = max(found.get(name, 0.0), least, link.bandwidth_bytes_per_s)
-    return found
 
 
 def ring_edges(action: Action) -> tuple[tuple[str, str], ...]:
