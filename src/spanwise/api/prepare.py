@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,11 +56,6 @@ def prepare_live(
     if floating:
         job = job.model_copy(update={"dtype": str(floating[0]).removeprefix("torch.")})
     return _prepared(job, model, loss, dataset, test)
-
-
-def retrace(prepared: Prepared) -> Prepared:
-    """Traces again, after the model was changed in place."""
-    return replace(prepared, traced=_trace(prepared.job, prepared.model, prepared.loss, prepared.train))
 
 
 def _prepared(

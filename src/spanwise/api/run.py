@@ -21,6 +21,7 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.errors import PlanError
 from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
+from spanwise.core.noun import write_whole
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.core.run_folder import RunFolder
@@ -257,8 +258,8 @@ class _Run:
         assignment.graph.save(folder.graph)
         times.save(folder.profile)
         assignment.plan.save(folder.plan)
-        folder.ops.write_text(assignment.ops.to_json() + "\n", encoding="utf-8")
-        folder.program.write_text(str(assignment.program), encoding="utf-8")
+        write_whole(folder.ops, assignment.ops.to_json() + "\n")
+        write_whole(folder.program, str(assignment.program))
         predicted.save(folder.simulated)
         folder.write_json(folder.env, environment())
 
@@ -293,7 +294,7 @@ def environment() -> dict[str, Any]:
         "spanwise": spanwise.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "command": " ".join(Path(arg).name if i == 0 else arg for i, arg in enumerate(sys.argv)),

@@ -38,7 +38,7 @@ def profile_prepared(prepared: Prepared, cluster: Cluster, cache: Path | None) -
     for threads in sorted({device.threads for device in cluster.devices} - tables.keys()):
         tables[threads] = measure_here(prepared, threads, cache)
     if cache is not None:
-        entry = known.Known(graph=graph, tables=tables, dataset_rows=len(prepared.train))
+        entry = known.Known(graph=graph, tables=tables)
         known.keep(cache, job, entry)
     return scaled_profile(graph, tables, cluster)
 

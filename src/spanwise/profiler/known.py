@@ -27,11 +27,10 @@ _SOURCE_FILES = 500  # of one package; beyond that its text does not go into the
 
 
 class Known(Noun):
-    """What tracing and measuring a job gave: the graph, one table per thread count, rows in the data."""
+    """What tracing and measuring a job gave: the graph, and one table per thread count."""
 
     graph: ModelGraph
     tables: dict[int, TimeTable] = Field(default_factory=dict[int, TimeTable])
-    dataset_rows: int = 0
 
 
 def job_key(job: Job) -> str | None:
