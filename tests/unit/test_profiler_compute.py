@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import median
 
 import pytest
@@ -10,9 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from spanwise.core.errors import InputError
+from spanwise.ops.allocator import keep_freed_memory
 from spanwise.profiler.compute import LayerBench, measure_layers
 from spanwise.profiler.export import Sample
 from spanwise.profiler.trace import Traced, trace
+from spanwise.zoo import mobilenet_v2
 
 
 def conv_net() -> nn.Module:
@@ -81,22 +84,26 @@ def test_model_without_parameters_to_train() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [conv_net, mlp])
-def test_sum_of_layers_is_the_whole(make: type[nn.Module]) -> None:
-    """Within 15 % here, on shared cores; alternating, and again if the machine was busy."""
+@pytest.mark.parametrize("make", [mobilenet_v2, mlp])
+def test_sum_of_layers_is_the_whole(make: Callable[[], nn.Module]) -> None:
+    """Within 10 %, alternating; again if the machine was busy, as processor time is not all that it disturbs."""
     torch.manual_seed(0)
-    bench = LayerBench(traced(make()), Sample(*SAMPLE), "cpu")
+    model = make()
+    sample = SAMPLE if make is mlp else ((torch.randn(8, 3, 32, 32),), (torch.randint(0, 5, (8,)),))
+    traced_model = trace(model, F.cross_entropy, *sample, name="whole")
+    bench = LayerBench(traced_model, Sample(*sample), "cpu")
+    keep_freed_memory()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        data = bench.rows(16)
+        data = bench.rows(16 if make is mlp else 8)
         overhead = sum(bench.overhead()) * len(bench.graph)
         ratios: list[float] = []
-        while len(ratios) < 5 and not (ratios and abs(ratios[-1] - 1) < 0.15):
+        while len(ratios) < 8 and not (ratios and abs(ratios[-1] - 1) < 0.1):
             ratios.append(_ratio(bench, data, overhead))
     finally:
         torch.set_num_threads(threads)
-    assert abs(ratios[-1] - 1) < 0.15, ratios
+    assert abs(ratios[-1] - 1) < 0.1, ratios
 
 
 def _ratio(bench: LayerBench, data: Sample, overhead: float) -> float:

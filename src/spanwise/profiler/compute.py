@@ -18,7 +18,7 @@ from spanwise.profiler.export import Sample, fixed_seed
 from spanwise.profiler.traced import Traced, layer_stages, received
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-WARM_UP = 2
+WARM_UP = 3
 MIN_REPEATS = 3
 
 # One pass: seconds of each layer, forward and backward.
@@ -32,7 +32,7 @@ def measure_layers(
     device: str = "cpu",
     threads: int = 1,
     sample: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
-    repeats: int = 5,
+    repeats: int = 7,
     budget_s: float = 60.0,
     max_rows: int | None = None,
 ) -> TimeTable:
@@ -48,7 +48,7 @@ def measure_layers(
         device: where to measure.
         threads: torch intra-op threads while measuring; restored afterwards.
         sample: inputs and labels of some rows; repeated to the wanted number.
-        repeats: timed passes per number of rows, after two warm-up passes; the median counts.
+        repeats: timed passes per number of rows, after three warm-up passes; the median counts.
         budget_s: seconds after which larger numbers of rows are left out (times are extrapolated from the two
             largest measured).
         max_rows: larger numbers of rows are not measured.

@@ -14,7 +14,8 @@ from spanwise.core.plan import Plan
 from spanwise.ops.stage_module import StageModule
 from spanwise.runtime.emulate import Work
 
-_REPEATS = 5
+_WARM_UP = 3  # first passes grow the heap and prepare kernels: up to 30 % dearer
+_REPEATS = 9
 
 
 def undisturbed_times(
@@ -37,10 +38,11 @@ def undisturbed_times(
         spec = plan.stages[index]
         rows = next(replica.rows for replica in spec.replicas if replica.device == device)
         passes = [
-            _one_pass(stage, graph, spec.start, spec.stop, rows, parameters) for _ in range(_REPEATS + 1)
+            _one_pass(stage, graph, spec.start, spec.stop, rows, parameters)
+            for _ in range(_WARM_UP + _REPEATS)
         ]
-        found["forward", index] = median(forward for forward, _ in passes[1:])
-        found["backward", index] = median(backward for _, backward in passes[1:])
+        found["forward", index] = median(forward for forward, _ in passes[_WARM_UP:])
+        found["backward", index] = median(backward for _, backward in passes[_WARM_UP:])
     for parameter in parameters.values():
         parameter.grad = None
     with torch.no_grad():
