@@ -86,7 +86,7 @@ def test_model_without_parameters_to_train() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [mobilenet_v2, mlp])
 def test_sum_of_layers_is_the_whole(make: Callable[[], nn.Module]) -> None:
-    """Within 10 %, alternating; again if the machine was busy, as processor time is not all that it disturbs."""
+    """Within 10 %, alternating; again if the machine was busy, as that disturbs caches too."""
     torch.manual_seed(0)
     model = make()
     sample = SAMPLE if make is mlp else ((torch.randn(8, 3, 32, 32),), (torch.randint(0, 5, (8,)),))
