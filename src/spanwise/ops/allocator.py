@@ -15,8 +15,8 @@ def keep_freed_memory() -> bool:
 
     By default large tensors are mapped and unmapped, and the top of the heap is trimmed, so the same pages
     are zeroed again in every forward: on one core that was 5 to 30 % of MobileNetV2's time, and it varied
-    with what the process had allocated before. Peak memory is unchanged, but it is not returned until the process
-    ends. Returns whether it worked; other C libraries are left as they are.
+    with what the process had allocated before. Peak memory is unchanged, but it is not returned until the
+    process ends. Returns whether it worked; other C libraries are left as they are.
     """
     if not sys.platform.startswith("linux"):
         return False
