@@ -236,3 +236,9 @@ def test_an_earlier_run_is_moved_aside(tmp_path: Path) -> None:
     assert (tmp_path / "r.1" / "summary.json").is_file()
     kept = [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()]
     assert kept == ["step-00000002"]
+
+
+def test_devices_elsewhere_need_an_endpoint(tmp_path: Path) -> None:
+    placed = Cluster.parse({"name": "far", "devices": [{"id": "pi", "address": "192.0.2.7"}], "data": ["pi"]})
+    with pytest.raises(InputError, match=r"device 'pi' has an address.*--listen HOST:PORT"):
+        run_job(job(), placed, TrainOptions(run=tmp_path / "r"))

@@ -18,7 +18,7 @@ from spanwise.api.planning import choose, predict
 from spanwise.api.prepare import Prepared, prepare
 from spanwise.api.times import profile_devices, profile_prepared
 from spanwise.core.cluster import Cluster
-from spanwise.core.errors import PlanError
+from spanwise.core.errors import InputError, PlanError
 from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
 from spanwise.core.noun import write_whole
@@ -245,6 +245,12 @@ class _Run:
 
     def _meet(self, devices: tuple[str, ...]) -> WorkerPool:
         options = self.options
+        placed = [d for d in devices if self.cluster.device(d).address is not None]
+        if placed and options.spawn and self.cluster.emulation is None:
+            raise InputError(
+                f"cluster '{self.cluster.name}': device '{placed[0]}' has an address, so its worker is "
+                "started there by hand; give train --listen HOST:PORT, or remove the addresses"
+            )
         meeting = Meeting(
             options.listen[0], options.listen[1], options.token, options.spawn, options.join_timeout_s
         )

@@ -40,6 +40,7 @@ from spanwise.runtime.torch_dist import DistTransport, KeyValueStore, backend_fo
 from spanwise.runtime.transport import Transport
 
 _HEARTBEAT_S = 1.0
+_SILENT_S = 60.0  # the coordinator answers every heartbeat
 
 
 def versions() -> dict[str, str]:
@@ -113,6 +114,7 @@ class _Worker:
         self.run: DeviceRun | None = None
         self.transport: Transport | None = None
         self.memory = MemoryWatch()
+        self.heard = time.monotonic()
 
     def serve(self) -> int:
         for target in (self._read, self._beat):
@@ -157,6 +159,7 @@ class _Worker:
             except PeerError:
                 self._end(f"{self.device}: the coordinator is gone; this worker ends", PeerError.exit_code)
                 return
+            self.heard = time.monotonic()
             if frame.kind == "abort":
                 self._end(f"{self.device}: {frame.head.get('reason')}", int(frame.head.get("code", 6)))
             elif frame.kind == "value":
@@ -178,6 +181,8 @@ class _Worker:
 
     def _beat(self) -> None:
         while True:
+            if time.monotonic() - self.heard > _SILENT_S:
+                self._end(f"{self.device}: the coordinator is silent; this worker ends", PeerError.exit_code)
             try:
                 self.channel.send("heartbeat")
             except PeerError:
