@@ -34,5 +34,6 @@ def faults(mode: str) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt belongs to glibc")
 def test_the_same_work_faults_nothing_in_again() -> None:
-    assert faults("keep") < 500
-    assert faults("default") > 5000, "negative control: without it pages come and go"
+    kept, default = faults("keep"), faults("default")
+    # Huge pages make faults few, so only the ratio tells; the second number is the negative control.
+    assert 3 * kept < default, (kept, default)
