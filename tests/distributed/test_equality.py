@@ -22,8 +22,9 @@ from torch import nn
 
 from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.profiler.trace import Traced
+from spanwise.runtime.device_run import Snapshot
 from spanwise.runtime.processes import ProcessSession, WorkerPool
-from spanwise.runtime.session import Snapshot, StepReport
+from spanwise.runtime.session import StepReport
 from spanwise.runtime.threads import ThreadSession
 
 STEPS = 5
@@ -119,7 +120,7 @@ def test_replicas_end_with_the_same_bits(pool: WorkerPool) -> None:
     work = assignment(GPT, source, plan)
     session = ThreadSession(work, source.parameters | source.buffers, GPT.data())
     list(session.run(0, 3))
-    states = [run.state().tensors for run in session._runs.values()]
+    states = [run.state().parameters for run in session._runs.values()]
     session.close()
     for name, tensor in states[0].items():
         assert all(torch.equal(tensor, other[name]) for other in states[1:])

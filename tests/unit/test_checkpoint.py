@@ -11,7 +11,7 @@ import torch
 
 from spanwise.core.errors import CheckpointError, ResourceError
 from spanwise.runtime.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_weights
-from spanwise.runtime.session import Snapshot
+from spanwise.runtime.device_run import Snapshot
 
 
 def checkpoint(step: int, digest: str = "0123") -> Checkpoint:

@@ -30,14 +30,13 @@ from spanwise.lowering import lower
 from spanwise.planner import Problem, check_plan
 from spanwise.reporting import summarize, write_report
 from spanwise.runtime.checkpoint import load_checkpoint
-from spanwise.runtime.device_run import Assignment
-from spanwise.runtime.evaluate import Score
+from spanwise.runtime.device_run import Assignment, Snapshot
 from spanwise.runtime.measure import measured_timeline
 from spanwise.runtime.processes import Meeting, ProcessSession, WorkerPool
-from spanwise.runtime.session import Session, Snapshot, StepReport
+from spanwise.runtime.session import Session
 from spanwise.runtime.threads import ThreadSession
 from spanwise.runtime.training import Evaluation as Examination
-from spanwise.runtime.training import Trained, train
+from spanwise.runtime.training import Progress, Silent, Trained, train
 
 if TYPE_CHECKING:
     from spanwise.planner import Evaluation
@@ -45,8 +44,8 @@ if TYPE_CHECKING:
 Backend = Literal["processes", "threads"]
 
 
-class Watcher(Protocol):
-    """What a run tells while it goes on."""
+class Watcher(Progress, Protocol):
+    """What a run tells while it goes on: its phases, besides the progress of training."""
 
     def on_stage(self, text: str) -> None:
         """The run enters a new phase: profiling, planning, starting workers, training."""
@@ -62,16 +61,8 @@ class Watcher(Protocol):
         """Workers may join now, or have joined."""
         ...
 
-    def on_step(self, report: StepReport, step_time_s: float, total_steps: int) -> None:
-        """A step is done."""
-        ...
 
-    def on_epoch(self, epoch: int, score: Score | None, loss: float) -> None:
-        """An epoch is done."""
-        ...
-
-
-class Quiet:
+class Quiet(Silent):
     """Tells nothing."""
 
     def on_stage(self, text: str) -> None:
@@ -83,12 +74,6 @@ class Quiet:
         """Nothing."""
 
     def on_meeting(self, pool: WorkerPool) -> None:
-        """Nothing."""
-
-    def on_step(self, report: StepReport, step_time_s: float, total_steps: int) -> None:
-        """Nothing."""
-
-    def on_epoch(self, epoch: int, score: Score | None, loss: float) -> None:
         """Nothing."""
 
 

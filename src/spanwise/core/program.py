@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from spanwise.core.errors import PlanError
@@ -141,6 +142,16 @@ class Program:
     devices: dict[str, tuple[Action, ...]]
     held: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     buckets: Buckets = ()
+
+    @cached_property
+    def owned(self) -> dict[str, tuple[str, ...]]:
+        """Each held parameter once, under the first device that holds it."""
+        seen: set[str] = set()
+        out: dict[str, tuple[str, ...]] = {}
+        for device, names in self.held.items():
+            out[device] = tuple(name for name in names if name not in seen)
+            seen.update(names)
+        return out
 
     def __len__(self) -> int:
         return sum(len(actions) for actions in self.devices.values())

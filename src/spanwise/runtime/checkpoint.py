@@ -17,7 +17,7 @@ import safetensors.torch
 from torch import Tensor
 
 from spanwise.core.errors import CheckpointError, ResourceError
-from spanwise.runtime.session import Snapshot
+from spanwise.runtime.device_run import Snapshot
 
 _FORMAT = 1
 _MODEL, _OPTIMIZER, _MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,10 +45,15 @@ class Assignment:
         """Shares of the sources, in plan order."""
         return source_shares(self.job, self.cluster, self.plan)
 
-    @property
+    @cached_property
     def sampler(self) -> Sampler:
         """Which rows are read in which step."""
         return Sampler.of(self.plan, self.shares, self.dataset_rows, self.job.seed)
+
+    def buffers_of(self, device: str) -> set[str]:
+        """Names of the buffers of a device's stages."""
+        own = [stage for stage in self.plan.stages if device in stage.devices]
+        return {b for s in own for layer in self.graph.layers[s.start : s.stop] for b in layer.buffers}
 
 
 def source_shares(job: Job, cluster: Cluster, plan: Plan) -> tuple[DataShare, ...]:
@@ -65,10 +71,10 @@ def source_shares(job: Job, cluster: Cluster, plan: Plan) -> tuple[DataShare, ..
 
 
 @dataclass
-class DeviceState:
-    """What a checkpoint takes from one device."""
+class Snapshot:
+    """State of one device or of a whole run, independent of the plan: what a checkpoint holds."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    parameters: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     buffers: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     optimizer: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     options: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -102,15 +108,16 @@ class DeviceRun:
         spec = assignment.cluster.device(device)
         self.device, self._assignment = device, assignment
         own = [(i, s) for i, s in enumerate(plan.stages) if device in s.devices]
-        names = {p.name for _, s in own for p in assignment.graph.parameters_of(s.start, s.stop)}
-        buffers = {b for _, s in own for x in assignment.graph.layers[s.start : s.stop] for b in x.buffers}
+        held_names = set(assignment.program.held.get(device, ()))
         target = torch.device(spec.torch_device)
         self.parameters = {
             p.name: nn.Parameter(tensors[p.name].detach().clone().to(target))
             for p in assignment.graph.parameters
-            if p.name in names
+            if p.name in held_names
         }
-        self.buffers = {name: tensors[name].detach().clone().to(target) for name in sorted(buffers)}
+        self.buffers = {
+            name: tensors[name].detach().clone().to(target) for name in sorted(assignment.buffers_of(device))
+        }
         stages = {
             index: StageModule(
                 assignment.ops, assignment.graph, stage.start, stage.stop,
@@ -160,9 +167,9 @@ class DeviceRun:
                 self.scheduler.step()
             on_step(result)
 
-    def state(self) -> DeviceState:
+    def state(self) -> Snapshot:
         """A copy of all that is needed to go on elsewhere."""
-        state = DeviceState(
+        state = Snapshot(
             {k: v.detach().cpu().clone() for k, v in self.parameters.items()},
             {k: v.detach().cpu().clone() for k, v in self.buffers.items()},
         )

@@ -237,12 +237,7 @@ class Executor:
         inputs = tuple(t.to(self._parts.torch_device) for t in inputs)
         labels = tuple(t.to(self._parts.torch_device) for t in labels)
         for payload, tensors, stage in (("input", inputs, 0), ("label", labels, self._last)):
-            if self._sends.get((payload, -1, m)):
-                self._outgoing[payload, -1, m] = (rows[0], tensors)
-            mine = self._ranges[stage].get(self._me)
-            common = meet(rows, mine) if mine is not None else None
-            if common is not None:
-                self._assembly(payload, -1, m).put(common, cut(tensors, rows[0], common))
+            self._hand_over(payload, -1, m, rows, stage, tensors)
 
     # Compute
 
@@ -290,7 +285,7 @@ class Executor:
     def _hand_over(
         self, payload: str, stage: int, m: int, rows: tuple[int, int], to: int, tensors: Tensors
     ) -> None:
-        """Makes rows ready for sends, and for the neighbouring stage if this device holds rows of it too."""
+        """Makes rows ready for sends, and for stage ``to`` if this device holds rows of it too."""
         if self._sends.get((payload, stage, m)):
             self._outgoing[payload, stage, m] = (rows[0], tensors)
         mine = self._ranges[to].get(self._me)
@@ -334,7 +329,7 @@ class Executor:
         """Global gradient norm over all devices; a parameter counts where it is held first."""
         self._finish_reductions()
         own = torch.zeros((), dtype=torch.float64)
-        for name in self._owned():
+        for name in self._program.owned.get(self._me, ()):
             own += _gradient(self._parts.parameters[name]).detach().double().pow(2).sum().cpu()
         start = time.monotonic()
         total = exchange_sum(
@@ -345,14 +340,6 @@ class Executor:
         self._pace.idle()
         assert self._clip is not None
         self._scale = (self._clip / (total.sqrt() + 1e-6)).clamp(max=1.0)
-
-    def _owned(self) -> list[str]:
-        before: set[str] = set()
-        for device, names in self._program.held.items():
-            if device == self._me:
-                return [name for name in names if name not in before]
-            before.update(names)
-        return []
 
     def _update(self, action: Action) -> None:
         self._finish_reductions()

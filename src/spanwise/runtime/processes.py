@@ -21,17 +21,15 @@ from spanwise.core.errors import PeerError, SpanwiseError
 from spanwise.core.job import LIVE
 from spanwise.core.program import ProgramFile
 from spanwise.runtime.coordinator import Coordinator
-from spanwise.runtime.device_run import Assignment, DeviceState
+from spanwise.runtime.device_run import Assignment, Snapshot
 from spanwise.runtime.emulate import ledger_path
 from spanwise.runtime.feed import Rows, read_rows, shard
 from spanwise.runtime.link_probe import PROBE_SIZES
 from spanwise.runtime.session import (
     DeviceSpans,
-    Snapshot,
     StepGatherer,
     StepReport,
     merge_states,
-    owned_names,
 )
 from spanwise.runtime.worker import versions
 
@@ -177,9 +175,7 @@ class ProcessSession:
     ) -> None:
         a = self._assignment
         held = set(a.program.held.get(device, ()))
-        own = [s for s in a.plan.stages if device in s.devices]
-        buffers = {b for s in own for layer in a.graph.layers[s.start : s.stop] for b in layer.buffers}
-        parts = {f"state/{k}": tensors[k].detach().cpu().contiguous() for k in held | buffers}
+        parts = {f"state/{k}": tensors[k].detach().cpu().contiguous() for k in held | a.buffers_of(device)}
         if resume is not None:
             parts |= {
                 f"optimizer/{k}": v.contiguous()
@@ -231,13 +227,13 @@ class ProcessSession:
 
     def snapshot(self) -> Snapshot:
         """Collects every parameter once, from the first device that holds it."""
-        owned = owned_names(self._assignment)
+        owned = self._assignment.program.owned
         for device in self._devices:
-            self._coordinator.tell(device, "collect", names=owned.get(device, []))
-        states: dict[str, DeviceState] = {}
+            self._coordinator.tell(device, "collect", names=owned.get(device, ()))
+        states: dict[str, Snapshot] = {}
         for device, frame in self._coordinator.gather("collected", self._devices, _SETUP_S).items():
-            state = DeviceState(options=frame.head["options"], scheduler=frame.head["scheduler"])
-            places = {"state": state.tensors, "buffer": state.buffers, "optimizer": state.optimizer}
+            state = Snapshot(options=frame.head["options"], scheduler=frame.head["scheduler"])
+            places = {"state": state.parameters, "buffer": state.buffers, "optimizer": state.optimizer}
             for name, tensor in safetensors.torch.load(frame.payload).items():
                 part, _, rest = name.partition("/")
                 if part not in places:

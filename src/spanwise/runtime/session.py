@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from spanwise.core.errors import SpanwiseError
-from spanwise.core.plan import Plan
-from spanwise.runtime.device_run import Assignment, DeviceState
+from spanwise.runtime.device_run import Assignment, Snapshot
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,6 @@ class DeviceSpans:
     device: str
     steps: tuple[tuple[int, float, float, float, tuple[tuple[str, str, str, float, float], ...]], ...]
     peak_bytes: int
-
-
-@dataclass
-class Snapshot:
-    """All state of a run, independent of the plan: what a checkpoint holds."""
-
-    parameters: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    buffers: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    optimizer: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    options: dict[str, Any] = field(default_factory=dict[str, Any])
-    scheduler: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 class Session(Protocol):
@@ -90,42 +78,32 @@ class StepGatherer:
         return StepReport(step, total, min(s for _, s, _ in values), max(e for _, _, e in values))
 
 
-def owned_names(assignment: Assignment) -> dict[str, list[str]]:
-    """Each parameter once, under the first device that holds it."""
-    seen: set[str] = set()
-    out: dict[str, list[str]] = {}
-    for device, names in assignment.program.held.items():
-        out[device] = [name for name in names if name not in seen]
-        seen.update(names)
-    return out
-
-
-def merge_states(assignment: Assignment, states: Mapping[str, DeviceState]) -> Snapshot:
-    """One Snapshot of all devices' states.
+def merge_states(assignment: Assignment, states: Mapping[str, Snapshot]) -> Snapshot:
+    """One Snapshot of all devices'.
 
     Parameters and optimizer state are equal on all holders, so the first one's is taken. Running
     statistics differ, as each replica has seen its own rows: they are averaged by rows.
     """
     merged = Snapshot()
-    for device, names in owned_names(assignment).items():
+    for device, names in assignment.program.owned.items():
         if device not in states:
             continue
         state = states[device]
         for name in names:
-            merged.parameters[name] = state.tensors[name]
+            merged.parameters[name] = state.parameters[name]
         wanted = set(names)
         merged.optimizer |= {k: v for k, v in state.optimizer.items() if k.partition("::")[0] in wanted}
         merged.options = merged.options or state.options
         merged.scheduler = merged.scheduler or state.scheduler
-    for name, weights in _buffer_weights(assignment.plan, assignment).items():
+    for name, weights in _buffer_weights(assignment).items():
         values = [(states[device].buffers[name], rows) for device, rows in weights]
         merged.buffers[name] = _mean(values)
     return merged
 
 
-def _buffer_weights(plan: Plan, assignment: Assignment) -> dict[str, list[tuple[str, int]]]:
+def _buffer_weights(assignment: Assignment) -> dict[str, list[tuple[str, int]]]:
     out: dict[str, list[tuple[str, int]]] = {}
-    for stage in plan.stages:
+    for stage in assignment.plan.stages:
         for layer in assignment.graph.layers[stage.start : stage.stop]:
             for name in layer.buffers:
                 if name not in out:

@@ -10,12 +10,12 @@ from pathlib import Path
 from torch import Tensor
 
 from spanwise.core.errors import PeerError, SpanwiseError
-from spanwise.runtime.device_run import Assignment, DeviceRun
+from spanwise.runtime.device_run import Assignment, DeviceRun, Snapshot
 from spanwise.runtime.emulate import Ledger, PacedTransport, ledger_path
 from spanwise.runtime.executor import StepResult
 from spanwise.runtime.feed import Rows
 from spanwise.runtime.local import LocalFabric
-from spanwise.runtime.session import DeviceSpans, Snapshot, StepGatherer, StepReport, merge_states
+from spanwise.runtime.session import DeviceSpans, StepGatherer, StepReport, merge_states
 from spanwise.runtime.transport import Transport
 
 

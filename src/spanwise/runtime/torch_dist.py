@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeAlias
 
-import torch
 import torch.distributed as dist
 
 from spanwise.core.cluster import Device
@@ -143,8 +142,3 @@ def _group(store: Store, rank: int, size: int, backend: str, address: str, timeo
             f"device address '{address}': gloo cannot meet the {size - 1} other devices there "
             f"({str(error).splitlines()[0][:200]}); set the device's address in the cluster file"
         ) from None
-
-
-def tensor_of(shape: tuple[int, ...], dtype: str, device: str) -> torch.Tensor:
-    """An uninitialised buffer; ``dtype`` as in a TensorSpec, like ``float32``."""
-    return torch.empty(shape, dtype=getattr(torch, dtype), device=device)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from spanwise.core.errors import TrainingError
 from spanwise.core.run_folder import RunFolder
 from spanwise.runtime.checkpoint import Checkpoint, save_checkpoint, save_weights
-from spanwise.runtime.device_run import Assignment
+from spanwise.runtime.device_run import Assignment, Snapshot
 from spanwise.runtime.evaluate import Score, evaluate
 from spanwise.runtime.feed import Rows
 from spanwise.runtime.measure import step_times
-from spanwise.runtime.session import Session, Snapshot, StepReport
+from spanwise.runtime.session import Session, StepReport
 
 
 class Progress(Protocol):

@@ -326,7 +326,7 @@ class _Worker:
         assert self.run is not None
         state = self.run.state()
         wanted = frame.head.get("names")
-        tensors = {f"state/{k}": v for k, v in state.tensors.items() if wanted is None or k in wanted}
+        tensors = {f"state/{k}": v for k, v in state.parameters.items() if wanted is None or k in wanted}
         tensors |= {f"buffer/{k}": v for k, v in state.buffers.items()}
         tensors |= {
             f"optimizer/{k}": v
