@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spanwise import __version__
+from spanwise import __version__, cli_lab
 from spanwise.core.errors import InputError, SpanwiseError
+
+if TYPE_CHECKING:
+    from spanwise.core.cluster import Cluster
+    from spanwise.lab import Lab
 
 app = typer.Typer(
     help="Train one PyTorch model across whatever devices you have.",
@@ -21,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(cli_lab.app, name="lab")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="Job file (TOML or JSON).")]
 ClusterFile = Annotated[
@@ -171,6 +178,9 @@ def train(
     join_timeout: Annotated[
         float, typer.Option("--join-timeout", min=1, help="Seconds to wait for workers started by hand.")
     ] = 120.0,
+    in_lab: Annotated[
+        bool, typer.Option("--lab", help="Emulate by namespaces, shaped links and CPU shares; needs root.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train: profile, plan, predict, run exactly that plan, report."""
@@ -188,7 +198,10 @@ def train(
             "join_timeout_s": join_timeout,
         }
     console = RunConsole(quiet=as_json, show_token=token_file is None)
-    with console:
+    with ExitStack() as stack:
+        if in_lab:
+            options["lab"] = stack.enter_context(_lab(machines, listen))
+        stack.enter_context(console)
         outcome = api.train(
             task, machines, run=run, strategy=strategy, resume=resume, cache=_cache(cache),
             watcher=console, **options,
@@ -229,6 +242,25 @@ def report(
         _print({"report": str(path)})
     else:
         typer.echo(path)
+
+
+@contextmanager
+def _lab(machines: Cluster, listen: str | None) -> Generator[Lab | None]:
+    """The lab to train in: the one around this command, or one of its own; none where there can be none."""
+    from spanwise.api.in_lab import current_lab
+    from spanwise.lab import Lab, reason_against
+
+    if listen is not None:
+        raise InputError("--lab starts its own workers; leave out --listen")
+    reason = reason_against()
+    if reason and machines.emulation is not None:
+        typer.echo(f"spanwise: {reason}; the portable emulation takes its place", err=True)
+        yield None
+    elif current_lab():
+        yield Lab.attach(current_lab())
+    else:
+        with Lab(machines) as lab:
+            yield lab
 
 
 def _token(path: Path | None, *, make: bool) -> str:

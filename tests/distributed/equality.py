@@ -21,7 +21,7 @@ from spanwise.lowering import lower, natural_syncs
 from spanwise.profiler.trace import Traced, trace
 from spanwise.runtime import optimize
 from spanwise.runtime.device_run import Assignment
-from spanwise.runtime.feed import Sampler, shard
+from spanwise.runtime.feed import Sampler
 
 DEVICES = ("a", "b", "c", "d")
 
@@ -49,7 +49,7 @@ class Case:
 
 
 def cluster(sources: tuple[str, ...] = ("a",), **more: Any) -> Cluster:
-    """Four devices on one switch."""
+    """Four devices on one switch; ``data = "everywhere"`` goes before ``sources``."""
     return Cluster.parse(
         {
             "name": "four",
@@ -144,7 +144,7 @@ def reference(
     for step in range(steps):
         optimizer.zero_grad()
         total = 0.0
-        indices = batch_indices(work, sampler, step, len(data))
+        indices = batch_indices(work, sampler, step)
         for m in range(work.plan.micro_batches):
             x, y = (t[indices[m]] for t in data.tensors)
             x = x.to(getattr(torch, case.dtype)) if x.is_floating_point() else x
@@ -161,11 +161,11 @@ def reference(
     return {k: p.detach() for k, p in model.named_parameters()}, losses
 
 
-def batch_indices(work: Assignment, sampler: Sampler, step: int, rows: int) -> list[Tensor]:
+def batch_indices(work: Assignment, sampler: Sampler, step: int) -> list[Tensor]:
     """Data indices of every micro-batch of a step, sources in order."""
     parts = []
     for number, source in enumerate(work.plan.sources):
-        held = shard(rows, work.shares, source.device)
+        held = work.held_by(source.device)
         parts.append(held[sampler.indices(number, step)])
     return [torch.cat([part[m] for part in parts]) for m in range(work.plan.micro_batches)]
 

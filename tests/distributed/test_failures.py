@@ -114,7 +114,7 @@ def test_another_device_s_failure_wakes_those_who_wait() -> None:
 
 @pytest.fixture
 def coordinator() -> Iterator[Coordinator]:
-    one = Coordinator("127.0.0.1", 0, "right token", ("a", "b"), versions())
+    one = Coordinator(listen("127.0.0.1", 0), "right token", ("a", "b"), versions())
     yield one
     one.close()
     one.drop()
@@ -197,7 +197,7 @@ def test_listens_only_where_asked(coordinator: Coordinator) -> None:
 
 
 def test_a_worker_ends_when_its_coordinator_is_gone() -> None:
-    one = Coordinator("127.0.0.1", 0, "t", ("a",), versions())
+    one = Coordinator(listen("127.0.0.1", 0), "t", ("a",), versions())
     command = [sys.executable, "-m", "spanwise", "worker", "--join", f"127.0.0.1:{one.port}", "--device", "a"]
     worker = subprocess.Popen(
         command, env=os.environ | {"SPANWISE_TOKEN": "t"}, stderr=subprocess.PIPE, text=True

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from hypothesis import strategies as st
 
-from spanwise.core.cluster import Cluster, DataShare, Device, Emulation, Link
+from spanwise.core.cluster import EVERYWHERE, Cluster, DataShare, Device, Emulation, Link
 from spanwise.core.faults import Fault
 from spanwise.core.job import Job, Recipe
 from spanwise.core.model import Layer, ModelGraph, Parameter, TensorSpec
@@ -46,12 +46,13 @@ def clusters(draw: st.DrawFn) -> Cluster:
     joined = [draw(links).model_copy(update={"source": a, "target": b})
               for a, b in sorted(pairs) if a != b or a not in names]  # fmt: skip
     holders = draw(st.lists(st.sampled_from(names), unique=True))
+    shares = [DataShare(device=name, share=draw(positive)) for name in holders]
     return Cluster(
         name=draw(ids),
         description=draw(texts),
         devices=tuple(found),
         links=tuple(joined),
-        data=tuple(DataShare(device=name, share=draw(positive)) for name in holders),
+        data=draw(st.sampled_from([EVERYWHERE, tuple(shares)])),
         emulation=draw(st.none() | st.builds(Emulation, core_share=st.floats(0.01, 1))),
     )
 

@@ -45,6 +45,8 @@ def random_problem(seed: int) -> Problem:
         share_labels=r.random() < 0.4,
         clip_norm=r.choice([None, 1.0]),
     )
+    if r.random() < 0.3:
+        cluster = cluster.model_copy(update={"data": "everywhere"})
     return Problem(graph, profile, cluster, job)
 
 
@@ -58,9 +60,9 @@ def check_plan(problem: Problem, plan: Plan) -> None:
     check(lower(plan, problem.graph, clip=problem.job.clip_norm is not None), plan)
     assert shortage(problem, plan.stages, plan.schedule, plan.micro_batches) is None
     assert broken_rule(problem, plan) == ""
-    if problem.job.private:
+    if problem.job.private or problem.cluster.data == "everywhere":
         assert plan.stages[0].replicas == plan.sources
-        if not problem.job.share_labels:
+        if problem.job.private and not problem.job.share_labels:
             assert plan.stages[-1].replicas == plan.sources
     found = timeline(problem, plan)
     assert found.step_time_s > 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,6 +141,32 @@ class TestData:
     def test_the_first_device_has_it_unless_told(self) -> None:
         assert [x.device for x in lab().data_shares] == ["a1"]
 
+    def test_everywhere(self) -> None:
+        cluster = lab(data="everywhere")
+        assert [x.device for x in cluster.data_shares] == ["a1", "a2", "b1", "b2"]
+        assert cluster.data_devices() == ()
+        for again in (Cluster.from_toml(cluster.to_toml()), Cluster.from_json(cluster.to_json())):
+            assert again == cluster
+        assert Cluster.parse({**cluster.to_data(), "data": ["b1"]}) == lab(data=["b1"])
+
+    def test_a_job_names_others(self) -> None:
+        def chosen(data: object, *devices: str) -> list[tuple[str, float]]:
+            return [(x.device, x.share) for x in lab(data=data).data_devices(devices)]
+
+        assert chosen("everywhere", "b1", "a1", "b1") == [("b1", 1.0), ("a1", 1.0)]
+        assert chosen({"b1": 3, "a1": 0.5}, "b1", "a2") == [("b1", 3.0), ("a2", 1.0)]
+        assert chosen({"b1": 3, "a1": 0.5}) == [("b1", 3.0), ("a1", 0.5)]
+        with pytest.raises(InputError, match="unknown device 'c'"):
+            chosen("everywhere", "c")
+
+    @pytest.mark.parametrize("word", ["Everywhere", "a1", ""])
+    def test_another_word_is_not_a_place(self, word: str) -> None:
+        refused(rf"data = '{word}': must be 'everywhere', a list .* write data = \['{word}'\]", data=word)
+
+    @pytest.mark.parametrize("data", [7, True, [7], {"a1": "much"}, ["everywhere"]])
+    def test_other_forms(self, data: object) -> None:
+        refused("data", data=data)
+
     def test_rules(self) -> None:
         refused("data: unknown device 'c'", data=["c"])
         refused("data device 'a1' is listed twice", data=["a1", "a1"])
@@ -179,3 +206,9 @@ def test_the_default_cluster() -> None:
     assert [x.device for x in cluster.data_shares] == ["end-1", "end-2"]
     wan = cluster.route("edge", "cloud")
     assert (wan.bandwidth_bytes_per_s, wan.latency_s) == (50e6 / 8, 0.01)
+
+
+def test_the_page_shows_the_default_cluster() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text(encoding="utf-8")
+    first = page.split("```toml\n")[1].split("```")[0]
+    assert Cluster.from_toml(first) == default_cluster()

@@ -10,7 +10,7 @@ from plan_cases import chain, plan, stage
 from spanwise.core.cluster import DataShare
 from spanwise.core.errors import InputError
 from spanwise.core.model import TensorSpec
-from spanwise.runtime.feed import Feed, Sampler, cast, read_rows, shard
+from spanwise.runtime.feed import Feed, Sampler, cast, held_rows, read_rows, shard
 
 
 def shares(*values: float) -> tuple[DataShare, ...]:
@@ -77,6 +77,39 @@ def test_more_micro_batches_of_fewer_rows_are_the_same_batch() -> None:
     assert torch.equal(finer.indices(0, 1).flatten(), SAMPLER.indices(0, 1).flatten())
 
 
+COMMON = Sampler(seed=3, counts=(25, 25), rows=(4, 2), micro_batches=2, common=True)
+
+
+def batch(sampler: Sampler, step: int) -> list[list[int]]:
+    """Rows of every micro-batch of a step, over all sources in order."""
+    parts = [sampler.indices(source, step) for source in range(len(sampler.rows))]
+    return torch.cat(parts, dim=1).tolist()
+
+
+def test_sources_with_all_rows_read_no_row_twice() -> None:
+    assert COMMON.steps_per_epoch == 2  # 25 rows, 12 a batch
+    for epoch in range(2):
+        steps = [batch(COMMON, step) for step in range(2 * epoch, 2 * epoch + 2)]
+        seen = [row for step in steps for micro_batch in step for row in micro_batch]
+        assert len(set(seen)) == len(seen) == 24
+        assert set(seen) <= set(range(25))
+
+
+def test_batches_of_rows_that_are_everywhere_depend_on_the_seed_alone() -> None:
+    def order(sampler: Sampler, step: int) -> list[int]:
+        return [row for micro_batch in batch(sampler, step) for row in micro_batch]
+
+    others = [((12,), 1), ((6,), 2), ((1, 1, 1), 4), ((2, 4), 2)]
+    for rows, micro_batches in others:
+        other = Sampler(3, (25,) * len(rows), rows, micro_batches, common=True)
+        assert all(order(other, step) == order(COMMON, step) for step in range(5))
+    different = Sampler(4, (25,), (12,), 1, common=True)
+    assert order(different, 0) != order(COMMON, 0)
+    assert order(COMMON, 0) != order(COMMON, 2)
+    shards = Sampler(3, (25, 25), (4, 2), 2)  # control: of shards it depends on the plan
+    assert order(shards, 0) != order(Sampler(3, (25, 25), (2, 4), 2), 0)
+
+
 GRAPH = chain(2)
 PLAN = plan(GRAPH, stage(0, 2, "d0:3 d1:1"))
 
@@ -85,6 +118,16 @@ def test_the_sampler_of_a_plan() -> None:
     """The order of the shares in the cluster does not matter, that of the sources does."""
     sampler = Sampler.of(PLAN, shares(3, 1)[::-1], 40, seed=5)
     assert sampler == Sampler(seed=5, counts=(30, 10), rows=(3, 1), micro_batches=2)
+
+
+def test_the_sampler_of_a_plan_whose_data_is_everywhere() -> None:
+    sampler = Sampler.of(PLAN, (), 40, seed=5)
+    assert sampler == Sampler(seed=5, counts=(40, 40), rows=(3, 1), micro_batches=2, common=True)
+    assert sampler.steps_per_epoch == 5
+    assert held_rows(40, (), "d1").tolist() == list(range(40))
+    assert Sampler.of(PLAN, (), 8, seed=5).steps_per_epoch == 1
+    with pytest.raises(InputError, match=r"data: 7 rows do not fill one batch of 8 rows; lower 'batch' or"):
+        Sampler.of(PLAN, (), 7, seed=5)
 
 
 def test_data_that_does_not_fill_a_batch() -> None:

@@ -105,6 +105,15 @@ def test_replicas_keep_the_rows_that_they_hold() -> None:
     assert raw_rows_sent(found, make_plan(found, "data_parallel"), "input") == 0
 
 
+def test_devices_that_would_get_no_row_are_left_out_of_large_clusters() -> None:
+    speeds = [1.0] * 8 + [0.001, 0.002]
+    devices = [{"id": f"d{i}", "speed": speed} for i, speed in enumerate(speeds)]
+    links = [{"between": ["site", "site"], "bandwidth": "1 Gbit/s"}]
+    found = problem(Cluster.parse({"devices": devices, "links": links}), batch=40)
+    plan = make_plan(found, "weighted_data_parallel")
+    assert set(plan.devices) <= {f"d{i}" for i in range(8)}
+
+
 def test_batch_smaller_than_the_replicas() -> None:
     text = r"^data_parallel: a batch of 3 rows is smaller than its 4 replicas, .*; raise the batch to 4 or "
     with pytest.raises(InfeasibleError, match=text):

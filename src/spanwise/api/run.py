@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -14,6 +15,7 @@ import psutil
 import torch
 
 import spanwise
+from spanwise.api.in_lab import meet_in_lab
 from spanwise.api.planning import choose, predict
 from spanwise.api.prepare import Prepared, prepare
 from spanwise.api.times import profile_devices, profile_prepared
@@ -39,6 +41,7 @@ from spanwise.runtime.training import Evaluation as Examination
 from spanwise.runtime.training import Progress, Silent, Trained, train
 
 if TYPE_CHECKING:
+    from spanwise.lab import Lab
     from spanwise.planner import Evaluation
 
 Backend = Literal["processes", "threads"]
@@ -82,7 +85,8 @@ class TrainOptions:
     """How to run.
 
     ``plan``, ``prepared`` and ``times`` are taken as they are in place of what the run would make itself.
-    ``listen`` and ``token`` are for workers that are started by hand (``spawn = False``).
+    ``listen`` and ``token`` are for workers that are started by hand (``spawn = False``). With ``lab`` every
+    worker runs as its device of that lab, which must be up.
     """
 
     run: Path = Path("runs/latest")
@@ -98,6 +102,7 @@ class TrainOptions:
     listen: tuple[str, int] = ("127.0.0.1", 0)
     token: str = ""
     join_timeout_s: float = 120.0
+    lab: Lab | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,8 @@ class _Run:
         self._write_inputs(assignment, times, predicted)
         self.watcher.on_plan(plan, graph, evaluations, predicted)
         start, snapshot = (0, None) if resume is None else resume
-        self.session = self._session(assignment, snapshot)
+        with self._eased():
+            self.session = self._session(assignment, snapshot)
         self.watcher.on_stage("training")
         began = time.monotonic()
         trained = train(
@@ -185,7 +191,7 @@ class _Run:
     def _profile(self) -> Profile:
         if self.options.times is not None:
             return self.options.times
-        if self.cluster.emulation is not None or self.options.backend == "threads":
+        if self.cluster.emulation is not None or self.options.lab or self.options.backend == "threads":
             self.watcher.on_stage("profiling layers on this machine")
             return profile_prepared(self.prepared, self.cluster, self.options.cache)
         self.watcher.on_stage("waiting for workers")
@@ -207,13 +213,16 @@ class _Run:
 
     def _assignment(self, plan: Plan, graph: ModelGraph) -> Assignment:
         program = lower(plan, graph, clip=self.job.clip_norm is not None)
-        emulate = self.cluster.emulation is not None
         assignment = Assignment(
             self.job, self.cluster, graph, self.prepared.traced.ops, plan, program,
-            len(self.prepared.train), emulate,
+            len(self.prepared.train), self._emulates,
         )  # fmt: skip
         _ = assignment.sampler  # data too short for a batch: now, not on a worker
         return assignment
+
+    def _eased(self) -> AbstractContextManager[None]:
+        """Starting workers and building stages is not what a lab slows down."""
+        return nullcontext() if self.options.lab is None else self.options.lab.eased()
 
     def _session(self, assignment: Assignment, snapshot: Snapshot | None) -> Session:
         traced = self.prepared.traced
@@ -228,8 +237,15 @@ class _Run:
             self.pool = self._meet(assignment.plan.devices)
         return ProcessSession(self.pool, assignment, tensors, data, resume=snapshot)
 
+    @property
+    def _emulates(self) -> bool:
+        """Whether spanwise slows and paces by itself: not where a lab does it."""
+        return self.cluster.emulation is not None and self.options.lab is None
+
     def _meet(self, devices: tuple[str, ...]) -> WorkerPool:
         options = self.options
+        if options.lab is not None:
+            return meet_in_lab(options.lab, devices, options.join_timeout_s, self.watcher.on_meeting)
         placed = [d for d in devices if self.cluster.device(d).address is not None]
         if placed and options.spawn and self.cluster.emulation is None:
             raise InputError(
@@ -239,8 +255,9 @@ class _Run:
         meeting = Meeting(
             options.listen[0], options.listen[1], options.token, options.spawn, options.join_timeout_s
         )
-        emulate = self.cluster.emulation is not None
-        return WorkerPool(self.cluster, devices, meeting, emulate=emulate, on_listen=self.watcher.on_meeting)
+        return WorkerPool(
+            self.cluster, devices, meeting, emulate=self._emulates, on_listen=self.watcher.on_meeting
+        )
 
     def _write_inputs(self, assignment: Assignment, times: Profile, predicted: Timeline) -> None:
         folder = self.folder

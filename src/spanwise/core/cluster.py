@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from spanwise.core.errors import InputError
 from spanwise.core.noun import Noun
 from spanwise.core.units import parse_bytes, parse_rate, parse_seconds
 
 Tier = Literal["cloud", "edge", "end"]
+Everywhere = Literal["everywhere"]
+EVERYWHERE: Everywhere = "everywhere"
 ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
@@ -89,6 +91,16 @@ class DataShare(Noun):
     share: float = Field(default=1.0, gt=0)
 
 
+def _form_of_data(data: object) -> str:
+    return "everywhere" if isinstance(data, str) else "devices"
+
+
+Data = Annotated[  # told apart by form, so that an error speaks of the form that was written
+    Annotated[Everywhere, Tag("everywhere")] | Annotated[tuple[DataShare, ...], Tag("devices")],
+    Discriminator(_form_of_data),
+]
+
+
 class Emulation(Noun):
     """The cluster is emulated on one machine: speed 1.0 is ``core_share`` of one of its cores."""
 
@@ -109,13 +121,17 @@ class Route:
 
 
 class Cluster(Noun):
-    """Devices, links, and where the data is. ``route(a, b)`` answers for every pair or raises."""
+    """Devices, links, and where the data is. ``route(a, b)`` answers for every pair or raises.
+
+    ``data`` lists the devices that hold the training data with their shares, or is ``"everywhere"``: every
+    device has a copy of all of it.
+    """
 
     name: Id = "cluster"
     description: str = ""
     devices: tuple[Device, ...] = Field(min_length=1)
     links: tuple[Link, ...] = ()
-    data: tuple[DataShare, ...] = ()
+    data: Data = ()
     emulation: Emulation | None = None
 
     @model_validator(mode="before")
@@ -130,6 +146,11 @@ class Cluster(Noun):
             out["data"] = [{"device": k, "share": v} for k, v in out["data"].items()]
         elif isinstance(out.get("data"), (list, tuple)):
             out["data"] = [{"device": e} if isinstance(e, str) else e for e in out["data"]]
+        elif isinstance(out.get("data"), str) and out["data"] != EVERYWHERE:
+            raise InputError(
+                f"cluster: data = '{out['data']}': must be '{EVERYWHERE}', a list of devices or a table of "
+                f"shares; for one device write data = ['{out['data']}']"
+            )
         return out
 
     @model_validator(mode="after")
@@ -153,13 +174,14 @@ class Cluster(Noun):
                 )
         _refuse_doubles([f"{x.source} -> {x.target}" for x in self.links],
                         f"cluster '{self.name}': link")  # fmt: skip
-        for share in self.data:
+        shares = () if self.data == EVERYWHERE else self.data
+        for share in shares:
             if share.device not in ids:
                 raise InputError(
                     f"cluster '{self.name}': data: unknown device '{share.device}'; "
                     f"known devices: {', '.join(ids)}"
                 )
-        _refuse_doubles([share.device for share in self.data], f"cluster '{self.name}': data device")
+        _refuse_doubles([share.device for share in shares], f"cluster '{self.name}': data device")
         return self
 
     @cached_property
@@ -177,8 +199,22 @@ class Cluster(Noun):
 
     @property
     def data_shares(self) -> tuple[DataShare, ...]:
-        """Who holds the data; the first device if the file does not say."""
+        """Who holds the data by the file: all where it is everywhere, the first device if it does not say."""
+        if self.data == EVERYWHERE:
+            return tuple(DataShare(device=device) for device in self.ids)
         return self.data or (DataShare(device=self.devices[0].id),)
+
+    def data_devices(self, chosen: tuple[str, ...] = ()) -> tuple[DataShare, ...]:
+        """Who gives which share of every batch: ``chosen`` if a job names devices, else those of the file.
+
+        Empty if every device has all of the data: then rows start out wherever they are computed first.
+        """
+        if not chosen:
+            return () if self.data == EVERYWHERE else self.data_shares
+        known = {} if self.data == EVERYWHERE else {share.device: share.share for share in self.data}
+        return tuple(
+            DataShare(device=self.device(d).id, share=known.get(d, 1.0)) for d in dict.fromkeys(chosen)
+        )
 
     def device(self, device_id: str) -> Device:
         """The device of that id; ``InputError`` if there is none."""

@@ -66,7 +66,7 @@ def build(
         graph_digest=problem.graph.digest,
         micro_batches=count,
         micro_batch_rows=rows,
-        sources=sources,
+        sources=sources or found[0].replicas,
         stages=found,
         schedule=schedule,
         syncs=natural_syncs(found, problem.graph),

@@ -83,6 +83,7 @@ def _weighted(problem: Problem, in_flight: int) -> list[Outline]:
         search = Search(groups, ((s, s) for s in range(1, whole + 1)))
         return [search.outline(f) for f in search.found()]
     best: list[Outline] = []
+    slowness = (problem.tables.forward + problem.tables.backward)[:, -1, -1]
     current = whole
     while current:
         masks = [current, *(current & ~(1 << d) for d in members(current) if current != 1 << d)]
@@ -90,9 +91,9 @@ def _weighted(problem: Problem, in_flight: int) -> list[Outline]:
         found = search.found()
         best += [search.outline(f) for f in found]
         smaller = [f for f in found if f.used != current]
-        if not smaller:
-            break
-        current = smaller[0].used
+        # Nothing found: a device would be left without a row, or is short of memory. The slowest goes first.
+        slowest = max(members(current), key=lambda d: float(slowness[d]))
+        current = smaller[0].used if smaller else current & ~(1 << slowest)
     return sorted(best, key=lambda o: o.price_s)
 
 

@@ -110,12 +110,13 @@ def broken_rule(problem: Problem, plan: Plan) -> str:
     for a, b in _routes(problem, plan):
         if not problem.cluster.connected(a, b):
             return f"no link from {a} to {b}"
-    for fixed, stage, what in (
-        (problem.first_is_fixed, plan.stages[0], "raw data"),
-        (problem.last_is_fixed, plan.stages[-1], "labels"),
-    ):
-        if fixed and stage.replicas != plan.sources:
-            return f"{what} on {' and '.join(problem.sources)} must not leave"
+    held = " and ".join(source.device for source in plan.sources)
+    if problem.job.private and plan.stages[0].replicas != plan.sources:
+        return f"raw data on {held} must not leave"
+    if problem.labels_stay and plan.stages[-1].replicas != plan.sources:
+        return (
+            f"labels on {held} must not leave them (private = true); set share_labels = true or use one stage"
+        )
     for stage in plan.stages:
         least = problem.least_rows(stage.start, stage.stop)
         for replica in stage.replicas:

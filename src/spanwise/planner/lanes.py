@@ -17,6 +17,7 @@ class Lanes:
     """Lanes between groups, worked out when first asked for.
 
     Typical rows of a group are those that balance the time of the whole model over a whole batch.
+    ``sources`` is empty where every device has the data: then rows start out where they are computed first.
     """
 
     tables: Tables
@@ -50,12 +51,18 @@ class Lanes:
         """Raw data to a first stage, in the replica order that moves least."""
         if first not in self._inputs:
             shares = self.links.aligned(self.shares(first), self.sources)
-            self._inputs[first] = self.links.lane(self.sources, shares)
+            self._inputs[first] = self.links.lane(self.sources or shares, shares)
         return self._inputs[first]
 
     def gets_labels(self, last: Group) -> bool:
-        """Whether the data devices reach every device of a last stage."""
+        """Whether the data devices reach every device of a last stage; true where they are not given."""
         return self.links.reach(tuple(d for d, _ in self.sources), last)
+
+    @property
+    def misses_labels(self) -> bool:
+        """Whether a first stage, where it is the source, may have no link to the last."""
+        everyone = tuple(range(len(self.links.routes)))
+        return not self.sources and not self.links.reach(everyone, everyone)
 
     def _ways(self, before: Group, after: Group) -> Ways | None:
         if not self.links.joined(before, after):

@@ -52,18 +52,15 @@ class Problem:
 
     @property
     def shares(self) -> tuple[DataShare, ...]:
-        """Devices that hold the data: those of the job, else those of the cluster."""
-        if not self.job.data_devices:
-            return self.cluster.data_shares
-        known = {share.device: share.share for share in self.cluster.data}
-        return tuple(
-            DataShare(device=self.cluster.device(d).id, share=known.get(d, 1.0))
-            for d in dict.fromkeys(self.job.data_devices)
-        )
+        """Devices that hold the data: those of the job, else those of the cluster.
+
+        Empty if every device has all of it: then the sources of a plan are the replicas of its first stage.
+        """
+        return self.cluster.data_devices(self.job.data_devices)
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Ids of the devices that hold the data."""
+        """Ids of the devices that hold the data; empty if all of them do."""
         return tuple(share.device for share in self.shares)
 
     @property
@@ -72,14 +69,28 @@ class Problem:
         return optimizer_copies(self.job.optimizer)
 
     @property
+    def labels_stay(self) -> bool:
+        """Whether labels must not leave the sources, so that these must hold the last stage too."""
+        return self.job.private and not self.job.share_labels and self.graph.label_row_bytes > 0
+
+    @property
     def first_is_fixed(self) -> bool:
-        """Whether the first stage must be the data devices with their own rows."""
-        return self.job.private
+        """Whether the first stage must be data devices that are known beforehand, with their own rows."""
+        return self.job.private and bool(self.shares)
 
     @property
     def last_is_fixed(self) -> bool:
-        """Whether the last stage must be the data devices with their own rows."""
-        return self.job.private and not self.job.share_labels and self.graph.label_row_bytes > 0
+        """Whether the last stage must be data devices that are known beforehand, with their own rows."""
+        return self.labels_stay and bool(self.shares)
+
+    @property
+    def one_stage(self) -> bool:
+        """Whether planners look for plans of one stage only.
+
+        Where any device may be a source and labels must stay, first and last stage are alike. One stage is
+        that by itself; plans that come back to their first devices are possible, but not searched for.
+        """
+        return self.labels_stay and not self.shares
 
     @property
     def tables(self) -> Tables:
@@ -107,9 +118,11 @@ class Problem:
     def source_rows(self, rows: int) -> tuple[Replica, ...]:
         """Where ``rows`` rows of a micro-batch start out: by share, largest remainder, at least one each.
 
-        Where the data devices must compute their own rows it is at least as many as the model needs, if the
-        micro-batch has them.
+        Empty if every device has all of the data. Where the data devices must compute their own rows it is at
+        least as many as the model needs, if the micro-batch has them.
         """
+        if not self.shares:
+            return ()
         least = self.least_rows(0, len(self.graph)) if self.first_is_fixed else 1
         weights = tuple(share.share for share in self.shares)
         counts = largest_remainder(rows, weights, least if rows >= least * len(weights) else 1)

@@ -121,6 +121,7 @@ class Search:
         self.groups, self.head, self.tail = groups, head, tail
         self.lanes = groups.problem.lanes
         self.labels = groups.problem.graph.label_row_bytes > 0
+        self.one_stage = groups.problem.one_stage
         self.counts = np.array(groups.micro_batches, dtype=np.float64)
         tables = groups.problem.tables
         at = np.array(groups.cuts)
@@ -152,6 +153,8 @@ class Search:
         devices = members(group)
         times = self.groups.times(devices)
         rest = used & ~group
+        if rest and self.one_stage:
+            return
         extra = np.zeros(len(self.counts))
         for device in devices:
             extra = np.maximum(extra, self.load.get(device, 0.0))
@@ -251,7 +254,14 @@ class Search:
                     for m in range(len(self.counts))
                     if total[m] < INFEASIBLE_S
                 ]
+        if self.labels and self.lanes.misses_labels:
+            out = [f for f in out if self._gets_labels(f)]
         return sorted(out, key=lambda f: (f.price_s, f.micro_batches, f.used, f.head))
+
+    def _gets_labels(self, found: Found) -> bool:
+        """Whether the labels reach the last stage from the first, which was not known when it was chosen."""
+        spans = self.outline(found).spans
+        return self.lanes.links.reach(spans[0].group, spans[-1].group)
 
     def _fed(self, used: int, devices: Group, most: Floats, exposed: Floats) -> Floats:
         """``[M]`` price with the raw data on its way to the first stage, where it is not there already."""

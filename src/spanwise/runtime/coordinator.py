@@ -20,7 +20,7 @@ from spanwise.core.errors import (
     SpanwiseError,
     TrainingError,
 )
-from spanwise.runtime.control import HANDSHAKE_TIMEOUT_S, Channel, Frame, greet, listen
+from spanwise.runtime.control import HANDSHAKE_TIMEOUT_S, Channel, Frame, greet
 
 _SILENT_S = 6.0  # a worker sends a heartbeat every second; survivors must end within 10 s
 _ERRORS: dict[str, type[SpanwiseError]] = {
@@ -39,13 +39,13 @@ class _Member:
 
 
 class Coordinator:
-    """Listens for workers on one address. The first failure of any of them ends the run for all."""
+    """Takes workers in at one listening socket. The first failure of any of them ends the run for all."""
 
     def __init__(
-        self, host: str, port: int, token: str, devices: tuple[str, ...], versions: dict[str, str]
+        self, server: socket.socket, token: str, devices: tuple[str, ...], versions: dict[str, str]
     ) -> None:
         self._token, self._devices, self._versions = token, devices, versions
-        self._server = listen(host, port)
+        self._server = server
         self.host, self.port = self._server.getsockname()[:2]
         self._members: dict[str, _Member] = {}
         self._changed = threading.Condition()

@@ -22,7 +22,7 @@ from spanwise.runtime import optimize
 from spanwise.runtime.calibrate import undisturbed_times
 from spanwise.runtime.emulate import Throttle, Unthrottled
 from spanwise.runtime.executor import DeviceParts, Executor, StepResult
-from spanwise.runtime.feed import Feed, Rows, Sampler, shard
+from spanwise.runtime.feed import Feed, Rows, Sampler, held_rows
 from spanwise.runtime.recorder import Recorder
 from spanwise.runtime.transport import Transport
 
@@ -42,8 +42,12 @@ class Assignment:
 
     @property
     def shares(self) -> tuple[DataShare, ...]:
-        """Shares of the sources, in plan order."""
+        """Shares of the sources, in plan order; empty if every device has all of the data."""
         return source_shares(self.job, self.cluster, self.plan)
+
+    def held_by(self, device: str) -> Tensor:
+        """Indices of the rows of the training set that a source reads from."""
+        return held_rows(self.dataset_rows, self.shares, device)
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -57,10 +61,10 @@ class Assignment:
 
 
 def source_shares(job: Job, cluster: Cluster, plan: Plan) -> tuple[DataShare, ...]:
-    """Who holds which share of the data, in the order of the plan's sources."""
-    by_device = {share.device: share for share in cluster.data_shares}
-    if job.data_devices:
-        by_device = {d: by_device.get(d, DataShare(device=d)) for d in job.data_devices}
+    """Who holds which share of the data, in the order of the plan's sources; empty if all hold all of it."""
+    by_device = {share.device: share for share in cluster.data_devices(job.data_devices)}
+    if not by_device:
+        return ()
     missing = [s.device for s in plan.sources if s.device not in by_device]
     if missing:
         raise InputError(
@@ -101,7 +105,7 @@ class DeviceRun:
             device: which device this is.
             transport: its end of the network.
             tensors: at least the parameters and buffers that its stages use, by the model's names.
-            data: rows to read if it is a source; the whole set, or with ``held`` only its own shard.
+            data: rows to read if it is a source; the whole set, or with ``held`` only those it reads from.
             held: see ``data``.
         """
         job, plan = assignment.job, assignment.plan
@@ -202,7 +206,7 @@ def _feed(assignment: Assignment, device: str, data: Rows | None, held: bool) ->
         raise InputError(f"device '{device}' is a data source but has no data; check the job's 'data'")
     sampler = assignment.sampler
     place = sources.index(device)
-    indices = torch.arange(len(data)) if held else shard(assignment.dataset_rows, assignment.shares, device)
+    indices = torch.arange(len(data)) if held else assignment.held_by(device)
     if len(indices) != sampler.counts[place]:
         raise InputError(
             f"device '{device}' holds {len(indices)} rows, the run expects {sampler.counts[place]}; "

@@ -49,47 +49,67 @@ def shard(rows: int, shares: tuple[DataShare, ...], device: str) -> Tensor:
     return torch.tensor(mine, dtype=torch.int64)
 
 
+def held_rows(rows: int, shares: tuple[DataShare, ...], device: str) -> Tensor:
+    """Indices of the rows that a source reads from: its shard, or all where there are no shares."""
+    return shard(rows, shares, device) if shares else torch.arange(rows)
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """Rows by step: a fresh permutation of every device's own shard each epoch, by seed.
+    """Rows by step: a fresh permutation of what each source draws from every epoch, by seed.
 
-    The sequence depends on the seed, the data devices and the rows per micro-batch of each, on nothing
-    else of the plan. Rows that do not fill a batch at the end of an epoch are left out of that epoch.
+    Where data devices hold shards, each draws from its own, and the sequence depends on the seed, the data
+    devices and the rows per micro-batch of each. Where every device has all rows, all sources draw from one
+    ``common`` permutation and read their own part of it: batches depend on the seed alone. Rows that do not
+    fill a batch at the end of an epoch are left out of that epoch.
     """
 
     seed: int
-    counts: tuple[int, ...]  # rows held, per source
+    counts: tuple[int, ...]  # rows to draw from, per source
     rows: tuple[int, ...]  # rows of a micro-batch, per source
     micro_batches: int
+    common: bool = False
 
     @classmethod
     def of(cls, plan: Plan, shares: tuple[DataShare, ...], dataset_rows: int, seed: int) -> Sampler:
-        """The sampler of a plan; ``InputError`` if the data does not fill one batch."""
+        """The sampler of a plan; ``InputError`` if the data does not fill one batch.
+
+        Args:
+            plan: whose sources read.
+            shares: of the sources; empty if every device has all rows.
+            dataset_rows: of the whole training set.
+            seed: of the order.
+        """
         by_device = {share.device: share for share in shares}
-        ordered = tuple(by_device[source.device] for source in plan.sources)
-        counts = tuple(len(shard(dataset_rows, ordered, s.device)) for s in ordered)
+        ordered = tuple(by_device[source.device] for source in plan.sources) if shares else ()
+        counts = tuple(len(held_rows(dataset_rows, ordered, s.device)) for s in plan.sources)
         rows = tuple(source.rows for source in plan.sources)
-        sampler = cls(seed, counts, rows, plan.micro_batches)
+        sampler = cls(seed, counts, rows, plan.micro_batches, common=not shares)
         if sampler.steps_per_epoch < 1:
+            each = ", ".join(str(r * plan.micro_batches) for r in rows)
+            where = "" if sampler.common else f" on {len(counts)} device(s)"
             raise InputError(
-                f"data: {dataset_rows} rows on {len(counts)} device(s) do not fill one batch of {plan.batch} "
-                f"rows (each device needs {', '.join(str(r * plan.micro_batches) for r in rows)}); "
-                "lower 'batch' or give more data"
+                f"data: {dataset_rows} rows{where} do not fill one batch of {plan.batch} rows"
+                f"{'' if sampler.common else f' (each device needs {each})'}; lower 'batch' or give more data"
             )
         return sampler
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches in an epoch."""
-        return min(c // (r * self.micro_batches) for c, r in zip(self.counts, self.rows, strict=True))
+        drawn = [sum(self.rows)] * len(self.rows) if self.common else self.rows
+        return min(c // (r * self.micro_batches) for c, r in zip(self.counts, drawn, strict=True))
 
     def indices(self, source: int, step: int) -> Tensor:
-        """Positions inside the shard of a source for all micro-batches of a step, one row a micro-batch."""
+        """Positions in what a source draws from, ``[micro-batch, row]``, for all micro-batches of a step."""
         epoch, at = divmod(step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1009 + source)
+        drawn, first = (sum(self.rows), sum(self.rows[:source])) if self.common else (self.rows[source], 0)
+        stream = 0 if self.common else source
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1009 + stream)
         order = torch.randperm(self.counts[source], generator=generator)
-        size = self.rows[source] * self.micro_batches
-        return order[at * size : (at + 1) * size].view(self.micro_batches, -1)
+        size = drawn * self.micro_batches
+        batch = order[at * size : (at + 1) * size].view(self.micro_batches, drawn)
+        return batch[:, first : first + self.rows[source]]
 
 
 class Feed:

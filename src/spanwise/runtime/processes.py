@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.errors import PeerError, SpanwiseError
 from spanwise.core.job import LIVE
 from spanwise.core.program import ProgramFile
+from spanwise.runtime.control import listen
 from spanwise.runtime.coordinator import Coordinator
 from spanwise.runtime.device_run import Assignment, Snapshot
 from spanwise.runtime.emulate import ledger_path
-from spanwise.runtime.feed import Rows, read_rows, shard
+from spanwise.runtime.feed import Rows, read_rows
 from spanwise.runtime.link_probe import PROBE_SIZES
 from spanwise.runtime.session import (
     DeviceSpans,
@@ -37,15 +39,29 @@ _SETUP_S = 120.0
 _ENDING_S = 5.0
 
 
+Start = Callable[[str, Sequence[str], Mapping[str, str]], "subprocess.Popen[bytes]"]
+
+
+def start_here(device: str, argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:  # noqa: ARG001
+    """Starts a worker as a process of this machine like any other."""
+    return subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL)
+
+
 @dataclass(frozen=True)
 class Meeting:
-    """Where workers join: address, token, and which devices train spawns itself."""
+    """Where workers join: address, token, and whether train starts them itself.
+
+    ``listen`` makes the listening socket and ``start`` (device, command line, environment) the process of
+    a worker: a lab has places of its own for both.
+    """
 
     host: str = "127.0.0.1"
     port: int = 0
     token: str = ""
     spawned: bool = True
     join_timeout_s: float = 120.0
+    listen: Callable[[str, int], socket.socket] = listen
+    start: Start = start_here
 
 
 class WorkerPool:
@@ -67,20 +83,22 @@ class WorkerPool:
         self.cluster, self.devices = cluster, tuple(devices)
         self.same_clock = meeting.spawned  # spawned workers share this machine's monotonic clock
         self.token = meeting.token or secrets.token_urlsafe(24)
-        self.coordinator = Coordinator(meeting.host, meeting.port, self.token, self.devices, versions())
+        self.coordinator = Coordinator(
+            meeting.listen(meeting.host, meeting.port), self.token, self.devices, versions()
+        )
         self._ledger: Path | None = ledger_path() if emulate else None
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
             on_listen(self)
             if meeting.spawned:
-                self._spawn()
+                self._spawn(meeting.start)
             self.coordinator.wait_for_all(meeting.join_timeout_s)
             self._meet()
         except BaseException:
             self.close()
             raise
 
-    def _spawn(self) -> None:
+    def _spawn(self, start: Start) -> None:
         endpoint = f"{self.coordinator.host}:{self.coordinator.port}"
         for device in self.devices:
             threads = str(self.cluster.device(device).threads)
@@ -96,7 +114,7 @@ class WorkerPool:
                 "--device",
                 device,
             ]
-            self._processes.append(subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL))
+            self._processes.append(start(device, command, env))
 
     def _meet(self) -> None:
         for device in self.devices:
@@ -268,10 +286,9 @@ class ProcessSession:
 
 
 def _own_rows(assignment: Assignment, device: str, data: Rows) -> dict[str, Tensor]:
-    """Live data: the rows that this source holds, and no others, travel to its worker."""
+    """Live data: the rows that this source reads from, and no others, travel to its worker."""
     if device not in [source.device for source in assignment.plan.sources]:
         return {}
-    indices = shard(assignment.dataset_rows, assignment.shares, device)
-    inputs, labels = read_rows(data, indices)
+    inputs, labels = read_rows(data, assignment.held_by(device))
     # Sorted by name on arrival, so numbers keep the order.
     return {f"data/{i:03d}": torch.as_tensor(t).contiguous() for i, t in enumerate((*inputs, *labels))}
