@@ -30,10 +30,13 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "q1": low, "q3": high, "n": len(ordered)}
 
 
-def keep(args: argparse.Namespace, folder: Path, name: str, result: dict[str, Any]) -> None:
+def keep(
+    args: argparse.Namespace, folder: Path, name: str, result: dict[str, Any], *, quiet: bool = False
+) -> None:
     """Prints the result; writes it with the environment unless the run is short."""
     data = {"benchmark": name, "date": time.strftime("%Y-%m-%d"), "environment": environment(), **result}
-    print(json.dumps(result, indent=1))
+    if not quiet:
+        print(json.dumps(result, indent=1))
     path = args.out or (None if args.short else folder / "raw" / f"{name}.json")
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,10 @@ class Uploader:
             work.wait()
         return None
 
+    def parameters_bytes(self) -> int:
+        """A data device holds no parameters."""
+        return 0
+
     def state(self) -> dict[str, Tensor]:
         """A data device holds no parameters."""
         return {}
@@ -122,6 +126,10 @@ class Receiver:
             work.wait()
         self.pending = self._receive(k + 1) if k + 1 < self.total else []
         return self.replica.train(*self.buffers[k % 2])
+
+    def parameters_bytes(self) -> int:
+        """Of the whole model."""
+        return self.replica.parameters_bytes()
 
     def state(self) -> dict[str, Tensor]:
         """Parameters by unit."""

@@ -59,7 +59,11 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters on this rank as ``"unit.name"``; every rank must call it."""
+        """Parameters that this rank trains as ``"unit.name"``; FSDP2 gathers, so every rank must call it."""
+        ...
+
+    def parameters_bytes(self) -> int:
+        """Bytes of the parameters that this rank keeps between steps."""
         ...
 
 
@@ -121,13 +125,22 @@ class Replica:
         self.optimizer.step()
         return loss.item()
 
+    def parameters_bytes(self) -> int:
+        """Of the whole model, or of this rank's shards."""
+        return sum(_as(p, "to_local").nbytes for p in self.model.parameters())
+
     def state(self) -> dict[str, Tensor]:
         """Parameters by unit; FSDP2's are gathered."""
         return {
-            f"{i}.{name}": (p.full_tensor() if hasattr(p, "full_tensor") else p).detach()
+            f"{i}.{name}": _as(p, "full_tensor").detach()
             for i, part in enumerate(self.parts)
             for name, p in part.named_parameters()
         }
+
+
+def _as(parameter: nn.Parameter, how: str) -> Tensor:
+    """A DTensor by ``to_local`` or ``full_tensor``; its class would be 50 MB to import where none is used."""
+    return getattr(parameter, how)() if hasattr(parameter, how) else parameter
 
 
 def replica(
@@ -228,6 +241,10 @@ class Pipeline:
         self.schedule.step(*((x,) if self.first else ()), **target, return_outputs=False)
         self.optimizer.step()
         return torch.stack(losses).mean().item() if losses else None
+
+    def parameters_bytes(self) -> int:
+        """Of this stage."""
+        return sum(value.nbytes for value in self.state().values())
 
     def state(self) -> dict[str, Tensor]:
         """Parameters of this stage by the whole model's units."""

@@ -124,18 +124,17 @@ def _train(run: Run, save: str | None) -> dict[str, Any]:
         made.step(k)
     if grouped and not made.continuous:
         dist.barrier()
-    result = _timed(run, made)
-    state = made.state()
+    result = {**_timed(run, made), "peak_bytes": _peak_bytes()}
+    # Only where it is asked for: FSDP2 gathers all parameters for it, which costs memory and traffic.
     if save is not None:
         from safetensors.torch import save_file
 
-        save_file({name: value.contiguous() for name, value in state.items()}, Path(save))
+        save_file({name: value.contiguous() for name, value in made.state().items()}, Path(save))
     if grouped:
         dist.barrier()  # nobody leaves while others still need its connection
     return {
         "device": run.me, "rank": run.rank, "rows": made.rows, "setup_s": setup_s, **result,
-        "parameters_bytes": sum(value.nbytes for value in state.values()),
-        "peak_bytes": _peak_bytes(), "facts": made.facts,
+        "parameters_bytes": made.parameters_bytes(), "facts": made.facts,
     }  # fmt: skip
 
 

@@ -34,6 +34,7 @@ def ensure_environment(folder: Path) -> Path:
             [*pip, "install", "-r", str(REQUIREMENTS)],
         ):
             subprocess.run(argv, check=True, timeout=_INSTALL_S)
+            (folder / ".gitignore").write_text("*\n", encoding="utf-8")  # as newer versions of venv write it
     return folder
 
 
@@ -105,6 +106,7 @@ def run_resident(found: Place, venv: Path) -> None:
         found.start(
             first, "server", [*argv, "server", str(task.folder), address], _env(found, venv, "server")
         )
+        found.wait_ready("listening")
         for index, device in enumerate(task.devices):
             found.start(
                 device, f"client-{index}", [*argv, "client", str(task.folder), address, str(index)],

@@ -64,6 +64,7 @@ def serve(task: Task, address: str) -> None:
     ) -> tuple[float, dict[str, Any]]:
         curve.stop()
         if server_round == 0:
+            (task.folder / "ready-listening").touch()  # a client that finds no server gives up
             clients.wait_for(devices, timeout=int(SET_UP_S))
             meet(task, "server")
             curve.start()
@@ -84,7 +85,7 @@ def serve(task: Task, address: str) -> None:
     with contextlib.suppress(OverError):
         start_server(
             server_address=address, server=server,
-            config=ServerConfig(num_rounds=task.passes, round_timeout=task.limit_s),
+            config=ServerConfig(num_rounds=task.passes),
         )  # fmt: skip
 
 

@@ -44,12 +44,12 @@ Cache = Annotated[Path | None, typer.Option("--cache", help="Folder of profiles.
 def main() -> None:
     """Runs the command line; a user's mistake is one line and a documented exit code."""
     try:
-        app(standalone_mode=False)
+        status: object = app(standalone_mode=False)  # what a command exits with, or returns
+        if isinstance(status, int) and status:
+            sys.exit(status)
     except SpanwiseError as error:
         typer.echo(f"spanwise: {error}", err=True)
         sys.exit(error.exit_code)
-    except typer.Exit as ended:
-        sys.exit(ended.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("spanwise: interrupted", err=True)
         sys.exit(130)
@@ -247,7 +247,6 @@ def report(
 @contextmanager
 def _lab(machines: Cluster, listen: str | None) -> Generator[Lab | None]:
     """The lab to train in: the one around this command, or one of its own; none where there can be none."""
-    from spanwise.api.in_lab import current_lab
     from spanwise.lab import Lab, reason_against
 
     if listen is not None:
@@ -256,8 +255,8 @@ def _lab(machines: Cluster, listen: str | None) -> Generator[Lab | None]:
     if reason and machines.emulation is not None:
         typer.echo(f"spanwise: {reason}; the portable emulation takes its place", err=True)
         yield None
-    elif current_lab():
-        yield Lab.attach(current_lab())
+    elif cli_lab.current_lab():
+        yield Lab.attach(cli_lab.current_lab())
     else:
         with Lab(machines) as lab:
             yield lab

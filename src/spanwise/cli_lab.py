@@ -127,8 +127,12 @@ def check(cluster: Cluster, as_json: AsJson = False) -> None:
                             f"of {wrong[0].where}: {wrong[0].text}; is the machine busy?")  # fmt: skip
 
 
+def current_lab() -> str:
+    """Id of the lab in which this command runs: ``spanwise lab run`` names it; empty outside of labs."""
+    return os.environ.get("SPANWISE_LAB", "")
+
+
 def _which(lab: str | None) -> str:
-    from spanwise.api.in_lab import current_lab
     from spanwise.lab import state
 
     if lab or current_lab():

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,13 @@ def lab() -> Iterator[Lab]:
         pytest.skip("another lab is up on this machine")
     with Lab(three()) as one:
         yield one
+
+
+def soon(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
 
 
 def ask(lab: Lab, device: str | None, code: str, *args: str) -> str:
@@ -143,7 +150,7 @@ def test_killed_and_paused_processes(lab: Lab) -> None:
     child = lab.start("edge", ["sleep", "60"])
     time.sleep(0.2)
     lab.pause("edge")
-    assert Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    assert soon(lambda: Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
     lab.resume("edge")
     assert child.poll() is None
     lab.kill("edge")
@@ -210,18 +217,11 @@ def test_a_lab_leaves_nothing_behind_even_if_its_owner_is_killed(tmp_path: Path,
     argv = [sys.executable, "-m", "spanwise", "lab", "run", str(tmp_path / "c.toml"), "--", "sleep", "60"]
     owner = subprocess.Popen(argv)
     try:
-        end = time.monotonic() + 20
-        while not any(state.LabFolder.of(x).description.exists() and "hub" in " ".join(traces())
-                      for x in state.left_behind()) and time.monotonic() < end:  # fmt: skip
-            time.sleep(0.1)
-        time.sleep(1.0)
+        assert soon(lambda: any(folder.control.exists() for folder in state.known()), 20)
     finally:
         owner.send_signal(signal.SIGKILL)
         owner.wait()
-    end = time.monotonic() + 10
-    while traces() and time.monotonic() < end:
-        time.sleep(0.1)
-    assert traces() == []
+    assert soon(lambda: not traces())
 
 
 def test_commands(tmp_path: Path) -> None:

@@ -162,6 +162,18 @@ def test_batch_normalisation_runs(peer: str, fleet: Fleet) -> None:
 
 
 @pytest.mark.timeout(60)
+def test_parameters_are_counted_where_they_are_held(fleet: Fleet) -> None:
+    whole = sum(p.nbytes for p in make("gpt").parameters())
+    held = {
+        peer: [a["parameters_bytes"] for a in fleet.run(order(peer), deadline_s=50)]
+        for peer in ("ddp", "fsdp2", "gpipe")
+    }
+    assert held["ddp"] == [whole, whole]
+    assert sum(held["fsdp2"]) == sum(held["gpipe"]) == whole
+    assert max(held["fsdp2"]) < 0.6 * whole
+
+
+@pytest.mark.timeout(60)
 def test_a_wrong_command_is_answered_and_the_next_one_runs(fleet: Fleet) -> None:
     restarts = fleet.restarts
     assert "unknown peer 'nothing'" in (failure(fleet.run(order("nothing"), deadline_s=40)) or "")

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
 
+from spanwise.api.services import profile_request
+from spanwise.api.times import profile_prepared
+from spanwise.core.cluster import Cluster
+from spanwise.core.profile import Profile
 from spanwise.lab import Lab
 from spanwise.runtime.processes import Meeting, WorkerPool
+
+if TYPE_CHECKING:
+    from spanwise.api.prepare import Prepared
+
+_PACE_ROWS = 8  # about what a device gets of a micro-batch
+_SET_UP_S = 4.5  # until all devices have built the model
+_PACE_S = 4.0
+_TIMEOUT_S = 300.0
 
 
 def meet_in_lab(
@@ -22,6 +37,37 @@ def meet_in_lab(
     return WorkerPool(lab.cluster, devices, meeting, emulate=False, on_listen=on_listen)
 
 
-def current_lab() -> str:
-    """Id of the lab in which this process runs: ``spanwise lab run`` names it; empty outside of labs."""
-    return os.environ.get("SPANWISE_LAB", "")
+def profile_in_lab(
+    prepared: Prepared, cluster: Cluster, lab: Lab, pool: WorkerPool, cache: Path | None
+) -> Profile:
+    """Layer times of this machine, stretched by each device's share and by what it takes under its limits.
+
+    Times of single layers do not show through a CPU quota, which comes in portions of about a millisecond. So
+    layers are timed once at full speed, and the whole model on all devices at the same time under their
+    quotas; a device's factor is what it then needs over what its layers add up to. What a message costs a
+    processor, which matters where a device has a tenth of one, is measured under the quotas too.
+    """
+    base = profile_prepared(prepared, cluster, cache)
+    rows = min(_PACE_ROWS, prepared.job.batch)
+    head, payload = profile_request(prepared)
+    with lab.eased():
+        begin_s = time.monotonic() + _SET_UP_S
+        for device in pool.devices:
+            pool.coordinator.tell(device, "service", payload, name="pace", pace_rows=rows,
+                                  begin_s=begin_s, last_s=_PACE_S, **head)  # fmt: skip
+        time.sleep(max(0.0, begin_s - time.monotonic()))
+    frames = pool.coordinator.gather("served", pool.devices, _TIMEOUT_S)
+    layers = range(len(prepared.traced.graph))
+    slower: dict[str, float] = {}
+    for entry in base.devices:
+        table, pass_s = base.tables[entry.table], float(frames[entry.device].head["pass_s"])
+        undisturbed_s = sum(table.forward(layer, rows) + table.backward(layer, rows) for layer in layers)
+        slower[entry.device] = max(1.0, pass_s / undisturbed_s)
+    messages = [seconds / slower[device] for device, seconds in pool.message_cpu_s().items()]
+    message_s = median(messages) if messages else 0.0
+    devices = [
+        d.model_copy(update={"factor": d.factor * slower[d.device], "alone": 1 / slower[d.device]})
+        for d in base.devices
+    ]
+    tables = [table.model_copy(update={"message_s": message_s}) for table in base.tables]
+    return base.model_copy(update={"devices": tuple(devices), "tables": tuple(tables)})

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 import spanwise
-from spanwise.api.in_lab import meet_in_lab
+from spanwise.api.in_lab import meet_in_lab, profile_in_lab
 from spanwise.api.planning import choose, predict
 from spanwise.api.prepare import Prepared, prepare
 from spanwise.api.times import profile_devices, profile_prepared
@@ -191,7 +191,15 @@ class _Run:
     def _profile(self) -> Profile:
         if self.options.times is not None:
             return self.options.times
-        if self.cluster.emulation is not None or self.options.lab or self.options.backend == "threads":
+        if self.options.lab is not None:
+            self.watcher.on_stage("starting workers in the lab")
+            with self._eased():
+                self.pool = self._meet(self.cluster.ids)
+            self.watcher.on_stage("profiling layers on this machine, and the devices of the lab against it")
+            return profile_in_lab(
+                self.prepared, self.cluster, self.options.lab, self.pool, self.options.cache
+            )
+        if self.cluster.emulation is not None or self.options.backend == "threads":
             self.watcher.on_stage("profiling layers on this machine")
             return profile_prepared(self.prepared, self.cluster, self.options.cache)
         self.watcher.on_stage("waiting for workers")

@@ -10,6 +10,7 @@ from spanwise.profiler import known
 
 if TYPE_CHECKING:
     from spanwise.api.prepare import Prepared
+    from spanwise.profiler.trace import Traced
     from spanwise.runtime.worker import Service
 
 
@@ -34,11 +35,40 @@ def table_of(head: dict[str, Any]) -> TimeTable:
 
 
 def _profile(head: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
+    import torch
+
+    from spanwise.profiler.compute import measure_layers
+
+    rows = tuple(int(r) for r in head["rows"])
+    traced, sample = _arrived(head, payload, rows[-1])
+    threads = torch.get_num_threads()
+    table = measure_layers(
+        traced, rows=rows, device=str(head["torch_device"]), threads=threads, sample=sample
+    )
+    return {"table": table.to_data()}, b""
+
+
+def _pace(head: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
+    """What the whole model takes here while the other devices are at work too."""
+    import torch
+
+    from spanwise.profiler.compute import sustained_pass_s
+
+    rows = int(head["pace_rows"])
+    traced, sample = _arrived(head, payload, rows)
+    seconds = sustained_pass_s(
+        traced, rows=rows, sample=sample, threads=torch.get_num_threads(),
+        begin_s=float(head["begin_s"]), last_s=float(head["last_s"]),
+    )  # fmt: skip
+    return {"pass_s": seconds}, b""
+
+
+def _arrived(head: dict[str, Any], payload: bytes, rows: int) -> tuple[Traced, Any]:
+    """The model of a request, and generated rows: times do not depend on values, and raw data stays away."""
     import safetensors.torch
     import torch
 
     from spanwise.ops.opgraph import OpGraph
-    from spanwise.profiler.compute import measure_layers
     from spanwise.profiler.trace import Traced
 
     graph = ModelGraph.parse(head["graph"])
@@ -51,18 +81,9 @@ def _profile(head: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], byte
         },
         buffers={k.partition("/")[2]: v for k, v in state.items() if k.startswith("buffer/")},
     )
-    rows = tuple(int(r) for r in head["rows"])
-    # Generated rows: raw data has no business here, and times do not depend on values.
-    inputs = tuple(_generated(spec.shape, spec.dtype, rows[-1]) for spec in graph.inputs)
-    labels = tuple(_generated(spec.shape, spec.dtype, rows[-1]) for spec in graph.labels)
-    table = measure_layers(
-        traced,
-        rows=rows,
-        device=str(head["torch_device"]),
-        threads=torch.get_num_threads(),
-        sample=(inputs, labels),
-    )
-    return {"table": table.to_data()}, b""
+    inputs = tuple(_generated(spec.shape, spec.dtype, rows) for spec in graph.inputs)
+    labels = tuple(_generated(spec.shape, spec.dtype, rows) for spec in graph.labels)
+    return traced, (inputs, labels)
 
 
 def _generated(shape: tuple[int, ...], dtype: str, rows: int) -> Any:
@@ -75,4 +96,4 @@ def _generated(shape: tuple[int, ...], dtype: str, rows: int) -> Any:
 
 def services() -> dict[str, Service]:
     """By name, for ``runtime.worker.join``."""
-    return {"profile": _profile}
+    return {"profile": _profile, "pace": _pace}

@@ -59,11 +59,16 @@ class TimeTable(Noun):
 
 
 class DeviceTimes(Noun):
-    """Which table holds for a device, and by which factor its times are longer."""
+    """Which table holds for a device, and by which factor its times are longer.
+
+    ``alone`` is the part of that which remains while all other devices rest: below 1 only for devices that
+    share a machine, as those of a lab do.
+    """
 
     device: str
     table: int = Field(default=0, ge=0)
     factor: float = Field(default=1.0, gt=0)
+    alone: float = Field(default=1.0, gt=0, le=1)
 
 
 class LinkTimes(Noun):

@@ -111,12 +111,13 @@ class GroupsV1(Groups):
             _write(memory / "memory.memsw.limit_in_bytes", nbytes)
 
     def set_share(self, name: str, share: Share | None) -> None:
-        """``cpu.cfs_quota_us`` and its period."""
+        """``cpu.cfs_quota_us`` and its period; ``cpu.shares`` in proportion."""
         cpu = self.bases[0] / name
         _write(cpu / "cpu.cfs_quota_us", -1)
         if share is not None:
             _write(cpu / "cpu.cfs_period_us", round(share.period_s * 1e6))
             _write(cpu / "cpu.cfs_quota_us", round(share.quota_s * 1e6))
+            _write(cpu / "cpu.shares", max(2, round(share.cores * 4096)))
 
     def peak_memory_bytes(self, name: str) -> int:
         """``memory.max_usage_in_bytes``."""
@@ -154,10 +155,12 @@ class GroupsV2(Groups):
             _write(group / "memory.swap.max", 0)
 
     def set_share(self, name: str, share: Share | None) -> None:
-        """``cpu.max``."""
+        """``cpu.max``; ``cpu.weight`` in proportion."""
         quota = "max" if share is None else str(round(share.quota_s * 1e6))
         period = round((share.period_s if share else 0.1) * 1e6)
         _write(self.bases[0] / name / "cpu.max", f"{quota} {period}")
+        if share is not None:
+            _write(self.bases[0] / name / "cpu.weight", min(10000, max(1, round(share.cores * 400))))
 
     def peak_memory_bytes(self, name: str) -> int:
         """``memory.peak``."""

@@ -153,6 +153,7 @@ def _read(child: subprocess.Popen[bytes], who: str) -> dict[str, Any]:
     assert child.stdout is not None
     ready, _, _ = select.select([child.stdout], [], [], _TIMEOUT_S)
     line = child.stdout.readline() if ready else b""
+    child.stdout.close()  # one line is all that a probe says
     if not line:
         raise ResourceError(f"lab check: {who} gave no answer within {_TIMEOUT_S:g} s")
     return json.loads(line)

@@ -97,6 +97,8 @@ def shape(layout: Layout, device: Device) -> None:
     """Limits a device's cable: what it sends at its own end, what it gets at the router's."""
     network, rate = layout.network(device.site), layout.switch_rate(device)
     mine, router = layout.device_namespace(device.id), layout.site_namespace(device.site)
+    for namespace, interface in ((mine, "eth0"), (router, device.id)):  # an earlier shape goes as a whole
+        call("tc", "-n", namespace, "qdisc", "del", "dev", interface, "root", check=False)
     batch("tc", mine, _shaping("eth0", f"dst {network}", rate, device.up_bytes_per_s))
     batch("tc", router, _shaping(device.id, f"src {network}", rate, device.down_bytes_per_s))
 
@@ -110,14 +112,13 @@ def _shaping(interface: str, neighbours: str, switch: float | None, port: float 
     burst = "burst 64k cburst 64k quantum 60000"
     parent = f"dev {interface} parent"
     return [
-        f"qdisc replace dev {interface} root handle 1: htb default 20",
-        f"class replace {parent} 1: classid 1:1 htb rate {port_rate} {burst}",
-        f"class replace {parent} 1:1 classid 1:10 htb rate {inner} ceil {inner} {burst}",
-        f"class replace {parent} 1:1 classid 1:20 htb rate {port_rate} ceil {port_rate} {burst}",
-        f"qdisc replace {parent} 1:10 handle 10: bfifo limit {queue}",
-        f"qdisc replace {parent} 1:20 handle 20: bfifo limit {max(queue, 4 * _LEAST_QUEUE_BYTES)}",
-        f"filter replace {parent} 1: protocol ip prio 1 handle 800::800 u32 "
-        f"match ip {neighbours} flowid 1:10",
+        f"qdisc add dev {interface} root handle 1: htb default 20",
+        f"class add {parent} 1: classid 1:1 htb rate {port_rate} {burst}",
+        f"class add {parent} 1:1 classid 1:10 htb rate {inner} ceil {inner} {burst}",
+        f"class add {parent} 1:1 classid 1:20 htb rate {port_rate} ceil {port_rate} {burst}",
+        f"qdisc add {parent} 1:10 handle 10: bfifo limit {queue}",
+        f"qdisc add {parent} 1:20 handle 20: bfifo limit {max(queue, 4 * _LEAST_QUEUE_BYTES)}",
+        f"filter add {parent} 1: protocol ip prio 1 handle 800::800 u32 match ip {neighbours} flowid 1:10",
     ]
 
 

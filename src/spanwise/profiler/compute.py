@@ -90,6 +90,43 @@ def measure_layers(
     )
 
 
+def sustained_pass_s(
+    traced: Traced,
+    *,
+    rows: int,
+    sample: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
+    threads: int,
+    begin_s: float,
+    last_s: float,
+) -> float:
+    """Seconds of a forward and backward of the whole model, over ``last_s`` seconds without a pause.
+
+    A device that has only a part of its processor, as others need the rest, comes back to cold caches in
+    every portion that it gets: the same work takes more processor time than undisturbed.
+
+    Args:
+        traced: the model; its weights stay untouched.
+        rows: rows of each pass.
+        sample: inputs and labels of some rows.
+        threads: torch intra-op threads.
+        begin_s: when to begin, by ``time.monotonic``; others on this machine begin then too.
+        last_s: how long to go on; three passes at least.
+
+    Returns:
+        The median pass, in processor seconds where one thread does it all.
+    """
+    keep_freed_memory()
+    with _threads(threads), fixed_seed():
+        bench = LayerBench(traced, Sample(*sample), "cpu", threads)
+        data = bench.rows(rows)
+        bench.layer_pass(data)
+        time.sleep(max(0.0, begin_s - time.monotonic()))
+        end, found = time.monotonic() + last_s, list[float]()
+        while len(found) < MIN_REPEATS or time.monotonic() < end:
+            found.append(_pass_s([bench.layer_pass(data)]))
+    return median(found)
+
+
 class LayerBench:
     """The layers of a model on copies of its weights, ready to be timed."""
 

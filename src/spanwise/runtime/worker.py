@@ -36,6 +36,7 @@ from spanwise.runtime.feed import Rows
 from spanwise.runtime.imports import build, data_sets
 from spanwise.runtime.link_probe import probe_link
 from spanwise.runtime.memory import MemoryWatch
+from spanwise.runtime.message_probe import message_cpu_s
 from spanwise.runtime.torch_dist import DistTransport, KeyValueStore, backend_for
 from spanwise.runtime.transport import Transport
 
@@ -136,8 +137,8 @@ class _Worker:
     def _obey(self, frame: Frame) -> None:
         commands = {
             "meet": self._on_meet, "probe": self._on_probe, "service": self._on_service,
-            "setup": self._on_setup, "calibrate": self._on_calibrate, "run": self._on_run,
-            "collect": self._on_collect, "spans": self._on_spans,
+            "exchange": self._on_exchange, "setup": self._on_setup, "calibrate": self._on_calibrate,
+            "run": self._on_run, "collect": self._on_collect, "spans": self._on_spans,
         }  # fmt: skip
         if frame.kind not in commands:
             raise PeerError(f"device '{self.device}': the coordinator asked for unknown '{frame.kind}'")
@@ -247,6 +248,12 @@ class _Worker:
             self.transport, head["peer"], first=bool(head["first"]), sizes=tuple(head["sizes"])
         )
         self.channel.send("probed", samples=samples)
+
+    def _on_exchange(self, frame: Frame) -> None:
+        """Measures what a message costs this device, while all devices send to their next."""
+        assert self.transport is not None
+        seconds = message_cpu_s(self.transport, frame.head["before"], frame.head["after"])
+        self.channel.send("exchanged", message_s=seconds)
 
     def _on_setup(self, frame: Frame) -> None:
         """Builds this device's part of the plan."""

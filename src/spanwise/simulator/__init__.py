@@ -10,6 +10,7 @@ from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.core.program import Program
 from spanwise.core.timeline import DeviceUse, Timeline
+from spanwise.simulator.contention import relieved, shares_machine
 from spanwise.simulator.engine import Engine
 from spanwise.simulator.network import max_min_rates
 from spanwise.simulator.setup import Costs
@@ -48,7 +49,14 @@ def simulate(
     """
     if steps < 1:
         raise InputError(f"simulation: {steps} steps; at least 1 is needed")
+    if shares_machine(profile):
+        costs = Costs(program, plan, graph, profile, cluster, optimizer_copies, ())
+        profile = relieved(profile, cluster, _timeline(costs, steps=2, spans=False))
     costs = Costs(program, plan, graph, profile, cluster, optimizer_copies, faults)
+    return _timeline(costs, steps=steps, spans=spans)
+
+
+def _timeline(costs: Costs, *, steps: int, spans: bool) -> Timeline:
     engine = Engine(costs, steps=steps, spans=spans)
     trace = engine.run()
     done = min((lane.step for lane in engine.lanes.values()), default=0)
@@ -63,7 +71,7 @@ def simulate(
             peak_memory_bytes=engine.memory.peak[device],
             sent_bytes=round(trace.sent[device][last]),
         )
-        for device in program.devices
+        for device in costs.program.devices
     )
     trace.spans.sort(key=lambda span: (span["lane"], span["start_s"]))
     return Timeline.model_validate(

@@ -24,11 +24,12 @@ def main(grid: Grid, context: Context) -> None:
     task = Task.load(str(context.run_config["folder"]))
     model, test, curve = task.build_model(), task.test_rows(), Curve.of(task)
     initial = ArrayRecord(model.state_dict())
-    starts: list[float] = []
+    slowest: dict[str, float] = {}
 
-    def slowest_start(replies: list[RecordDict], _weighted_by: str) -> MetricRecord:
-        starts.append(max(float(reply["metrics"]["start_s"]) for reply in replies))
-        return MetricRecord({"start_s": starts[-1]})
+    def of_slowest(replies: list[RecordDict], _weighted_by: str) -> MetricRecord:
+        for name in ("start_s", "train_s"):
+            slowest[name] = max(float(reply["metrics"][name]) for reply in replies)
+        return MetricRecord(dict(slowest))
 
     def examine(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         curve.stop()
@@ -37,7 +38,7 @@ def main(grid: Grid, context: Context) -> None:
             return MetricRecord({})
         model.load_state_dict(arrays.to_torch_state_dict())
         accuracy, loss = evaluate(model, test)
-        if curve.add(accuracy, loss, start_s=starts[-1]):
+        if curve.add(accuracy, loss, **slowest):
             raise OverError
         curve.start()
         return MetricRecord({"accuracy": accuracy})
@@ -45,10 +46,10 @@ def main(grid: Grid, context: Context) -> None:
     devices = len(task.devices)
     strategy = FedAvg(
         fraction_evaluate=0.0, min_train_nodes=devices, min_available_nodes=devices,
-        train_metrics_aggr_fn=slowest_start,
+        train_metrics_aggr_fn=of_slowest,
     )  # fmt: skip
     while len(list(grid.get_node_ids())) < devices:
         time.sleep(POLL_S)
     meet(task, "server")
     with contextlib.suppress(OverError):
-        strategy.start(grid, initial, num_rounds=task.passes, timeout=task.limit_s, evaluate_fn=examine)
+        strategy.start(grid, initial, num_rounds=task.passes, evaluate_fn=examine)

@@ -1,0 +1,122 @@
+"""Rows and picture of the throughput table, from raw cells; ``python table.py`` redraws from the raw file."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from arena import CLUSTERS
+
+from spanwise.core.cluster import Cluster
+
+HERE = Path(__file__).resolve().parent
+PEERS = ("ddp", "fsdp2", "gpipe", "1f1b", "single", "cloud_only")
+TITLES = {
+    "ddp": "DDP", "fsdp2": "FSDP2", "gpipe": "GPipe", "1f1b": "1F1B", "single": "best device",
+    "cloud_only": "cloud only", "auto": "spanwise auto",
+}  # fmt: skip
+
+
+def step_s(rounds: list[dict[str, Any]]) -> float | None:
+    """Median step over all rounds."""
+    values = [s for one in rounds for s in one["step_s"]]
+    return statistics.median(values) if values else None
+
+
+def throughput(cell: dict[str, Any]) -> dict[str, float]:
+    """Samples per second of everybody who ran; DDP at the better of its two bucket sizes."""
+    out: dict[str, float] = {}
+    for name, rounds in cell["rounds"].items():
+        seconds = step_s(rounds)
+        if seconds:
+            key = "ddp" if name.startswith("ddp") else name
+            out[key] = max(out.get(key, 0.0), cell["batch"] / seconds)
+    return out
+
+
+def bound(cell: dict[str, Any], found: dict[str, float]) -> float:
+    """If compute were all: the best device's own throughput times the speeds of all over its own."""
+    cluster = Cluster.load(CLUSTERS / f"{cell['cluster']}.toml")
+    speeds = [d.speed for d in cluster.devices]
+    return found["single"] * sum(speeds) / max(speeds)
+
+
+def mean_use(rounds: list[dict[str, Any]]) -> float:
+    """Mean over devices of processor time used over processor time granted."""
+    last = next((r for r in reversed(rounds) if r["devices"]), None)
+    return statistics.mean(d["utilization"] for d in last["devices"].values()) if last else 0.0
+
+
+def summarize(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a cell: throughput, the best peer, spanwise against it and against the bound."""
+    rows: list[dict[str, Any]] = []
+    for cell in cells:
+        found = throughput(cell)
+        peers = {name: found[name] for name in PEERS if name in found}
+        best = max(peers, key=lambda n: peers[n]) if peers else ""
+        auto = found.get("auto", 0.0)
+        limit = bound(cell, found) if "single" in found else float("nan")
+        ratio = auto / peers[best] if best else float("nan")
+        use = {n: mean_use(cell["rounds"][n]) for n in (best, "auto") if n in cell["rounds"]}
+        row = {
+            "cluster": cell["cluster"], "model": cell["model"], "batch": cell["batch"], "found": found,
+            "best": best, "ratio": ratio, "fraction": auto / limit, "bound": limit, "use": use,
+            "strategy": cell["auto_strategy"],
+            "error": cell["predicted_step_time_s"] * auto / cell["batch"] - 1,
+        }  # fmt: skip
+        cells_text = " | ".join(f"{found[n]:.1f}" if n in found else "-" for n in PEERS)
+        row["text"] = (
+            f"| {cell['cluster']} | {cell['model']} | {cell['batch']} | {cells_text} | {auto:.1f} "
+            f"({cell['auto_strategy']}) | {ratio:.2f}x | {auto / limit:.0%} |"
+        )
+        rows.append(row)
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars: throughput over the aggregate-compute bound, every contestant, one panel a cluster."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row["cluster"] for row in rows))
+    figure, axes = plt.subplots(len(names), 1, figsize=(11, 3.1 * len(names)), squeeze=False)
+    colors = {"ddp": "#9db4c0", "fsdp2": "#5c6b73", "gpipe": "#c2b280", "1f1b": "#a0855b",
+              "single": "#cfcfcf", "cloud_only": "#b6a6ca", "auto": "#d1495b"}  # fmt: skip
+    order = [*PEERS, "auto"]
+    for axis, name in zip(axes[:, 0], names, strict=True):
+        mine = [row for row in rows if row["cluster"] == name]
+        for place, contestant in enumerate(order):
+            heights = [row["found"].get(contestant, 0.0) / row["bound"] for row in mine]
+            at = [i + (place - (len(order) - 1) / 2) * 0.12 for i in range(len(mine))]
+            axis.bar(at, heights, 0.11, color=colors[contestant], label=TITLES[contestant])
+        for i, row in enumerate(mine):
+            axis.text(i + 0.36, row["fraction"] + 0.02, f"{row['ratio']:.2f}x", ha="center", fontsize=8)
+        axis.set_xticks(
+            range(len(mine)), [f"{row['model']}\nbatch {row['batch']}" for row in mine], fontsize=8
+        )
+        axis.set_ylim(0, 1.05)
+        axis.set_ylabel("of the compute bound")
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(ncol=7, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.32))
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    data = json.loads((HERE / "raw" / "throughput.json").read_text(encoding="utf-8"))
+    rows = summarize(data["cells"])
+    for row in rows:
+        print(row["text"])
+    draw(rows, HERE / "throughput.svg")
+
+
+if __name__ == "__main__":
+    main()
