@@ -69,7 +69,9 @@ def contestants(cluster: Cluster) -> dict[str, dict[str, Any]]:
         "ddp_5mb": {"peer": "ddp", "ranks": ids, "options": {"bucket_cap_mb": 5}},
         "fsdp2": {"peer": "fsdp2", "ranks": ids},
         "gpipe": {"peer": "gpipe", "ranks": ids},
+        "gpipe_m32": {"peer": "gpipe", "ranks": ids, "options": {"micro_batches": 32}},
         "1f1b": {"peer": "1f1b", "ranks": ids},
+        "1f1b_m32": {"peer": "1f1b", "ranks": ids, "options": {"micro_batches": 32}},
         "single": {"peer": "single", "ranks": [fastest.id]},
         "cloud_only": {"peer": "cloud_only", "ranks": [*cloud, *away], "data_devices": away},
     }
@@ -88,6 +90,8 @@ def cell(
     peers = {k: v for k, v in contestants(arena.cluster).items() if args.peers is None or k in args.peers}
     for name, how in peers.items():
         reason = _behind(name, earlier, batch / expected)
+        if name.endswith("_m32") and batch < 4 * 32:
+            reason = "not run: fewer than 4 rows a micro-batch"
         if not reason and name == "ddp_5mb" and expects.get("data_parallel", 0.0) > LONG_S:
             reason = "not run: bytes decide here, not buckets"
         if not reason:

@@ -29,21 +29,42 @@ def step_s(rounds: list[dict[str, Any]]) -> float | None:
 
 
 def throughput(cell: dict[str, Any]) -> dict[str, float]:
-    """Samples per second of everybody who ran; DDP at the better of its two bucket sizes."""
+    """Samples per second of everybody who ran, at the better of two settings where there are two."""
     out: dict[str, float] = {}
     for name, rounds in cell["rounds"].items():
         seconds = step_s(rounds)
         if seconds:
-            key = "ddp" if name.startswith("ddp") else name
+            key = name.removesuffix("_5mb").removesuffix("_m32")  # the better setting counts
             out[key] = max(out.get(key, 0.0), cell["batch"] / seconds)
     return out
 
 
-def bound(cell: dict[str, Any], found: dict[str, float]) -> float:
-    """If compute were all: the best device's own throughput times the speeds of all over its own."""
+def core_rate(cells: list[dict[str, Any]], model: str) -> float:
+    """Samples per second of one whole core at its best, over all cells of a model, whoever drove it."""
+    rates: list[float] = []
+    for cell in (c for c in cells if c["model"] == model):
+        cluster = Cluster.load(CLUSTERS / f"{cell['cluster']}.toml")
+        share = max(d.speed for d in cluster.devices) * _unit(cluster)
+        alone = [p for p in cell.get("plans", {}).values() if _alone(cluster, p["plan"])]
+        seconds = [step_s(cell["rounds"].get("single", [])), *(step_s([p]) for p in alone)]
+        rates += [cell["batch"] / s / share for s in seconds if s]
+    return max(rates, default=float("nan"))
+
+
+def bound(cells: list[dict[str, Any]], cell: dict[str, Any]) -> float:
+    """If compute were all: what one core does at its best, times the cores of all devices."""
     cluster = Cluster.load(CLUSTERS / f"{cell['cluster']}.toml")
-    speeds = [d.speed for d in cluster.devices]
-    return found["single"] * sum(speeds) / max(speeds)
+    return core_rate(cells, cell["model"]) * sum(d.speed for d in cluster.devices) * _unit(cluster)
+
+
+def _alone(cluster: Cluster, plan: dict[str, Any]) -> bool:
+    """Whether a plan is that of one device, one of the fastest."""
+    used = {r["device"] for stage in plan["stages"] for r in stage["replicas"]}
+    return len(used) == 1 and cluster.device(used.pop()).speed == max(d.speed for d in cluster.devices)
+
+
+def _unit(cluster: Cluster) -> float:
+    return cluster.emulation.core_share if cluster.emulation else 1.0
 
 
 def mean_use(rounds: list[dict[str, Any]]) -> float:
@@ -60,7 +81,7 @@ def summarize(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         peers = {name: found[name] for name in PEERS if name in found}
         best = max(peers, key=lambda n: peers[n]) if peers else ""
         auto = found.get("auto", 0.0)
-        limit = bound(cell, found) if "single" in found else float("nan")
+        limit = bound(cells, cell)
         ratio = auto / peers[best] if best else float("nan")
         use = {n: mean_use(cell["rounds"][n]) for n in (best, "auto") if n in cell["rounds"]}
         row = {

@@ -19,12 +19,31 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InputError, PeerError, ResourceError
 from spanwise.core.job import Job
 from spanwise.lab import LIBRARY_BYTES, Lab, check, reason_against, state
-from spanwise.lab.commands import NAMESPACES
+from spanwise.lab.cgroups import detect
+from spanwise.lab.commands import NAMESPACES, call, require_tools
 from spanwise.lab.layout import PREFIX
 from spanwise.runtime.training import Silent
 
+
+
+def impossible() -> str:
+    """Why there can be no lab here, as on machines whose root may not make namespaces."""
+    if reason := reason_against():
+        return reason
+    try:
+        require_tools()
+        detect("probe")
+        call("ip", "netns", "add", "spanwise-probe")
+        call("ip", "netns", "del", "spanwise-probe")
+        os.close(os.open("/dev/net/tun", os.O_RDWR))
+    except (ResourceError, OSError) as error:
+        return f"no lab here: {error}"
+    return ""
+
+
+IMPOSSIBLE = impossible()
 pytestmark = [
-    pytest.mark.skipif(bool(reason_against()), reason=reason_against() or "a lab is possible"),
+    pytest.mark.skipif(bool(IMPOSSIBLE), reason=IMPOSSIBLE or "a lab is possible"),
     pytest.mark.timeout(120),
 ]
 

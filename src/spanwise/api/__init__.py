@@ -165,7 +165,8 @@ class Trainer:
     ) -> Outcome:  # fmt: skip
         """Trains on a map-style data set of (inputs, label) rows and loads the weights into the model.
 
-        The rows are shared out to the cluster's data devices; a device gets its own rows and no others.
+        The rows are shared out to the cluster's data devices; a device gets its own rows and no others. Where
+        the data is everywhere each source gets all of them.
         """
         return train(
             self.job, self.cluster, run=self.run, strategy=self.strategy, resume=resume,

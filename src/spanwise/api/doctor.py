@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 import spanwise
+from spanwise.lab import reason_against
 
 _LIBRARIES = ("torch", "numpy", "pydantic", "safetensors", "typer", "rich", "scikit-learn", "transformers")
 
@@ -18,7 +19,6 @@ _LIBRARIES = ("torch", "numpy", "pydantic", "safetensors", "typer", "rich", "sci
 def examine() -> dict[str, Any]:
     """Versions, cores, memory and its limits, accelerators, ways to emulate a cluster."""
     memory = psutil.virtual_memory()
-    root = getattr(os, "geteuid", lambda: 1)() == 0
     return {
         "spanwise": spanwise.__version__,
         "python": platform.python_version(),
@@ -32,9 +32,7 @@ def examine() -> dict[str, Any]:
         "accelerators": _accelerators(),
         "emulation": {
             "portable": "yes: compute is slowed and messages are paced, no root needed",
-            "network_namespaces": "yes"
-            if root and Path("/dev/net/tun").exists()
-            else "no: needs root and /dev/net/tun",
+            "lab": f"no: {reason}" if (reason := reason_against()) else "yes, see docs/lab.md",
         },
     }
 
