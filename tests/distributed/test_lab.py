@@ -25,7 +25,6 @@ from spanwise.lab.layout import PREFIX
 from spanwise.runtime.training import Silent
 
 
-
 def impossible() -> str:
     """Why there can be no lab here, as on machines whose root may not make namespaces."""
     if reason := reason_against():

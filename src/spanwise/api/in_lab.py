@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _PACE_ROWS = 8  # about what a device gets of a micro-batch
 _SET_UP_S = 4.5  # until all devices have built the model
-_PACE_S = 4.0
+_SET_UP_ALONE_S = 1.5
+_PACE_S = 3.5
 _TIMEOUT_S = 300.0
 
 
@@ -42,32 +43,52 @@ def profile_in_lab(
 ) -> Profile:
     """Layer times of this machine, stretched by each device's share and by what it takes under its limits.
 
-    Times of single layers do not show through a CPU quota, which comes in portions of about a millisecond. So
-    layers are timed once at full speed, and the whole model on all devices at the same time under their
-    quotas; a device's factor is what it then needs over what its layers add up to. What a message costs a
-    processor, which matters where a device has a tenth of one, is measured under the quotas too.
+    Times of single layers do not show through a CPU quota, which comes in portions of about a millisecond.
+    So layers are timed once at full speed, and the whole model under the quotas: on all devices at the same
+    time, and on one device of every share while the others rest. A device's factor is what it then needs
+    over what its layers add up to. What a message costs a processor, which matters where a device has a
+    tenth of one, is measured under the quotas too.
     """
     base = profile_prepared(prepared, cluster, cache)
     rows = min(_PACE_ROWS, prepared.job.batch)
-    head, payload = profile_request(prepared)
-    with lab.eased():
-        begin_s = time.monotonic() + _SET_UP_S
-        for device in pool.devices:
-            pool.coordinator.tell(device, "service", payload, name="pace", pace_rows=rows,
-                                  begin_s=begin_s, last_s=_PACE_S, **head)  # fmt: skip
-        time.sleep(max(0.0, begin_s - time.monotonic()))
-    frames = pool.coordinator.gather("served", pool.devices, _TIMEOUT_S)
     layers = range(len(prepared.traced.graph))
-    slower: dict[str, float] = {}
+    undisturbed_s: dict[str, float] = {}
     for entry in base.devices:
-        table, pass_s = base.tables[entry.table], float(frames[entry.device].head["pass_s"])
-        undisturbed_s = sum(table.forward(layer, rows) + table.backward(layer, rows) for layer in layers)
-        slower[entry.device] = max(1.0, pass_s / undisturbed_s)
+        table = base.tables[entry.table]
+        seconds = [table.forward(layer, rows) + table.backward(layer, rows) for layer in layers]
+        undisturbed_s[entry.device] = sum(seconds)
+    together = _pass_s(prepared, lab, pool, pool.devices, rows, set_up_s=_SET_UP_S)
+    slower = {d: max(1.0, s / undisturbed_s[d]) for d, s in together.items()}
+    alike = {lab.share(d): d for d in pool.devices}  # devices of one share stand for each other
+    alone: dict[float, float] = {}
+    for share, device in alike.items():
+        seconds = _pass_s(prepared, lab, pool, (device,), rows, set_up_s=_SET_UP_ALONE_S)
+        alone[share] = max(1.0, seconds[device] / undisturbed_s[device])
     messages = [seconds / slower[device] for device, seconds in pool.message_cpu_s().items()]
     message_s = median(messages) if messages else 0.0
     devices = [
-        d.model_copy(update={"factor": d.factor * slower[d.device], "alone": 1 / slower[d.device]})
+        d.model_copy(
+            update={
+                "factor": d.factor * slower[d.device],
+                "alone": min(1.0, alone[lab.share(d.device)] / slower[d.device]),
+            }
+        )
         for d in base.devices
     ]
     tables = [table.model_copy(update={"message_s": message_s}) for table in base.tables]
     return base.model_copy(update={"devices": tuple(devices), "tables": tuple(tables)})
+
+
+def _pass_s(
+    prepared: Prepared, lab: Lab, pool: WorkerPool, devices: tuple[str, ...], rows: int, *, set_up_s: float
+) -> dict[str, float]:
+    """Seconds of a pass of the whole model on these devices at once, under their quotas."""
+    head, payload = profile_request(prepared)
+    with lab.eased():
+        begin_s = time.monotonic() + set_up_s
+        for device in devices:
+            pool.coordinator.tell(device, "service", payload, name="pace", pace_rows=rows,
+                                  begin_s=begin_s, last_s=_PACE_S, **head)  # fmt: skip
+        time.sleep(max(0.0, begin_s - time.monotonic()))
+    frames = pool.coordinator.gather("served", devices, _TIMEOUT_S)
+    return {device: float(frame.head["pass_s"]) for device, frame in frames.items()}

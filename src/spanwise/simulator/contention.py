@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spanwise.core.cluster import Cluster
-from spanwise.core.profile import Profile
+from spanwise.core.profile import DeviceTimes, Profile
 from spanwise.core.timeline import Timeline
 
 
@@ -21,7 +21,7 @@ def relieved(profile: Profile, cluster: Cluster, first: Timeline) -> Profile:
     """
     work = {d.id: first.device(d.id).utilization * d.speed for d in cluster.devices}
     speeds = {d.id: d.speed for d in cluster.devices}
-    devices = []
+    devices: list[DeviceTimes] = []
     for entry in profile.devices:
         others = sum(speeds.values()) - speeds.get(entry.device, 0.0)
         load = (sum(work.values()) - work.get(entry.device, 0.0)) / others if others else 0.0
