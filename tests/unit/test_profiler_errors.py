@@ -105,7 +105,7 @@ CASES: dict[str, tuple[Forward, tuple[str, ...]]] = {
     "parameter": (decaying, ("overwrites the parameter 'a.weight'", "optimizer")),
     "cond": (branching, ("operation 'cond'", "plain operations")),
     "autograd function": (rounded, ("gradient of 'a.", "autograd function", "torch operations")),
-    "hidden randomness": (dice, ("the loss", "hidden randomness")),
+    "hidden randomness": (dice, ("of the traced operations differs", "hidden randomness")),
     "own failure": (failing, ("test_profiler_errors.py, line", "ValueError: no such thing", "on the sample")),
     "autocast": (lower_precision, ("wrap_with_autocast", "plain operations")),
 }
