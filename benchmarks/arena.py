@@ -190,6 +190,11 @@ def predicted_s(prepared: Prepared, plan: Plan, times: Profile, cluster: Cluster
     return predict(plan, prepared.traced.graph, times, cluster, prepared.job).step_time_s
 
 
+def shape(plan: Plan) -> str:
+    """Equal for plans that do the same, whoever made them."""
+    return plan.model_copy(update={"strategy": ""}).digest
+
+
 def prepared_job(model: str, batch: int) -> Prepared:
     """The traced model with its data."""
     return prepare(job_of(model, batch))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from spanwise.api.run import environment
+from spanwise.lab import reason_against
 
 
 def options(description: str) -> argparse.Namespace:
@@ -19,6 +21,14 @@ def options(description: str) -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="fewer repeats; results are not kept")
     parser.add_argument("--out", type=Path, default=None, help="raw JSON file")
     return parser.parse_args()
+
+
+def need_lab(args: argparse.Namespace) -> None:
+    """Ends this program where there can be no lab: a short run may go without, a whole one may not."""
+    reason = reason_against()
+    if reason:
+        print(f"not run: {reason}")
+        sys.exit(0 if args.short else 1)
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

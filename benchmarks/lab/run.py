@@ -12,13 +12,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arena import CLUSTERS, prepared_job
-from harness import keep, options
+from harness import keep, need_lab, options
 
 from spanwise.api.planning import choose
 from spanwise.api.run import TrainOptions, run_job
 from spanwise.api.times import profile_prepared
 from spanwise.core.cluster import Cluster
-from spanwise.lab import Lab, reason_against
+from spanwise.lab import Lab
 from spanwise.lab.check import check
 
 NAME = "spantrain-7-env1"
@@ -27,18 +27,12 @@ MODEL, BATCH = "mobilenet_v2", 64
 
 def main() -> None:
     args = options(__doc__ or "")
-    reason = reason_against()
-    if reason:
-        print(f"not run: {reason}")
-        sys.exit(0 if args.short else 1)
+    need_lab(args)
     cluster = Cluster.load(CLUSTERS / f"{NAME}.toml")
     with Lab(cluster) as lab:
         findings = list(check(lab))
     for finding in findings:
-        print(
-            f"{'ok ' if finding.ok else 'OFF'} {finding.what:<9} {finding.where:<20} {finding.text}",
-            flush=True,
-        )
+        print(finding.line, flush=True)
     steps, runs = (4, 2) if args.short else (14, 3)
     prepared = prepared_job(MODEL, BATCH)
     prepared = dataclasses.replace(prepared, job=prepared.job.model_copy(update={"steps": steps}))
@@ -57,10 +51,7 @@ def main() -> None:
         "cluster": NAME, "model": MODEL, "batch": BATCH, "steps": steps, "median_step_s": medians,
         "largest_difference": max(abs(value / middle - 1) for value in medians),
         "spread": max(medians) / min(medians) - 1,
-        "check": [
-            {"what": f.what, "where": f.where, "expected": f.expected, "measured": f.measured, "ok": f.ok}
-            for f in findings
-        ],
+        "check": [dataclasses.asdict(finding) for finding in findings],
         "check_ok": sum(f.ok for f in findings), "check_all": len(findings),
     }  # fmt: skip
     print({key: value for key, value in result.items() if key != "check"})

@@ -11,7 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from run import HERE, draw, quantile
+from run import HERE, draw, errors_of
 
 RAW = HERE.parent / "throughput" / "raw" / "throughput.json"
 
@@ -41,13 +41,9 @@ def rows_of(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     data = json.loads(RAW.read_text(encoding="utf-8"))
     rows = rows_of(data["cells"])
-    errors = sorted(abs(row["error"]) for row in rows)
     result = {
         "benchmark": "prediction", "date": data["date"], "environment": data["environment"],
-        "from": "../throughput/raw/throughput.json", "combinations": len(rows),
-        "median_absolute_error": statistics.median(errors), "p95_absolute_error": quantile(errors, 0.95),
-        "largest_absolute_error": errors[-1], "mean_error": statistics.mean(row["error"] for row in rows),
-        "rows": rows,
+        "from": "../throughput/raw/throughput.json", **errors_of(rows), "rows": rows,
     }  # fmt: skip
     print({key: value for key, value in result.items() if key not in ("rows", "environment")})
     for row in sorted(rows, key=lambda r: r["error"]):

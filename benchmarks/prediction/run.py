@@ -15,14 +15,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arena import CLUSTERS, Arena, middle, predicted_s, prepared_job
-from harness import keep
+from arena import CLUSTERS, Arena, middle, predicted_s, prepared_job, shape
+from harness import keep, need_lab
 from models import RECIPES
 
 from spanwise.api.planning import choose
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InfeasibleError, SpanwiseError
-from spanwise.lab import reason_against
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = ("spantrain-7-env1", "edge-lan", "two-site-wan")
@@ -58,8 +57,8 @@ def combinations(arena: Arena, model: str, args: argparse.Namespace) -> list[dic
         except InfeasibleError as error:
             print(f"{arena.cluster.name} {model} {strategy}: no plan: {error}", flush=True)
             continue
-        shape = plan.model_copy(update={"strategy": ""}).digest
-        if any(row["shape"] == shape for row in rows):
+        same = shape(plan)
+        if any(row["shape"] == same for row in rows):
             continue
         expected = predicted_s(prepared, plan, times, arena.cluster)
         count = max(3, min(12, round(ENOUGH_S / expected)))
@@ -72,7 +71,7 @@ def combinations(arena: Arena, model: str, args: argparse.Namespace) -> list[dic
         rows.append(
             {
                 "cluster": arena.cluster.name, "model": model, "strategy": strategy, "batch": args.batch,
-                "shape": shape, "predicted_s": expected, "measured_s": found, "step_s": one.step_s,
+                "shape": same, "predicted_s": expected, "measured_s": found, "step_s": one.step_s,
                 "error": expected / found - 1, "devices": one.devices, "plan": plan.to_data(),
             }
         )  # fmt: skip
@@ -81,6 +80,18 @@ def combinations(arena: Arena, model: str, args: argparse.Namespace) -> list[dic
             f"{expected / found - 1:+.1%}", flush=True,
         )  # fmt: skip
     return rows
+
+
+def errors_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How far predictions are off over all combinations."""
+    errors = sorted(abs(row["error"]) for row in rows)
+    return {
+        "combinations": len(rows),
+        "median_absolute_error": statistics.median(errors),
+        "p95_absolute_error": quantile(errors, 0.95),
+        "largest_absolute_error": errors[-1],
+        "mean_error": statistics.mean(row["error"] for row in rows),
+    }
 
 
 def quantile(values: list[float], part: float) -> float:
@@ -116,10 +127,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     args = options()
-    reason = reason_against()
-    if reason:
-        print(f"not run: {reason}")
-        sys.exit(0 if args.short else 1)
+    need_lab(args)
     rows: list[dict[str, Any]] = []
     began = time.monotonic()
     for name in args.environments:
@@ -129,16 +137,7 @@ def main() -> None:
                 rows += combinations(arena, model, args)
                 if args.out is not None:
                     args.out.with_suffix(".partial.json").write_text(json.dumps(rows))
-    errors = sorted(abs(row["error"]) for row in rows)
-    result = {
-        "combinations": len(rows),
-        "median_absolute_error": statistics.median(errors),
-        "p95_absolute_error": quantile(errors, 0.95),
-        "largest_absolute_error": errors[-1],
-        "mean_error": statistics.mean(row["error"] for row in rows),
-        "seconds": time.monotonic() - began,
-        "rows": rows,
-    }
+    result = errors_of(rows) | {"seconds": time.monotonic() - began, "rows": rows}
     if args.short:
         print({key: value for key, value in result.items() if key != "rows"})
         return

@@ -16,8 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arena import CLUSTERS, Arena, Measurement, failed, middle, predicted_s, prepared_job
-from harness import keep
+from arena import CLUSTERS, Arena, Measurement, failed, middle, predicted_s, prepared_job, shape
+from harness import keep, need_lab
 from models import RECIPES
 from table import draw, step_s, summarize
 
@@ -26,7 +26,6 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.errors import SpanwiseError
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
-from spanwise.lab import reason_against
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = ("spantrain-7-env1", "spantrain-7-env2", "two-site-wan")
@@ -142,13 +141,13 @@ def _others(
 ) -> dict[str, dict[str, Any]]:
     """Plans of further strategies, for the prediction table: each shape once."""
     rows: dict[str, dict[str, Any]] = {}
-    seen = {_shape(auto)}
+    seen = {shape(auto)}
     for strategy in strategies:
         try:
             plan, _ = choose(prepared.job, arena.cluster, prepared.traced.graph, times, strategy)
-            if _shape(plan) in seen:
+            if shape(plan) in seen:
                 continue
-            seen.add(_shape(plan))
+            seen.add(shape(plan))
             one = arena.plan(prepared, plan, steps=4)
         except SpanwiseError as error:
             print(f"{strategy}: {error}", flush=True)
@@ -157,10 +156,6 @@ def _others(
         rows[strategy] = {"predicted_s": expected, "step_s": one.step_s, "plan": plan.to_data()}
         _say(arena, prepared.job.name, prepared.job.batch, f"{strategy}, predicted {expected:.3f} s", one)
     return rows
-
-
-def _shape(plan: Plan) -> str:
-    return plan.model_copy(update={"strategy": ""}).digest
 
 
 def _behind(name: str, earlier: dict[str, Any] | None, target: float) -> str:
@@ -189,10 +184,7 @@ def _say(arena: Arena, model: str, batch: int, name: str, one: Measurement) -> N
 
 def main() -> None:
     args = options()
-    reason = reason_against()
-    if reason:
-        print(f"not run: {reason}")
-        sys.exit(0 if args.short else 1)
+    need_lab(args)
     cells: list[dict[str, Any]] = []
     partial = None if args.out is None else args.out.with_suffix(".partial.json")
     if partial is not None and partial.exists():  # go on where an earlier call was interrupted

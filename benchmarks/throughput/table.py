@@ -44,7 +44,7 @@ def core_rate(cells: list[dict[str, Any]], model: str) -> float:
     rates: list[float] = []
     for cell in (c for c in cells if c["model"] == model):
         cluster = Cluster.load(CLUSTERS / f"{cell['cluster']}.toml")
-        share = max(d.speed for d in cluster.devices) * _unit(cluster)
+        share = max(d.speed for d in cluster.devices) * cluster.core_share
         alone = [p for p in cell.get("plans", {}).values() if _alone(cluster, p["plan"])]
         seconds = [step_s(cell["rounds"].get("single", [])), *(step_s([p]) for p in alone)]
         rates += [cell["batch"] / s / share for s in seconds if s]
@@ -54,17 +54,13 @@ def core_rate(cells: list[dict[str, Any]], model: str) -> float:
 def bound(cells: list[dict[str, Any]], cell: dict[str, Any]) -> float:
     """If compute were all: what one core does at its best, times the cores of all devices."""
     cluster = Cluster.load(CLUSTERS / f"{cell['cluster']}.toml")
-    return core_rate(cells, cell["model"]) * sum(d.speed for d in cluster.devices) * _unit(cluster)
+    return core_rate(cells, cell["model"]) * sum(d.speed for d in cluster.devices) * cluster.core_share
 
 
 def _alone(cluster: Cluster, plan: dict[str, Any]) -> bool:
     """Whether a plan is that of one device, one of the fastest."""
     used = {r["device"] for stage in plan["stages"] for r in stage["replicas"]}
     return len(used) == 1 and cluster.device(used.pop()).speed == max(d.speed for d in cluster.devices)
-
-
-def _unit(cluster: Cluster) -> float:
-    return cluster.emulation.core_share if cluster.emulation else 1.0
 
 
 def mean_use(rounds: list[dict[str, Any]]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -114,12 +115,10 @@ def check(cluster: Cluster, as_json: AsJson = False) -> None:
         for finding in examine(lab):
             findings.append(finding)
             if not as_json:
-                mark = "ok " if finding.ok else "OFF"
-                typer.echo(f"{mark} {finding.what:<9} {finding.where:<24} {finding.text}")
+                typer.echo(finding.line)
     wrong = [f for f in findings if not f.ok]
     if as_json:
-        keys = ("what", "where", "expected", "measured", "ok")
-        typer.echo(json.dumps([{key: getattr(f, key) for key in keys} for f in findings], indent=1))
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
         typer.echo(f"{len(findings) - len(wrong)} of {len(findings)} as the file says")
     if wrong:

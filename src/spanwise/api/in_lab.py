@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spanwise.api.services import profile_request
 from spanwise.api.times import profile_prepared
 from spanwise.core.cluster import Cluster
 from spanwise.core.profile import Profile
 from spanwise.lab import Lab
+from spanwise.runtime.control import listen
 from spanwise.runtime.processes import Meeting, WorkerPool
 
 if TYPE_CHECKING:
@@ -34,7 +36,10 @@ def meet_in_lab(
     def start(device: str, argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
         return lab.start(device, argv, env=env, stdin=subprocess.DEVNULL)
 
-    meeting = Meeting(lab.hub_address, 0, join_timeout_s=join_timeout_s, listen=lab.listen, start=start)
+    def listen_at_hub(host: str, port: int) -> socket.socket:
+        return lab.at_hub(lambda: listen(host, port))
+
+    meeting = Meeting(lab.hub_address, join_timeout_s=join_timeout_s, listen=listen_at_hub, start=start)
     return WorkerPool(lab.cluster, devices, meeting, emulate=False, on_listen=on_listen)
 
 
@@ -57,13 +62,15 @@ def profile_in_lab(
         table = base.tables[entry.table]
         seconds = [table.forward(layer, rows) + table.backward(layer, rows) for layer in layers]
         undisturbed_s[entry.device] = sum(seconds)
-    together = _pass_s(prepared, lab, pool, pool.devices, rows, set_up_s=_SET_UP_S)
+    head, payload = profile_request(prepared)
+    request = {**head, "name": "pace", "pace_rows": rows, "last_s": _PACE_S}
+    together = _pass_s(request, payload, lab, pool, pool.devices, set_up_s=_SET_UP_S)
     slower = {d: max(1.0, s / undisturbed_s[d]) for d, s in together.items()}
     alike = {lab.share(d): d for d in pool.devices}  # devices of one share stand for each other
     alone: dict[float, float] = {}
     for share, device in alike.items():
-        seconds = _pass_s(prepared, lab, pool, (device,), rows, set_up_s=_SET_UP_ALONE_S)
-        alone[share] = max(1.0, seconds[device] / undisturbed_s[device])
+        found = _pass_s(request, payload, lab, pool, (device,), set_up_s=_SET_UP_ALONE_S)
+        alone[share] = max(1.0, found[device] / undisturbed_s[device])
     messages = [seconds / slower[device] for device, seconds in pool.message_cpu_s().items()]
     message_s = median(messages) if messages else 0.0
     devices = [
@@ -80,15 +87,14 @@ def profile_in_lab(
 
 
 def _pass_s(
-    prepared: Prepared, lab: Lab, pool: WorkerPool, devices: tuple[str, ...], rows: int, *, set_up_s: float
-) -> dict[str, float]:
+    request: dict[str, Any], payload: bytes, lab: Lab, pool: WorkerPool, devices: tuple[str, ...], *,
+    set_up_s: float,
+) -> dict[str, float]:  # fmt: skip
     """Seconds of a pass of the whole model on these devices at once, under their quotas."""
-    head, payload = profile_request(prepared)
     with lab.eased():
         begin_s = time.monotonic() + set_up_s
         for device in devices:
-            pool.coordinator.tell(device, "service", payload, name="pace", pace_rows=rows,
-                                  begin_s=begin_s, last_s=_PACE_S, **head)  # fmt: skip
+            pool.coordinator.tell(device, "service", payload, begin_s=begin_s, **request)
         time.sleep(max(0.0, begin_s - time.monotonic()))
     frames = pool.coordinator.gather("served", devices, _TIMEOUT_S)
     return {device: float(frame.head["pass_s"]) for device, frame in frames.items()}

@@ -198,6 +198,11 @@ class Cluster(Noun):
         return tuple(device.id for device in self.devices)
 
     @property
+    def core_share(self) -> float:
+        """What part of one core speed 1.0 is: all of it unless the cluster is emulated."""
+        return self.emulation.core_share if self.emulation else 1.0
+
+    @property
     def data_shares(self) -> tuple[DataShare, ...]:
         """Who holds the data by the file: all where it is everywhere, the first device if it does not say."""
         if self.data == EVERYWHERE:

@@ -37,6 +37,11 @@ class Finding:
     ok: bool
 
     @property
+    def line(self) -> str:
+        """Verdict, what, where and numbers, for a table of them."""
+        return f"{'ok ' if self.ok else 'OFF'} {self.what:<9} {self.where:<24} {self.text}"
+
+    @property
     def text(self) -> str:
         """In words."""
         shows: dict[str, Callable[[float], str]] = {

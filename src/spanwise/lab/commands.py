@@ -31,10 +31,15 @@ def require_tools() -> None:
             )
 
 
-def call(*argv: str, check: bool = True) -> str:
-    """Runs one command, returns what it printed; ``ResourceError`` with its own words if it fails."""
+def call(*argv: str, text: str | None = None, check: bool = True) -> str:
+    """Runs one command, returns what it printed; ``ResourceError`` with its own words if it fails.
+
+    ``text`` is its standard input.
+    """
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            argv, input=text, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
     except FileNotFoundError:
         raise ResourceError(f"lab: the program '{argv[0]}' is not on this machine; install it") from None
     except subprocess.TimeoutExpired:
@@ -48,17 +53,8 @@ def call(*argv: str, check: bool = True) -> str:
 def batch(tool: str, namespace: str, lines: Iterable[str]) -> None:
     """Runs several commands of ``ip`` or ``tc`` in a namespace, all in one process."""
     text = "\n".join(lines)
-    if not text:
-        return
-    argv = [tool, "-n", namespace, "-batch", "-"]
-    try:
-        done = subprocess.run(argv, input=text + "\n", capture_output=True, text=True, timeout=_TIMEOUT_S,
-                              check=False)  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise ResourceError(f"lab: '{' '.join(argv)}' did not end within {_TIMEOUT_S:g} s") from None
-    if done.returncode:
-        words = " ".join(done.stderr.split())
-        raise ResourceError(f"lab: {tool} in namespace {namespace} failed: {words}")
+    if text:
+        call(tool, "-n", namespace, "-batch", "-", text=text + "\n")
 
 
 def inside(namespace: str, work: Callable[[], T]) -> T:

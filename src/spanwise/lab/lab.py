@@ -13,11 +13,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InputError, PeerError, ResourceError
@@ -25,6 +25,8 @@ from spanwise.core.units import parse_rate, parse_seconds
 from spanwise.lab import cgroups, network, state
 from spanwise.lab.commands import inside, require_tools
 from spanwise.lab.layout import Layout, Share, changed_cluster
+
+T = TypeVar("T")
 
 LIBRARY_BYTES = 448 * 2**20  # interpreter, torch and spanwise, beside the tensors of a device's budget
 HUB = "hub"
@@ -113,11 +115,11 @@ class Lab:
     def _refuse_second(self) -> None:
         for lab in state.left_behind():
             folder = state.LabFolder.of(lab)
-            alive = folder.description.exists() and _alive(int(folder.read()["relay"]))
-            if alive:
-                name = folder.read()["cluster"].get("name")
+            known: dict[str, Any] = folder.read() if folder.description.exists() else {"relay": 0}
+            if _alive(int(known["relay"])):
+                name = known["cluster"].get("name")
                 raise ResourceError(
-                    f"lab: lab {lab} ('{name}', process {folder.read()['owner']}) is up, and two would "
+                    f"lab: lab {lab} ('{name}', process {known['owner']}) is up, and two would "
                     f"share the cores; wait for it, or end it with 'spanwise lab down {lab}'"
                 )
             state.remove(lab)  # its relay is gone, so nothing of it works any more
@@ -209,13 +211,9 @@ class Lab:
         """Cores that a device has."""
         return self.layout.share(self._known(device))
 
-    def listen(self, host: str, port: int) -> socket.socket:
-        """A listening socket at the hub, for a process that stays outside."""
-
-        def bind() -> socket.socket:
-            return socket.create_server((host, port))
-
-        return inside(self.layout.hub, bind)
+    def at_hub(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns when done at the hub: a socket made there stays there."""
+        return inside(self.layout.hub, work)
 
     def command(self, device: str | None, argv: Sequence[str]) -> list[str]:
         """The command line that runs ``argv`` as a device, or at the hub for none."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from spanwise.core.cluster import Cluster, Device
+from spanwise.core.cluster import Cluster, Device, Route
 from spanwise.core.errors import InputError
 
 PREFIX = "spanwise-"  # of every namespace and control group
@@ -112,7 +112,7 @@ class Layout:
     def _check_load(self, cores: int) -> None:
         load = sum(self.share(d) for d in self.cluster.ids)
         if load > MOST_LOAD * cores + 1e-9:
-            unit = self.cluster.emulation.core_share if self.cluster.emulation else 1.0
+            unit = self.cluster.core_share
             speeds = sum(device.speed for device in self.cluster.devices)
             fits = math.floor(MOST_LOAD * cores / speeds * 1e4) / 1e4
             raise InputError(
@@ -123,8 +123,7 @@ class Layout:
 
     def share(self, device: str) -> float:
         """Cores that a device has: its speed times what speed 1.0 is."""
-        unit = self.cluster.emulation.core_share if self.cluster.emulation else 1.0
-        return self.cluster.device(device).speed * unit
+        return self.cluster.device(device).speed * self.cluster.core_share
 
     @property
     def hub(self) -> str:
@@ -174,7 +173,10 @@ class Layout:
         return self.cluster.ids.index(device) + 2
 
     def direct(self, a: str, b: str) -> bool:
-        """Whether a pair talks over its site's bridge: the site's own link, with hardly any latency."""
+        """Whether a pair talks over its site's bridge: the site's own link, hardly any latency."""
+        return self._switched(a, b) and self._switched(b, a)
+
+    def _switched(self, a: str, b: str) -> bool:
         one, two = self.cluster.device(a), self.cluster.device(b)
         if one.site != two.site or not self.cluster.connected(a, b):
             return False
@@ -189,18 +191,14 @@ class Layout:
         """
         ids = self.cluster.ids
         pairs = [(a, b) for a in ids for b in ids if a != b and self.cluster.connected(a, b)]
-        return tuple(self._way(a, b) for a, b in pairs if not (self.direct(a, b) and self.direct(b, a)))
-
-    def _way(self, a: str, b: str) -> Way:
-        route = self.cluster.route(a, b)
-        metered = tuple(r for r in route.resources if not r[0].startswith(("up:", "down:")))
-        return Way(a, b, metered, route.latency_s)
+        routes = [(a, b, self.cluster.route(a, b)) for a, b in pairs if not self.direct(a, b)]
+        return tuple(Way(a, b, _between(route), route.latency_s) for a, b, route in routes)
 
     def detours(self, device: str) -> tuple[str, ...]:
         """Devices of the same site that it reaches through the router, not over the bridge."""
         site = self.cluster.device(device).site
         mates = [d.id for d in self.cluster.devices if d.site == site and d.id != device]
-        return tuple(m for m in mates if not (self.direct(device, m) and self.direct(m, device)))
+        return tuple(mate for mate in mates if not self.direct(device, mate))
 
     def switch_rate(self, device: Device) -> float | None:
         """Bytes per second of its port on the site's bridge, where it has neighbours there."""
@@ -214,6 +212,11 @@ class Layout:
         """The cluster as its workers see it: with addresses, and with nothing left to emulate."""
         devices = tuple(d.model_copy(update={"address": self.address(d.id)}) for d in self.cluster.devices)
         return self.cluster.model_copy(update={"devices": devices, "emulation": None})
+
+
+def _between(route: Route) -> tuple[tuple[str, float], ...]:
+    """A route's capacities without the two devices' own ports."""
+    return tuple(r for r in route.resources if not r[0].startswith(("up:", "down:")))
 
 
 def changed_cluster(
@@ -246,8 +249,7 @@ def _current(
 ) -> tuple[float, float]:
     if source in cluster.ids and target in cluster.ids:
         route = cluster.route(source, target)
-        shared = [rate for name, rate in route.resources if not name.startswith(("up:", "down:"))]
-        return min(shared), route.latency_s
+        return min(rate for _, rate in _between(route)), route.latency_s
     for link in cluster.links:
         if (link.source, link.target) == (source, target):
             return link.bandwidth_bytes_per_s, link.latency_s

@@ -7,7 +7,7 @@ band, not shaped). What a device sends to its gateway, the router hands to ``tun
 from __future__ import annotations
 
 from spanwise.core.cluster import Device
-from spanwise.lab.commands import NAMESPACES, batch, call, write_sysctls
+from spanwise.lab.commands import batch, call, write_sysctls
 from spanwise.lab.layout import Layout
 
 _TABLE = 100
@@ -133,19 +133,8 @@ def reroute(old: Layout, new: Layout) -> None:
         lines = [_detour(new, device, mate) for mate in sorted(after - before)]
         lines += [f"route del {new.address(mate)}/32" for mate in sorted(before - after)]
         batch("ip", new.device_namespace(device.id), lines)
-        ports = ("up_bytes_per_s", "down_bytes_per_s")
-        was = old.cluster.device(device.id)
-        if old.switch_rate(was) != new.switch_rate(device) or any(
-            getattr(was, port) != getattr(device, port) for port in ports
-        ):
+        if old.switch_rate(device) != new.switch_rate(device):
             shape(new, device)
-
-
-def remove(namespaces: tuple[str, ...]) -> None:
-    """Removes namespaces and, with them, all cables; those that are gone already are no error."""
-    for namespace in namespaces:
-        if (NAMESPACES / namespace).exists():
-            call("ip", "netns", "del", namespace, check=False)
 
 
 def sent_bytes(layout: Layout, device: str) -> int:

@@ -20,7 +20,7 @@ def scaled_profile(graph: ModelGraph, tables: Mapping[int, TimeTable], cluster: 
         cluster: where it is emulated on this machine, speed 1.0 is only its ``core_share`` of a core.
     """
     threads = sorted(tables)
-    share = cluster.emulation.core_share if cluster.emulation else 1.0
+    share = cluster.core_share
     return Profile(
         graph_digest=graph.digest,
         tables=tuple(tables[count] for count in threads),
