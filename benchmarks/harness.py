@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pictures import Draw, redraw
+
 from spanwise.api.run import environment
 from spanwise.lab import reason_against
 
@@ -20,6 +22,7 @@ def options(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--short", action="store_true", help="fewer repeats; results are not kept")
     parser.add_argument("--out", type=Path, default=None, help="raw JSON file")
+    parser.add_argument("--redraw", action="store_true", help="only the picture again, from the raw file")
     return parser.parse_args()
 
 
@@ -40,10 +43,23 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "q1": low, "q3": high, "n": len(ordered)}
 
 
+def redrawn(args: argparse.Namespace, folder: Path, name: str, draw: Draw) -> bool:
+    """Whether only the picture was asked for; then it is drawn."""
+    if args.redraw:
+        redraw(folder, name, draw)
+    return bool(args.redraw)
+
+
 def keep(
-    args: argparse.Namespace, folder: Path, name: str, result: dict[str, Any], *, quiet: bool = False
+    args: argparse.Namespace,
+    folder: Path,
+    name: str,
+    result: dict[str, Any],
+    *,
+    quiet: bool = False,
+    draw: Draw | None = None,
 ) -> None:
-    """Prints the result; writes it with the environment unless the run is short."""
+    """Prints the result; writes it with the environment, and its picture, unless the run is short."""
     data = {"benchmark": name, "date": time.strftime("%Y-%m-%d"), "environment": environment(), **result}
     if not quiet:
         print(json.dumps(result, indent=1))
@@ -52,3 +68,5 @@ def keep(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         print(f"written: {path.name}")
+        if draw is not None and args.out is None:
+            draw(data, folder / f"{name}.svg")

@@ -16,7 +16,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from harness import keep, options, summary
+from harness import keep, options, redrawn, summary
+from pictures import OURS, canvas
 
 from spanwise.api.planning import choose
 from spanwise.api.prepare import Prepared, prepare
@@ -31,6 +32,7 @@ from spanwise.runtime.processes import Meeting, ProcessSession, WorkerPool
 from spanwise.runtime.session import Session
 from spanwise.runtime.threads import ThreadSession
 
+HERE = Path(__file__).resolve().parent
 ONE = Cluster.parse({"name": "one", "devices": [{"id": "here", "memory": "8 GiB"}], "data": ["here"]})
 MODELS: dict[str, dict[str, Any]] = {
     "mobilenet_v2": {
@@ -154,15 +156,33 @@ def per_action(steps: int) -> dict[str, Any]:
     }
 
 
+def draw(data: dict[str, Any], path: Path) -> None:
+    """Throughput over that of a plain loop, one dot with its quartiles for every model and backend."""
+    found = [(m, b, one["throughput_ratio"]) for m, pair in data["models"].items() for b, one in pair.items()]
+    action_us = data["per_action"]["own_s_per_action"]["median"] * 1e6
+    with canvas(path, (7.0, 2.6)) as (axis,):
+        for place, (_, _, ratio) in enumerate(found):
+            low, high = ratio["median"] - ratio["q1"], ratio["q3"] - ratio["median"]
+            axis.errorbar(ratio["median"], place, xerr=[[low], [high]], fmt="o", color=OURS, capsize=3)
+        axis.axvline(1.0, color="#888888", lw=0.8)
+        axis.set_yticks(range(len(found)), [f"{model}, {backend}" for model, backend, _ in found], fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlim(0.9, 1.1)
+        axis.set_xlabel("throughput over that of a plain PyTorch loop (median, quartiles)")
+        axis.set_title(f"1.0 is free; an action costs {action_us:.0f} us", fontsize=10, loc="left")
+
+
 def main() -> None:
     args = options(__doc__ or "")
+    if redrawn(args, HERE, "overhead", draw):
+        return
     torch.set_num_threads(1)
     repeats = 6 if args.short else 20
     models = ["mobilenet_v2"] if args.short else list(MODELS)
     result: dict[str, Any] = {"per_action": per_action(10 if args.short else 50), "models": {}}
     for name in models:
         result["models"][name] = {b: compare(name, repeats, b) for b in ("threads", "processes")}
-    keep(args, Path(__file__).parent, "overhead", result)
+    keep(args, HERE, "overhead", result, draw=draw)
 
 
 if __name__ == "__main__":

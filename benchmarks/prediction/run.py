@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from arena import CLUSTERS, Arena, middle, predicted_s, prepared_job, shape
 from harness import keep, need_lab
 from models import RECIPES
+from pictures import GREY, canvas
 
 from spanwise.api.planning import choose
 from spanwise.core.cluster import Cluster
@@ -101,28 +102,19 @@ def quantile(values: list[float], part: float) -> float:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Measured over predicted, one dot a combination, with a band of 20 %."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.2, 5.6))
     low = min(min(r["predicted_s"], r["measured_s"]) for r in rows) * 0.8
     high = max(max(r["predicted_s"], r["measured_s"]) for r in rows) * 1.25
-    axis.fill_between([low, high], [low * 0.8, high * 0.8], [low * 1.2, high * 1.2], color="#e8e8e8", lw=0)
-    axis.plot([low, high], [low, high], color="#888888", lw=0.8)
-    strategies = list(dict.fromkeys(r["strategy"] for r in rows))
-    for strategy in strategies:
-        mine = [r for r in rows if r["strategy"] == strategy]
-        axis.plot([r["predicted_s"] for r in mine], [r["measured_s"] for r in mine], "o", ms=5, alpha=0.8,
-                  label=strategy)  # fmt: skip
-    axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel="predicted step time, s",
-             ylabel="measured step time, s")  # fmt: skip
-    axis.set_title(f"{len(rows)} combinations; grey: within 20 %", fontsize=10, loc="left")
-    axis.legend(frameon=False, fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path)
+    with canvas(path, (6.2, 5.6)) as (axis,):
+        axis.fill_between([low, high], [low * 0.8, high * 0.8], [low * 1.2, high * 1.2], color=GREY, lw=0)
+        axis.plot([low, high], [low, high], color="#888888", lw=0.8)
+        for strategy in dict.fromkeys(r["strategy"] for r in rows):
+            mine = [r for r in rows if r["strategy"] == strategy]
+            axis.plot([r["predicted_s"] for r in mine], [r["measured_s"] for r in mine], "o", ms=5, alpha=0.8,
+                      label=strategy)  # fmt: skip
+        axis.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high),
+                 xlabel="predicted step time, s", ylabel="measured step time, s")  # fmt: skip
+        axis.set_title(f"{len(rows)} combinations; grey: within 20 %", fontsize=10, loc="left")
+        axis.legend(frameon=False, fontsize=8)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arena import CLUSTERS
+from pictures import OURS, PLAIN, canvas
 
 from spanwise.core.cluster import Cluster
 
@@ -97,34 +98,26 @@ def summarize(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars: throughput over the aggregate-compute bound, every contestant, one panel a cluster."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names = list(dict.fromkeys(row["cluster"] for row in rows))
-    figure, axes = plt.subplots(len(names), 1, figsize=(11, 3.1 * len(names)), squeeze=False)
-    colors = {"ddp": "#9db4c0", "fsdp2": "#5c6b73", "gpipe": "#c2b280", "1f1b": "#a0855b",
-              "single": "#cfcfcf", "cloud_only": "#b6a6ca", "auto": "#d1495b"}  # fmt: skip
+    colors = {"ddp": "#9db4c0", "fsdp2": PLAIN, "gpipe": "#c2b280", "1f1b": "#a0855b",
+              "single": "#cfcfcf", "cloud_only": "#b6a6ca", "auto": OURS}  # fmt: skip
     order = [*PEERS, "auto"]
-    for axis, name in zip(axes[:, 0], names, strict=True):
-        mine = [row for row in rows if row["cluster"] == name]
-        for place, contestant in enumerate(order):
-            heights = [row["found"].get(contestant, 0.0) / row["bound"] for row in mine]
-            at = [i + (place - (len(order) - 1) / 2) * 0.12 for i in range(len(mine))]
-            axis.bar(at, heights, 0.11, color=colors[contestant], label=TITLES[contestant])
-        for i, row in enumerate(mine):
-            axis.text(i + 0.36, row["fraction"] + 0.02, f"{row['ratio']:.2f}x", ha="center", fontsize=8)
-        axis.set_xticks(
-            range(len(mine)), [f"{row['model']}\nbatch {row['batch']}" for row in mine], fontsize=8
-        )
-        axis.set_ylim(0, 1.05)
-        axis.set_ylabel("of the compute bound")
-        axis.set_title(name, loc="left", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(ncol=7, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.32))
-    figure.tight_layout()
-    figure.savefig(path)
+    with canvas(path, (11, 3.1 * len(names)), (len(names), 1)) as axes:
+        for axis, name in zip(axes, names, strict=True):
+            mine = [row for row in rows if row["cluster"] == name]
+            for place, contestant in enumerate(order):
+                heights = [row["found"].get(contestant, 0.0) / row["bound"] for row in mine]
+                at = [i + (place - (len(order) - 1) / 2) * 0.12 for i in range(len(mine))]
+                axis.bar(at, heights, 0.11, color=colors[contestant], label=TITLES[contestant])
+            for i, row in enumerate(mine):
+                axis.text(i + 0.36, row["fraction"] + 0.02, f"{row['ratio']:.2f}x", ha="center", fontsize=8)
+            axis.set_xticks(
+                range(len(mine)), [f"{row['model']}\nbatch {row['batch']}" for row in mine], fontsize=8
+            )
+            axis.set_ylim(0, 1.05)
+            axis.set_ylabel("of the compute bound")
+            axis.set_title(name, loc="left", fontsize=10)
+        axes[0].legend(ncol=7, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.32))
 
 
 def main() -> None:

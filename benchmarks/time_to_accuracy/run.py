@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from flower import ensure_environment, run_engine, run_resident
-from harness import keep, options
+from harness import keep, options, redrawn
+from pictures import OURS, canvas
 from places import REPOSITORY, Place, free_port, place
 from task import Curve, Task
 
@@ -276,32 +277,27 @@ def _starts(runs: list[dict[str, Any]]) -> list[float]:
     return [point["start_s"] for run in runs for point in run["points"] if "start_s" in point]
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Accuracy against seconds, one line a run; PNG or SVG by the file's suffix. Needs matplotlib."""
-    import matplotlib
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Accuracy against seconds, one line a run, one colour a system."""
+    from matplotlib import ticker
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    figure, axes = pyplot.subplots(figsize=(7.0, 4.0), layout="constrained")
-    for number, (system, row) in enumerate(result["table"].items()):
-        best = row["local_epochs"] or 1
-        runs = [r for r in result["runs"] if r["system"] == system and r["local_epochs"] == best]
-        for index, run in enumerate(runs):
-            points = run["points"]
-            axes.plot(
-                [p["seconds"] for p in points], [100 * p["accuracy"] for p in points], marker=".", lw=1.2,
-                color=f"C{number}", label=row["label"].replace("`", "") if index == 0 else None,
-            )  # fmt: skip
-    axes.axhline(100 * result["target"], color="0.5", lw=0.8, ls="--")
-    axes.set(xlabel="seconds of training", ylabel="test accuracy, %", xscale="log", ylim=(0, 101))
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-    axes.legend(frameon=False, loc="lower right", fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    print(f"drawn: {path.name}")
+    with canvas(path, (7.0, 4.0)) as (axes,):
+        for number, (system, row) in enumerate(result["table"].items()):
+            best = row["local_epochs"] or 1
+            runs = [r for r in result["runs"] if r["system"] == system and r["local_epochs"] == best]
+            for index, run in enumerate(runs):
+                points = run["points"]
+                axes.plot(
+                    [p["seconds"] for p in points], [100 * p["accuracy"] for p in points], marker=".", lw=1.2,
+                    color=OURS if system == "spanwise" else f"C{number}",
+                    label=row["label"].replace("`", "") if index == 0 else None,
+                )  # fmt: skip
+        axes.axhline(100 * result["target"], color="0.5", lw=0.8, ls="--")
+        axes.set(xlabel="seconds of training", ylabel="test accuracy, %", xscale="log", ylim=(0, 101))
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.legend(frameon=False, loc="lower right", fontsize="small")
 
 
 def read_options() -> argparse.Namespace:
@@ -321,9 +317,6 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--flower-venv", type=Path, default=REPOSITORY / ".venv-flower")
     parser.add_argument("--work", type=Path, default=None, help="folder for logs; kept")
-    parser.add_argument(
-        "--plot", type=Path, default=None, help="draw the raw JSON of --out here, run nothing"
-    )
     own, rest = parser.parse_known_args()
     sys.argv[1:] = rest
     shared = options((__doc__ or "") + "\n\nOwn options: " + parser.format_usage())
@@ -348,9 +341,7 @@ def main() -> None:
     # Also when a time limit ends this program, what it started is ended with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args = read_options()
-    raw = args.out or HERE / "raw" / "time_to_accuracy.json"
-    if args.plot is not None:
-        plot(json.loads(raw.read_text(encoding="utf-8")), args.plot)
+    if redrawn(args, HERE, "time_to_accuracy", draw):
         return
     reason = reason_against()
     if reason and not args.no_lab and not args.short:
@@ -372,7 +363,7 @@ def main() -> None:
         "batch": ROWS_A_STEP * len(cluster.ids), "local_batch": LOCAL_BATCH,
         "table": table(bench.runs), "runs": bench.runs,
     }  # fmt: skip
-    keep(args, HERE, "time_to_accuracy", result)
+    keep(args, HERE, "time_to_accuracy", result, draw=draw)
 
 
 if __name__ == "__main__":
