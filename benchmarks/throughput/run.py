@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arena import CLUSTERS, Arena, Measurement, failed, middle, predicted_s, prepared_job, shape
 from harness import keep, need_lab
+from losses import losses
 from models import RECIPES
 from table import draw, step_s, summarize
 
@@ -114,6 +115,7 @@ def cell(
         "batch": batch,
         "auto_strategy": plan.strategy,
         "predicted_step_time_s": expected,
+        "losses_s": losses(prepared, plan, times, arena.cluster),
         "plan": plan.to_data(),
         "predictions": expects,
         "plans": _others(arena, prepared, times, plan, args.also if batch == min(args.batches) else ()),

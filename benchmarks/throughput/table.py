@@ -11,6 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arena import CLUSTERS
+from losses import CAUSES
 from pictures import OURS, PLAIN, canvas
 
 from spanwise.core.cluster import Cluster
@@ -96,6 +97,18 @@ def summarize(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def where_the_rest_goes(cells: list[dict[str, Any]]) -> list[str]:
+    """A line a cell: what part of the predicted step is the bound, and what part each cause of more."""
+    lines: list[str] = []
+    for cell in cells:
+        parts = cell.get("losses_s")
+        if parts:
+            whole = sum(parts.values())
+            shares = " | ".join(f"{parts[name] / whole:.0%}" for name in ("bound", *CAUSES))
+            lines.append(f"| {cell['cluster']} | {cell['model']} | {cell['batch']} | {shares} |")
+    return lines
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars: throughput over the aggregate-compute bound, every contestant, one panel a cluster."""
     names = list(dict.fromkeys(row["cluster"] for row in rows))
@@ -123,8 +136,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     data = json.loads((HERE / "raw" / "throughput.json").read_text(encoding="utf-8"))
     rows = summarize(data["cells"])
-    for row in rows:
-        print(row["text"])
+    for line in [row["text"] for row in rows] + where_the_rest_goes(data["cells"]):
+        print(line)
     draw(rows, HERE / "throughput.svg")
 
 
