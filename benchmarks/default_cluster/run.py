@@ -27,6 +27,7 @@ from spanwise.core.defaults import default_cluster
 HERE = Path(__file__).resolve().parent
 JOB = HERE.parents[1] / "examples" / "digits.toml"
 STRATEGIES = ("single", "hpp", "pipeline", "gpipe", "data_parallel")
+SHORT = ("single", "hpp", "pipeline")
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
@@ -48,16 +49,16 @@ def main() -> None:
     args = options(__doc__ or "")
     if redrawn(args, HERE, "default_cluster", draw):
         return
-    steps, rounds = (4, 1) if args.short else (7, 2)
+    strategies, steps, rounds = (SHORT, 4, 1) if args.short else (STRATEGIES, 7, 2)
     cluster = default_cluster()
     job = api.load_job(JOB, (f"steps={steps}", "batch=128", "checkpoint_every=0"))
     prepared = prepare(job)
     times = profile_prepared(prepared, cluster, None)
     graph = prepared.traced.graph
-    plans = {name: choose(job, cluster, graph, times, name)[0] for name in STRATEGIES}
+    plans = {name: choose(job, cluster, graph, times, name)[0] for name in strategies}
     auto, _ = choose(job, cluster, graph, times, "auto")
     predicted = {name: predict(plan, graph, times, cluster, job).step_time_s for name, plan in plans.items()}
-    measured: dict[str, list[float]] = {name: [] for name in STRATEGIES}
+    measured: dict[str, list[float]] = {name: [] for name in strategies}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(rounds):
             for name, plan in plans.items():
@@ -72,7 +73,7 @@ def main() -> None:
                     flush=True,
                 )
     rows: dict[str, Any] = {}
-    for name in STRATEGIES:
+    for name in strategies:
         middle = statistics.median(measured[name])
         rows[name] = {
             "predicted_step_time_s": predicted[name],

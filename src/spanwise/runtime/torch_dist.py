@@ -9,9 +9,11 @@ from datetime import timedelta
 from typing import Any, TypeAlias
 
 import torch.distributed as dist
+from torch import Tensor
 
 from spanwise.core.cluster import Device
 from spanwise.core.errors import PeerError, ResourceError
+from spanwise.runtime.packing import empty_packed, packed, unpack, worth_packing
 from spanwise.runtime.transport import Tensors
 
 MAX_TENSORS = 8  # tensors of one transfer; each has a tag of its own
@@ -60,12 +62,16 @@ class KeyValueStore(Store):
 
 @dataclass(frozen=True)
 class _Works:
-    """Several works of one transfer; keeps the tensors alive until they are done."""
+    """Several works of one transfer; keeps the tensors alive until they are done.
+
+    ``targets`` are where the one message belongs that arrived in place of several.
+    """
 
     peer: str
     what: str
     works: tuple[Any, ...]
-    tensors: tuple[Any, ...]
+    tensors: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...] = ()
 
     def wait(self, timeout_s: float) -> None:
         try:
@@ -76,6 +82,8 @@ class _Works:
             late = "Timed out" in reason
             detail = f"nothing within {timeout_s:g} s" if late else "the connection broke"
             raise PeerError(f"{self.what} '{self.peer}': {detail}", device=self.peer) from None
+        if self.targets:
+            unpack(self.tensors[0], self.targets)
 
 
 class DistTransport:
@@ -97,22 +105,29 @@ class DistTransport:
         self._group = _group(store, self._rank[device], len(members), backend, address, timeout_s)
 
     def send(self, peer: str, tag: int, tensors: Tensors) -> _Works:
-        """Posts one message a tensor."""
-        return self._post("send", "sending to", peer, tag, tensors)
+        """Posts one message a tensor, or one for all where that costs less."""
+        kept = tuple(t.detach() if t.is_contiguous() else t.detach().contiguous() for t in tensors)
+        messages = (packed(kept),) if worth_packing(kept) else kept
+        return self._post("send", "sending to", peer, tag, messages)
 
     def recv(self, peer: str, tag: int, buffers: Tensors) -> _Works:
-        """Posts one receive a tensor, straight into the buffers."""
-        return self._post("recv", "receiving from", peer, tag, buffers)
+        """Posts one receive a message: a tensor's straight into its buffer."""
+        kept = tuple(buffers)
+        if worth_packing(kept):
+            return self._post("recv", "receiving from", peer, tag, (empty_packed(kept),), kept)
+        return self._post("recv", "receiving from", peer, tag, kept)
 
     def close(self) -> None:
         """Drops the connections."""
         self._group = None
 
-    def _post(self, verb: str, what: str, peer: str, tag: int, tensors: Tensors) -> _Works:
-        if len(tensors) > MAX_TENSORS:
-            raise PeerError(f"{what} '{peer}': {len(tensors)} tensors in one transfer, at most {MAX_TENSORS}")
+    def _post(
+        self, verb: str, what: str, peer: str, tag: int, kept: tuple[Tensor, ...],
+        targets: tuple[Tensor, ...] = (),
+    ) -> _Works:  # fmt: skip
+        if len(kept) > MAX_TENSORS:
+            raise PeerError(f"{what} '{peer}': {len(kept)} tensors in one transfer, at most {MAX_TENSORS}")
         works: list[Any] = []
-        kept = tuple(t.detach() if t.is_contiguous() else t.detach().contiguous() for t in tensors)
         if self._group is None:
             raise PeerError(f"{what} '{peer}': this transport is closed", device=peer)
         try:
@@ -122,7 +137,7 @@ class DistTransport:
                     works.append(post([tensor], self._rank[peer], (tag * MAX_TENSORS + index) % _TAGS))
         except RuntimeError:
             raise PeerError(f"{what} '{peer}': the connection broke", device=peer) from None
-        return _Works(peer, what, tuple(works), kept)
+        return _Works(peer, what, tuple(works), kept, targets)
 
 
 def _group(store: Store, rank: int, size: int, backend: str, address: str, timeout_s: float) -> Any:
