@@ -42,12 +42,15 @@ class Layer(Noun):
     Attributes:
         name: the module path most of its operations come from.
         ops: half-open range of operations in the traced graph.
-        forward_flops, backward_flops: per row; a multiply-add counts as two.
+        forward_flops, backward_flops: per row; a multiply-add counts as two. ``weight_flops``: the part of
+            backward that gives the gradients of the products' weights and can wait.
         parameters: what it trains. ``buffers``: names of its persistent, untrained state.
         outputs: every tensor that crosses the cut behind it, skip connections included; empty
             for the last layer, whose result is the loss.
         saved_bytes: kept between forward and backward, per row, measured by saved-tensor hooks.
         saved_fixed_bytes: the same, once per micro-batch whatever its rows.
+        deferred_bytes: kept between the two halves of a backward, per row: inputs and result gradients of the
+            products whose weight gradients wait.
         batch_statistics: whether it mixes rows (BatchNorm in training), so that a replica's result
             depends on which rows it holds.
     """
@@ -56,12 +59,14 @@ class Layer(Noun):
     ops: tuple[int, int]
     forward_flops: float = Field(ge=0)
     backward_flops: float = Field(ge=0)
+    weight_flops: float = Field(default=0.0, ge=0)
     parameters: tuple[Parameter, ...] = ()
     buffers: tuple[str, ...] = ()
     buffer_bytes: int = Field(default=0, ge=0)
     outputs: tuple[TensorSpec, ...] = ()
     saved_bytes: int = Field(default=0, ge=0)
     saved_fixed_bytes: int = Field(default=0, ge=0)
+    deferred_bytes: int = Field(default=0, ge=0)
     batch_statistics: bool = False
 
     @property

@@ -11,7 +11,18 @@ from typing import Any, Literal, get_args
 from spanwise.core.errors import PlanError
 from spanwise.core.noun import Noun
 
-Kind = Literal["load", "forward", "backward", "send", "recv", "reduce", "norm", "step"]
+Kind = Literal[
+    "load",
+    "forward",
+    "backward",
+    "backward_input",
+    "backward_weight",
+    "send",
+    "recv",
+    "reduce",
+    "norm",
+    "step",
+]
 Payload = Literal["input", "label", "activation", "gradient"]
 
 
@@ -20,7 +31,8 @@ class Action:
     """One thing that a device does. ``str(action)`` prints it, ``Action.parse`` reads it back.
 
     Attributes:
-        kind: ``load`` reads own data rows; ``forward``/``backward`` compute a stage on own rows;
+        kind: ``load`` reads own data rows; ``forward``/``backward`` compute a stage on own rows, and
+            ``backward_input`` what the stage before waits for, ``backward_weight`` the rest of a backward;
             ``send``/``recv`` move rows; ``reduce`` sums gradients over devices (in the background, until the
             step); ``norm`` sums the squared gradient norm; ``step`` waits for the reductions and updates.
         stage: of compute; for activations and gradients the stage *before* the cut. -1 = none.
@@ -47,7 +59,7 @@ class Action:
         match self.kind:
             case "load":
                 return f"load m{self.micro_batch} [{a}:{b})"
-            case "forward" | "backward":
+            case "forward" | "backward" | "backward_input" | "backward_weight":
                 return f"{self.kind} s{self.stage} m{self.micro_batch} [{a}:{b})"
             case "send" | "recv":
                 way = "to" if self.kind == "send" else "from"
@@ -86,7 +98,7 @@ def _members(m: re.Match[str]) -> tuple[str, ...]:
 
 
 def _compute(m: re.Match[str]) -> Action:
-    kind: Kind = "forward" if m["kind"] == "forward" else "backward"
+    kind: Any = m["kind"]
     return Action(kind, stage=int(m["s"]), micro_batch=int(m["m"]), rows=_rows(m))
 
 
@@ -109,7 +121,7 @@ def _reduce(m: re.Match[str]) -> Action:
 
 
 _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Action]], ...] = (
-    (re.compile(rf"(?P<kind>forward|backward) s(?P<s>\d+) m(?P<m>\d+) {_ROWS}"), _compute),
+    (re.compile(rf"(?P<kind>forward|backward(?:_input|_weight)?) s(?P<s>\d+) m(?P<m>\d+) {_ROWS}"), _compute),
     (
         re.compile(
             rf"(?:(?P<send>send)|recv) (?P<payload>{'|'.join(get_args(Payload))}) "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spanwise.core.errors import PlanError
 from spanwise.core.plan import Plan, row_ranges
-from spanwise.core.program import Action, Program
+from spanwise.core.program import Action, Kind, Program
 
 _Key = tuple[str, int, int]  # kind, stage, micro-batch; of reductions kind, sync, segment
 
@@ -72,6 +72,11 @@ def _key(action: Action) -> _Key:
     return action.kind, action.stage, action.micro_batch
 
 
+def _backwards(plan: Plan) -> tuple[Kind, ...]:
+    """What makes up a backward, in order; the first gives the gradients that travel, the last ends it."""
+    return ("backward_input", "backward_weight") if plan.schedule == "zero_bubble" else ("backward",)
+
+
 def _work(program: Program, plan: Plan) -> dict[str, dict[_Key, Action]]:
     """What each device has to do besides moving rows."""
     work: dict[str, dict[_Key, Action]] = {device: {} for device in plan.devices}
@@ -85,7 +90,8 @@ def _work(program: Program, plan: Plan) -> dict[str, dict[_Key, Action]]:
         for s, stage in enumerate(plan.stages):
             for device, a, b in stage.row_ranges():
                 give(device, Action("forward", s, m, (a, b)))
-                give(device, Action("backward", s, m, (a, b)))
+                for kind in _backwards(plan):
+                    give(device, Action(kind, s, m, (a, b)))
     for y, (sync, segments) in enumerate(zip(plan.syncs, program.buckets, strict=True)):
         for device in sync.devices:
             for g in range(len(segments)):
@@ -122,7 +128,7 @@ def _check_order(device: str, actions: tuple[Action, ...], plan: Plan) -> None:
     for position, action in enumerate(actions):
         match action.kind:
             case "recv":
-                right = at.get(_use(action, len(plan.stages) - 1), -1) > position
+                right = at.get(_use(action, plan), -1) > position
             case "norm" | "step":
                 right = position == len(actions) - _FROM_END[action.kind]
             case _:
@@ -134,15 +140,15 @@ def _check_order(device: str, actions: tuple[Action, ...], plan: Plan) -> None:
 _FROM_END = {"norm": 2, "step": 1}
 
 
-def _use(recv: Action, last: int) -> _Key:
+def _use(recv: Action, plan: Plan) -> _Key:
     """The compute that needs what is received."""
     match recv.payload:
         case "input":
             return "forward", 0, recv.micro_batch
         case "label":
-            return "forward", last, recv.micro_batch
+            return "forward", len(plan.stages) - 1, recv.micro_batch
         case "gradient":
-            return "backward", recv.stage, recv.micro_batch
+            return _backwards(plan)[0], recv.stage, recv.micro_batch
         case _:
             return "forward", recv.stage + 1, recv.micro_batch
 
@@ -151,17 +157,19 @@ def _sources(action: Action, device: str, plan: Plan) -> list[_Key]:
     """What must have been done on the device before it computes, sends or reduces."""
     s, m = action.stage, action.micro_batch
     match action.kind, action.payload:
-        case "backward", _:
+        case "backward" | "backward_input", _:
             return [("forward", s, m)]
+        case "backward_weight", _:
+            return [("backward_input", s, m)]
         case "send", "input" | "label":
             return [("load", -1, m)]
         case "send", "activation":
             return [("forward", s, m)]
         case "send", _:
-            return [("backward", s + 1, m)]
+            return [(_backwards(plan)[0], s + 1, m)]
         case "reduce", _:
             return [
-                ("backward", i, plan.micro_batches - 1)
+                (_backwards(plan)[-1], i, plan.micro_batches - 1)
                 for i, stage in enumerate(plan.stages)
                 if device in stage.devices
                 and any(stage.meets(a, b) for a, b in plan.syncs[action.sync].layers)

@@ -148,14 +148,18 @@ class _Lowering:
 
     def _device(self, device: str, order: tuple[StageOp, ...]) -> None:
         loads = self._load_slots(device, order)
-        left = [op for op in order if op.kind == "backward"]
+        left = [op for op in order if op.kind != "forward"]
         self._loads(device, loads.get(-1, ()))
         reduced: set[int] = set()
         for position, op in enumerate(order):
             if op.kind == "forward":
                 self._forward(device, op)
             else:
-                self._backward(device, op)
+                if op.kind == "backward_weight":
+                    rows = self._rows(op.stage, device)
+                    self.actions[device].append(Action(op.kind, op.stage, op.micro_batch, rows))
+                else:
+                    self._backward(device, op)
                 left.remove(op)
                 self._reduce(device, {o.stage for o in left}, reduced)
             self._loads(device, loads.get(position, ()))
@@ -209,7 +213,7 @@ class _Lowering:
         rows = self._rows(s, device)
         if s + 1 < len(self.ranges):
             self._moves("recv", device, "gradient", s, m, rows, self.ranges[s + 1])
-        self.actions[device].append(Action("backward", s, m, rows))
+        self.actions[device].append(Action(op.kind, s, m, rows))
         if s > 0:
             self._moves("send", device, "gradient", s - 1, m, rows, self.ranges[s - 1])
 

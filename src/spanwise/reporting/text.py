@@ -117,9 +117,9 @@ def _stage_row(index: int, plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
         f"layers {layer_range(stage.start, stage.stop)}",
         layer_names(graph, stage),
         ", ".join(f"{r.device} x {r.rows}" for r in stage.replicas),
-        f"warm-up {min(stage.warmup, plan.micro_batches)}"
-        if plan.schedule == "1f1b"
-        else "all forwards first",
+        "all forwards first"
+        if plan.schedule == "gpipe"
+        else f"warm-up {min(stage.warmup, plan.micro_batches)}",
         f"{format_bytes(state)} of weights",
         f"sends {format_bytes(cut)} a row" if index + 1 < len(plan.stages) else "ends in the loss",
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spanwise.core.model import ModelGraph, TensorSpec
 from spanwise.core.plan import Plan
+from spanwise.ops.deferred import Deferred
 from spanwise.ops.stage_module import StageModule
 from spanwise.runtime.emulate import Work
 
@@ -26,7 +27,7 @@ def undisturbed_times(
     parameters: Mapping[str, nn.Parameter],
     buffers: Mapping[str, Tensor],
 ) -> dict[Work, float]:
-    """Median seconds of forward and backward of each stage of a device on its rows of a micro-batch.
+    """Median seconds of each kind of compute of each stage of a device on its rows of a micro-batch.
 
     Generated rows go through the stages that will run, before the run begins; gradients, buffers and the
     random state are as before afterwards. Other devices must rest meanwhile.
@@ -38,11 +39,11 @@ def undisturbed_times(
         spec = plan.stages[index]
         rows = next(replica.rows for replica in spec.replicas if replica.device == device)
         passes = [
-            _one_pass(stage, graph, spec.start, spec.stop, rows, parameters)
+            _one_pass(stage, graph, rows, parameters, halved=plan.schedule == "zero_bubble")
             for _ in range(_WARM_UP + _REPEATS)
         ]
-        found["forward", index] = median(forward for forward, _ in passes[_WARM_UP:])
-        found["backward", index] = median(backward for _, backward in passes[_WARM_UP:])
+        for kind in passes[0]:
+            found[kind, index] = median(seconds[kind] for seconds in passes[_WARM_UP:])
     for parameter in parameters.values():
         parameter.grad = None
     with torch.no_grad():
@@ -55,23 +56,33 @@ def undisturbed_times(
 def _one_pass(
     stage: StageModule,
     graph: ModelGraph,
-    start: int,
-    stop: int,
     rows: int,
     parameters: Mapping[str, nn.Parameter],
-) -> tuple[float, float]:
+    *,
+    halved: bool,
+) -> dict[str, float]:
+    """Seconds of each kind of action on one micro-batch."""
     where = next((p.device for p in parameters.values()), torch.device("cpu"))
-    inputs = tuple(_rows(spec, rows, where, start > 0) for spec in graph.cut_before(start))
-    last = stop == len(graph)
+    inputs = tuple(_rows(spec, rows, where, stage.start > 0) for spec in graph.cut_before(stage.start))
+    last = stage.stop == len(graph)
     labels = tuple(_rows(spec, rows, where, False) for spec in graph.labels) if last else ()
+    later = Deferred() if halved else None
     began = _clock(where)
-    outputs = stage(inputs, labels)
+    outputs = stage(inputs, labels, later)
     middle = _clock(where)
     ends = outputs[:1] if last else outputs
     targets = [t for t in ends if t.requires_grad]
     if targets:
         torch.autograd.backward(targets, [torch.ones_like(t) for t in targets])
-    return middle - began, _clock(where) - middle
+    back = _clock(where)
+    if later is None:
+        return {"forward": middle - began, "backward": back - middle}
+    later.run()
+    return {
+        "forward": middle - began,
+        "backward_input": back - middle,
+        "backward_weight": _clock(where) - back,
+    }
 
 
 def _clock(where: torch.device) -> float:

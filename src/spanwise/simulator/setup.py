@@ -11,7 +11,7 @@ from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.core.program import Action, Program
 from spanwise.core.routes import Routes
-from spanwise.cost import saved_bytes, state_bytes
+from spanwise.cost import deferred_bytes, saved_bytes, state_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,24 @@ class Costs:
         self._ways: dict[tuple[str, str], Way] = {}
         self._routes = Routes(cluster, profile.links)
         self.sizes = {p.name: p.bytes for p in graph.parameters}
-        self.forward: dict[tuple[str, int], float] = {}
-        self.backward: dict[tuple[str, int], float] = {}
+        #: Seconds by kind of action, device and stage.
+        self.compute: dict[tuple[str, str, int], float] = {}
+        #: Bytes by device and stage, kept from a forward and kept between the halves of a backward.
         self.saved: dict[tuple[str, int], int] = {}
+        self.deferred: dict[tuple[str, int], int] = {}
         for index, stage in enumerate(plan.stages):
             for replica in stage.replicas:
-                key, rows = (replica.device, index), replica.rows
-                self.forward[key] = profile.forward_s(replica.device, stage.start, stage.stop, rows)
-                self.backward[key] = profile.backward_s(replica.device, stage.start, stage.stop, rows)
+                device, rows = replica.device, replica.rows
+                key, where = (device, index), (device, stage.start, stage.stop, rows)
+                self.compute["forward", device, index] = profile.forward_s(*where)
+                if plan.schedule == "zero_bubble":
+                    into, weight = profile.halves_s(*where)
+                    self.compute["backward_input", device, index] = into
+                    self.compute["backward_weight", device, index] = weight
+                else:
+                    self.compute["backward", device, index] = profile.backward_s(*where)
                 self.saved[key] = saved_bytes(graph, stage.start, stage.stop, rows)
+                self.deferred[key] = deferred_bytes(graph, stage.start, stage.stop, rows)
         self.update: dict[str, float] = {}
         self.message: dict[str, float] = {}
         self.base: dict[str, int] = {}
