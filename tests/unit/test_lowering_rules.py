@@ -9,7 +9,7 @@ import pytest
 from plan_cases import chain, plan, spec, stage
 from spanwise.core.errors import PlanError
 from spanwise.core.model import ModelGraph
-from spanwise.core.plan import Plan
+from spanwise.core.plan import Plan, Stage
 from spanwise.core.program import Action, Program
 from spanwise.lowering import check, lower
 
@@ -74,3 +74,89 @@ def test_a_sum_waits_for_the_last_gradient() -> None:
     actions.insert(last, actions.pop(at))
     with pytest.raises(PlanError, match=r"'reduce .* on a stands in the wrong place"):
         check(replace(program, devices={**program.devices, "a": tuple(actions)}), HYBRID)
+
+
+def in_halves(*orders: str) -> Plan:
+    """Two stages of one device each with these orders, on 2 micro-batches."""
+    stages = [stage(0, 2, "a:3 b:5", 2), stage(2, 4, "c:8", 2)]
+    with_orders = [
+        Stage.parse({**s.to_data(), "order": order}) for s, order in zip(stages, orders, strict=True)
+    ]
+    return Plan.parse({**plan(GRAPH, *stages).to_data(), "stages": with_orders, "schedule": "zero_bubble"})
+
+
+HALVES = in_halves("F0 F1 I0 I1 W0 W1", "F0 I0 F1 W0 I1 W1")
+
+
+def test_gradients_leave_after_the_input_half_and_are_summed_after_the_last_weight_half() -> None:
+    texts = {d: [str(a) for a in actions] for d, actions in lower(HALVES, GRAPH).devices.items()}
+    assert texts["a"][-8:] == [
+        "recv gradient s0 m0 [0:3) from c #4 48B", "backward_input s0 m0 [0:3)",
+        "recv gradient s0 m1 [0:3) from c #5 48B", "backward_input s0 m1 [0:3)",
+        "backward_weight s0 m0 [0:3)", "backward_weight s0 m1 [0:3)",
+        "reduce y0.0 12B over a,b", "step",
+    ]  # fmt: skip
+    at = texts["c"].index("backward_input s1 m0 [0:8)")
+    assert [text.split()[0] for text in texts["c"][at + 1 : at + 3]] == ["send", "send"]
+    assert texts["c"].index("backward_weight s1 m0 [0:8)") > at + 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("backward_weight s0 m1 [0:3)", "backward_weight s0 m0 [0:3)", "done twice or is not in the plan"),
+        ("backward_weight s0 m1 [0:3)", "backward s0 m1 [0:3)", "done twice or is not in the plan"),
+        ("backward_weight s0 m1 [0:3)", "backward_weight s0 m1 [0:2)", "in the plan"),
+    ],
+)
+def test_both_halves_of_every_backward_are_asked_for(old: str, new: str, why: str) -> None:
+    with pytest.raises(PlanError, match=why):
+        check(changed(lower(HALVES, GRAPH), "a", Action.parse(old), Action.parse(new)), HALVES)
+
+
+def test_a_weight_half_follows_its_input_half() -> None:
+    program = lower(HALVES, GRAPH)
+    first, second = Action.parse("backward_input s0 m0 [0:3)"), Action.parse("backward_weight s0 m0 [0:3)")
+    swap = {first: second, second: first}
+    actions = tuple(swap.get(action, action) for action in program.devices["a"])
+    with pytest.raises(PlanError, match="wrong place"):
+        check(replace(program, devices={**program.devices, "a": actions}), HALVES)
+
+
+@pytest.mark.parametrize(
+    ("orders", "why"),
+    [
+        (("F0 F1 I0 I1 W0 W1", "F0 I0 W0"), "stage 1: order: 1 entries F for 2 micro-batches"),
+        (("F0 F1 I0 I1 W0 W1", "F0 F1 W0 I0 I1 W1"), "stage 1: order: 'W0' stands before I0"),
+        (("F0 F1 I0 I1 W0 W1", None), "stage 1 has no order"),
+    ],
+)
+def test_a_plan_refuses_orders_that_do_not_fit(orders: tuple[str, ...], why: str) -> None:
+    with pytest.raises(PlanError, match=why):
+        in_halves(*orders)
+
+
+def test_a_plan_refuses_an_order_that_runs_further_ahead_than_its_warm_up_or_has_no_use() -> None:
+    ahead = {**HALVES.to_data(), "stages": [s.model_copy(update={"warmup": 1}) for s in HALVES.stages]}
+    with pytest.raises(PlanError, match="runs 2 forwards ahead, its warm-up depth is 1"):
+        Plan.parse(ahead)
+    with pytest.raises(PlanError, match="has an order, which 1f1b makes itself"):
+        Plan.parse({**HALVES.to_data(), "schedule": "1f1b"})
+
+
+def test_orders_that_wait_for_each_other_are_refused() -> None:
+    """The first stage wants all gradients before its second forward, the second both inputs first."""
+    with pytest.raises(PlanError, match="it never ends"):
+        lower(in_halves("F0 I0 F1 I1 W0 W1", "F0 F1 I0 I1 W0 W1"), GRAPH)
+
+
+def test_a_device_with_two_stages_takes_their_halves_in_a_possible_order() -> None:
+    stages = [stage(0, 2, "a:8", 2), stage(2, 3, "b:8", 2), stage(3, 4, "a:8", 2)]
+    order = "F0 F1 I0 I1 W0 W1"
+    found = Plan.parse(
+        {**plan(GRAPH, *stages).to_data(), "schedule": "zero_bubble",
+         "stages": [{**s.to_data(), "order": order} for s in stages]}
+    )  # fmt: skip
+    computed = [str(a) for a in lower(found, GRAPH).devices["a"] if a.stage >= 0 and not a.payload]
+    assert len(computed) == 12
+    assert computed.index("backward_input s2 m0 [0:8)") < computed.index("backward_input s0 m0 [0:8)")
