@@ -101,7 +101,7 @@ def random_plan(
     schedule = rng.choice(["1f1b", "gpipe", "zero_bubble"])
     if schedule == "zero_bubble":
         stages = halved(rng, stages, micro_batches)
-    return plan_of(graph, tuple(stages), sources, micro_batches, schedule)
+    return plan_of(graph, tuple(stages), sources, micro_batches, schedule, rng.choice([1, 1, 3]))
 
 
 def halved(rng: random.Random, stages: Sequence[Stage], micro_batches: int) -> list[Stage]:
@@ -116,13 +116,15 @@ def halved(rng: random.Random, stages: Sequence[Stage], micro_batches: int) -> l
 
 def plan_of(
     graph: ModelGraph, stages: tuple[Stage, ...], sources: tuple[Replica, ...], micro_batches: int,
-    schedule: str = "1f1b",
+    schedule: str = "1f1b", segments: int = 1,
 ) -> Plan:  # fmt: skip
     return Plan.parse(
         {
             "strategy": "test", "graph_digest": graph.digest, "micro_batches": micro_batches,
             "micro_batch_rows": stages[0].rows, "sources": sources, "stages": stages, "schedule": schedule,
-            "syncs": natural_syncs(stages, graph),
+            "syncs": [
+                sync.model_copy(update={"segments": segments}) for sync in natural_syncs(stages, graph)
+            ],
         }
     )  # fmt: skip
 

@@ -192,6 +192,8 @@ actions = st.one_of(
     st.builds(Action, st.just("load"), micro_batch=stages, rows=ranges),
     st.builds(Action, st.sampled_from(COMPUTE), stage=stages, micro_batch=stages,
               rows=ranges),
+    st.builds(Action, st.just("backward_weight"), stage=stages, micro_batch=stages, rows=ranges,
+              layers=ranges),
     st.builds(Action, st.sampled_from(["send", "recv"]), stage=st.just(-1) | stages, micro_batch=stages,
               rows=ranges, payload=st.sampled_from(get_args(Payload)), peer=ids, transfer=counts,
               nbytes=counts),

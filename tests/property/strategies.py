@@ -182,7 +182,10 @@ def plans(draw: st.DrawFn, graph: ModelGraph, cluster: Cluster) -> Plan:
         sources=draw(replicas(cluster.ids, rows)),
         stages=stages,
         schedule=schedule,
-        syncs=natural_syncs(stages, graph),
+        syncs=tuple(
+            sync.model_copy(update={"segments": draw(st.integers(1, 3))})
+            for sync in natural_syncs(stages, graph)
+        ),
     )
 
 

@@ -80,7 +80,8 @@ def compute_s(case: Case, program: Program) -> dict[str, float]:
             rows = action.rows[1] - action.rows[0]
             if action.kind in COMPUTE:
                 stage = case.plan.stages[action.stage]
-                total += seconds(case.profile, action.kind, device, stage.start, stage.stop, rows)
+                layers = action.layers or (stage.start, stage.stop)
+                total += seconds(case.profile, action.kind, device, *layers, rows)
             elif action.kind in ("send", "recv"):
                 total += factor * table.message_s
             elif action.kind == "step":
@@ -93,7 +94,7 @@ def compute_s(case: Case, program: Program) -> dict[str, float]:
 @given(cases())
 def test_it_ends_and_every_step_does_the_same_work(case: Case) -> None:
     program = lowered(case)
-    check(program, case.plan)
+    check(program, case.plan, case.graph)
     timeline = run(case, program, steps=3)
     work = compute_s(case, program)
     sent = sent_bytes(program)

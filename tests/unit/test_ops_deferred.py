@@ -159,7 +159,7 @@ def test_a_result_that_no_loss_needs_has_no_weight_gradient() -> None:
     unused = nn.Linear(3, 3)
     later = Deferred()
     x = torch.randn(2, 3, requires_grad=True)
-    linear(later, x, unused.weight, unused.bias)
+    linear(later, 0, x, unused.weight, unused.bias)
     x.sum().backward()
     later.run()
     assert unused.weight.grad is None

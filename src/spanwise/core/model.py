@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import cached_property
 
 from pydantic import Field, model_validator
@@ -118,11 +119,16 @@ class ModelGraph(Noun):
     @cached_property
     def ties(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """Parameters used by more than one layer: (name, layer indices)."""
-        users: dict[str, list[int]] = {}
+        return tuple((name, where) for name, where in self.users.items() if len(where) > 1)
+
+    @cached_property
+    def users(self) -> dict[str, tuple[int, ...]]:
+        """Indices of the layers that use each parameter."""
+        found: dict[str, list[int]] = {}
         for index, layer in enumerate(self.layers):
             for parameter in layer.parameters:
-                users.setdefault(parameter.name, []).append(index)
-        return tuple((name, tuple(where)) for name, where in users.items() if len(where) > 1)
+                found.setdefault(parameter.name, []).append(index)
+        return {name: tuple(where) for name, where in found.items()}
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -133,6 +139,10 @@ class ModelGraph(Noun):
         """Parameters of layers ``[start, stop)``, each once, in order of first use."""
         found = {p.name: p for layer in self.layers[start:stop] for p in layer.parameters}
         return tuple(found.values())
+
+    def layer_of(self, op: int) -> int:
+        """Index of the layer that has an operation of the traced graph in its range."""
+        return bisect_right([layer.ops[1] for layer in self.layers], op)
 
     def cut_before(self, layer: int) -> tuple[TensorSpec, ...]:
         """What enters layer ``layer``: the inputs of the model, or what the layer before lets through."""

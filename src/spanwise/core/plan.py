@@ -71,7 +71,8 @@ class Sync(Noun):
 
     Meant are the parameters in these half-open layer ranges that exactly these devices hold: a tied weight
     whose layers lie in two stages has a Sync of its own, over the devices of both. ``segments`` cuts the
-    buffer: so many rings, one after the other. ``devices`` is the order of the ring.
+    parameters into so many rings, one after the other from the last layers to the first, each as soon as the
+    last micro-batch has left its gradients behind. ``devices`` is the order of the ring.
     """
 
     layers: tuple[tuple[int, int], ...] = Field(min_length=1)

@@ -25,29 +25,39 @@ _aten = torch.ops.aten
 
 
 class Deferred:
-    """Weight gradients of one micro-batch that are still to be computed."""
+    """Weight gradients of one micro-batch that are still to be computed, by layer."""
 
     def __init__(self) -> None:
-        self._left: list[tuple[Callable[[Tensor], None], Tensor]] = []
+        self._left: dict[int, list[tuple[Callable[[Tensor], None], Tensor]]] = {}
 
-    def expect(self, result: Tensor, weigh: Callable[[Tensor], None]) -> None:
+    def expect(self, layer: int, result: Tensor, weigh: Callable[[Tensor], None]) -> None:
         """Has ``weigh`` called with the gradient of ``result``, if one reaches it, by ``run``."""
-        left = self._left
+        left = self._left.setdefault(layer, [])
         result.register_hook(lambda gradient: left.append((weigh, gradient)))  # pyright: ignore
 
-    def run(self) -> None:
-        """Adds the weight gradients to ``.grad`` and frees what they are made from."""
+    def run(self, start: int | None = None, stop: int | None = None) -> None:
+        """Adds the weight gradients of layers ``[start, stop)`` to ``.grad`` and frees what they come from.
+
+        Layers go from the last to the first, as in a whole backward; without a range all of them.
+        """
+        chosen = [
+            layer
+            for layer in sorted(self._left, reverse=True)
+            if (start is None or layer >= start) and (stop is None or layer < stop)
+        ]
         with torch.no_grad():
-            self._left.reverse()
-            while self._left:
-                weigh, gradient = self._left.pop()
-                weigh(gradient)
+            for layer in chosen:
+                left = self._left.pop(layer)
+                left.reverse()
+                while left:
+                    weigh, gradient = left.pop()
+                    weigh(gradient)
 
 
 def deferrable(node: Op) -> Product | None:
     """How a product runs whose weight gradient can wait; None if the operation is no such product.
 
-    The result is called with a :class:`Deferred` and the arguments of the operation.
+    The result is called with a :class:`Deferred`, the index of the layer and the arguments of the operation.
     """
     found = _PRODUCTS.get(node.op)
     if found is None or node.kwargs:
@@ -68,7 +78,7 @@ def _argument(node: Op, place: int) -> Argument:
     return node.args[place] if place < len(node.args) else None
 
 
-def linear(later: Deferred, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(later: Deferred, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``aten.linear``: (..., n) to (..., m) with weight (m, n)."""
     if not x.requires_grad:
         return _aten.linear.default(x, weight, bias)
@@ -80,11 +90,11 @@ def linear(later: Deferred, x: Tensor, weight: Tensor, bias: Tensor | None = Non
         _add_product(weight, rows.t(), kept.reshape(-1, kept.shape[-1]))
         _add_sum(bias, rows)
 
-    later.expect(result, weigh)
+    later.expect(layer, result, weigh)
     return result
 
 
-def addmm(later: Deferred, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def addmm(later: Deferred, layer: int, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """``aten.addmm``: (rows, n) to (rows, m) with weight (n, m)."""
     if not x.requires_grad or bias.dim() != 1:
         return _aten.addmm.default(bias, x, weight)
@@ -95,7 +105,7 @@ def addmm(later: Deferred, bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         _add_product(weight, kept.t(), gradient)
         _add_sum(bias, gradient)
 
-    later.expect(result, weigh)
+    later.expect(layer, result, weigh)
     return result
 
 
@@ -107,7 +117,7 @@ def _convolution(forward: Any, dimensions: int) -> Product:
         return values if len(values) == dimensions else values * dimensions
 
     def convolution(
-        later: Deferred, x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any
+        later: Deferred, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any
     ) -> Tensor:
         if not x.requires_grad:
             return forward(x, weight, bias, *rest)
@@ -125,7 +135,7 @@ def _convolution(forward: Any, dimensions: int) -> Product:
             if wanted:
                 _add(bias, of_bias)
 
-        later.expect(result, weigh)
+        later.expect(layer, result, weigh)
         return result
 
     return convolution

@@ -69,9 +69,9 @@ class StageModule(nn.Module):
             self._results = tuple(Ref("node", spec.name) for spec in graph.layers[stop - 1].outputs)
         used = {ref for i in self._nodes for ref in ops.nodes[i].references()} | set(self._results)
         self._hold(ops, used, parameters, buffers)
-        self._whole = self._generate(ops, used, deferring=False)
+        self._whole = self._generate(ops, graph, used, deferring=False)
         self._halved: Forward | None = None  # made when it is first asked for
-        self._make_halved = lambda: self._generate(ops, used, deferring=True)
+        self._make_halved = lambda: self._generate(ops, graph, used, deferring=True)
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -143,7 +143,7 @@ class StageModule(nn.Module):
                 f"{stage}: {kind} '{name}' is on {value.device}, the stage on {self.device}; move it first"
             )
 
-    def _generate(self, ops: OpGraph, used: set[Ref], *, deferring: bool) -> Forward:
+    def _generate(self, ops: OpGraph, graph: ModelGraph, used: set[Ref], *, deferring: bool) -> Forward:
         """Python source of the whole stage; every value is dropped right after its last use."""
         scope: dict[str, Any] = {}
         names: dict[Ref, str] = {}
@@ -159,7 +159,8 @@ class StageModule(nn.Module):
             if ref in used:
                 scope[f"c{number}"] = unpack_constant(constant, self.device)
         writer = _Source(scope, names, self.device, deferring=deferring)
-        text = writer.function([ops.nodes[i] for i in self._nodes], self._inputs, self._labels, self._results)
+        nodes, layers = [ops.nodes[i] for i in self._nodes], [graph.layer_of(i) for i in self._nodes]
+        text = writer.function(nodes, self._inputs, self._labels, self._results, layers)
         exec(compile(text, f"<stage [{self.start}:{self.stop})>", "exec"), scope)
         return scope["forward"]
 
@@ -179,7 +180,9 @@ class _Source:
         inputs: tuple[Ref, ...],
         labels: tuple[Ref, ...],
         results: tuple[Ref, ...],
+        layers: list[int],
     ) -> str:
+        """Source text; ``layers`` has the layer of each node."""
         lines = ["def forward(inputs, labels, later):"]
         for index, ref in enumerate(inputs):
             self.names[ref] = f"x{index}"
@@ -193,7 +196,7 @@ class _Source:
         own = {*inputs, *labels}
         for index, node in enumerate(nodes):
             self.names[Ref("node", node.name)] = f"v{index}"
-            lines.append(f"    v{index} = {self.call(node)}")
+            lines.append(f"    v{index} = {self.call(node, layers[index])}")
             own.add(Ref("node", node.name))
             read = dict.fromkeys((*node.references(), Ref("node", node.name)))
             dead = [
@@ -204,7 +207,7 @@ class _Source:
         lines.append(f"    return ({''.join(self.names[ref] + ', ' for ref in results)})")
         return "\n".join(lines) + "\n"
 
-    def call(self, node: Op) -> str:
+    def call(self, node: Op, layer: int) -> str:
         args = list(node.args)
         flag = _CUDNN_FLAG.get(node.op)
         if flag is not None and len(args) > flag and self.device.type == "cuda":
@@ -217,7 +220,7 @@ class _Source:
         waits = deferrable(node) if self.deferring else None
         if waits is not None:
             function = waits
-            parts.insert(0, "later")
+            parts = ["later", str(layer), *parts]
         return f"{self.bind(function, 'f')}({', '.join(parts)})"
 
     def keyword(self, key: str) -> str:

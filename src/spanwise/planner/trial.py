@@ -24,10 +24,11 @@ from spanwise.simulator import simulate
 HOPELESS = 1.15
 # Forwards, backwards and messages that a planner simulates among its finalists, in three plans at least.
 MOST_EFFORT = 12_000
-# A zero_bubble plan must be faster by this part: halves cost what the simulator does not show. Of how many
-# finalists one is tried with its three variants.
-HALVED_GAIN = 0.005
+# Of how many finalists one is tried with backwards in halves, which is three more simulations.
 HALVED_PART = 6
+SEGMENTS = (2, 4)
+# By which part such variants of a plan must be faster: more actions cost what the simulator does not show.
+LEAST_GAIN = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,20 +187,35 @@ def at_both_depths(problem: Problem, strategy: str, outlines: Sequence[Outline],
     shallow = [Priced(_shallow(plan), 0.0) for plan in best if len(plan.stages) > 1]
     winner = fastest(problem, [Priced(best[0], 0.0), *shallow], 1 + len(shallow))
     winner = shifted(problem, winner, limit)
-    return halved(problem, list(dict.fromkeys((winner, *best)))[: max(1, limit // HALVED_PART)])
+    few = list(dict.fromkeys((winner, *best)))[: max(1, limit // HALVED_PART)]
+    return segmented(problem, halved(problem, few))
 
 
 def halved(problem: Problem, plans: Sequence[Plan]) -> Plan:
     """The fastest zero_bubble variant of any of the plans if that pays, else the first plan."""
-    best, least = plans[0], (1 - HALVED_GAIN) * timeline(problem, plans[0]).step_time_s
-    for plan in plans:
-        for variant in zero_bubble_variants(problem, plan):
-            try:
-                seconds = timeline(problem, variant).step_time_s
-            except InfeasibleError:
-                continue
-            if seconds < least:
-                best, least = variant, seconds
+    return _paying(problem, plans[0], [v for plan in plans for v in zero_bubble_variants(problem, plan)])
+
+
+def segmented(problem: Problem, plan: Plan) -> Plan:
+    """The plan with its gradients summed in several segments if that pays.
+
+    The first segments are summed while the last micro-batch still leaves the gradients of others behind.
+    """
+    if not plan.syncs:
+        return plan
+    more = [tuple(sync.model_copy(update={"segments": count}) for sync in plan.syncs) for count in SEGMENTS]
+    return _paying(problem, plan, [plan.model_copy(update={"syncs": syncs}) for syncs in more])
+
+
+def _paying(problem: Problem, plan: Plan, variants: Sequence[Plan]) -> Plan:
+    best, least = plan, (1 - LEAST_GAIN) * timeline(problem, plan).step_time_s
+    for variant in variants:
+        try:
+            seconds = timeline(problem, variant).step_time_s
+        except InfeasibleError:
+            continue
+        if seconds < least:
+            best, least = variant, seconds
     return best
 
 

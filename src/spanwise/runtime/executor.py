@@ -122,6 +122,7 @@ class Executor:
             "backward_weight": self._backward_weight,
             "reduce": self._reduce, "norm": self._norm, "step": self._update,
         }  # fmt: skip
+        self._in_halves = {(a.stage, a.micro_batch) for a in self._actions if a.kind == "backward_input"}
         self._sends = Counter(
             (a.payload or "", a.stage, a.micro_batch) for a in self._actions if a.kind == "send"
         )
@@ -259,7 +260,7 @@ class Executor:
             if s == self._last and self._graph.labels:
                 labels = self._incoming.pop(("label", -1, m)).whole()
             later = None
-            if self._plan.schedule == "zero_bubble":
+            if (s, m) in self._in_halves:
                 later = self._deferred[s, m] = Deferred()
             outputs = self._parts.stages[s](inputs, labels, later)
             if s == self._last:
@@ -277,7 +278,7 @@ class Executor:
         s, m = action.stage, action.micro_batch
         inputs, outputs = self._saved.pop((s, m))
         start = time.monotonic()
-        with self._pace.work(action.kind, s):
+        with self._pace.work(action.work, s):
             if s == self._last:
                 outputs[0].backward()  # pyright: ignore[reportUnknownMemberType]
             else:
@@ -291,10 +292,10 @@ class Executor:
             self._hand_over("gradient", s - 1, m, action.rows, s - 1, own)
 
     def _backward_weight(self, action: Action) -> None:
-        deferred = self._deferred.pop((action.stage, action.micro_batch))
+        deferred = self._deferred[action.stage, action.micro_batch]
         start = time.monotonic()
-        with self._pace.work("backward_weight", action.stage):
-            deferred.run()
+        with self._pace.work(action.work, action.stage):
+            deferred.run(*(action.layers or ()))
         self._recorder.span("backward_weight", action, start, time.monotonic(), busy=True)
 
     def _hand_over(

@@ -132,9 +132,9 @@ class Engine:
             case "forward":
                 self._consume(lane, now)  # first: what came in is kept as part of what is saved
                 self.memory.add(lane.name, self.costs.saved[lane.name, action.stage], now)
-                return self._compute(lane, action, self._seconds(lane, action), now)
+                return self._compute(lane, action, self.costs.compute_s(lane.name, action), now)
             case "backward" | "backward_input" | "backward_weight":
-                return self._compute(lane, action, self._seconds(lane, action), now)
+                return self._compute(lane, action, self.costs.compute_s(lane.name, action), now)
             case "send":
                 self._send(lane, action, now)
             case "recv":
@@ -157,9 +157,6 @@ class Engine:
                 pass
         lane.at += 1
         return self._pay_message(lane, action, now)
-
-    def _seconds(self, lane: _Lane, action: Action) -> float:
-        return self.costs.compute[action.kind, lane.name, action.stage]
 
     def _pay_message(self, lane: _Lane, action: Action, now: float) -> bool:
         cost = self.costs.message[lane.name]
@@ -195,9 +192,9 @@ class Engine:
             case "backward":
                 self.memory.add(lane.name, -self.costs.saved[key], now)
             case "backward_input":
-                self.memory.add(lane.name, self.costs.deferred[key] - self.costs.saved[key], now)
+                self.memory.add(lane.name, self.costs.deferred(action) - self.costs.saved[key], now)
             case "backward_weight":
-                self.memory.add(lane.name, -self.costs.deferred[key], now)
+                self.memory.add(lane.name, -self.costs.deferred(action), now)
             case _:
                 pass
         lane.at += 1

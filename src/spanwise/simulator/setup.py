@@ -37,24 +37,13 @@ class Costs:
         self._ways: dict[tuple[str, str], Way] = {}
         self._routes = Routes(cluster, profile.links)
         self.sizes = {p.name: p.bytes for p in graph.parameters}
-        #: Seconds by kind of action, device and stage.
-        self.compute: dict[tuple[str, str, int], float] = {}
-        #: Bytes by device and stage, kept from a forward and kept between the halves of a backward.
+        self._compute: dict[tuple[str, str, int], float] = {}
+        #: Bytes by device and stage that are kept from a forward.
         self.saved: dict[tuple[str, int], int] = {}
-        self.deferred: dict[tuple[str, int], int] = {}
         for index, stage in enumerate(plan.stages):
             for replica in stage.replicas:
-                device, rows = replica.device, replica.rows
-                key, where = (device, index), (device, stage.start, stage.stop, rows)
-                self.compute["forward", device, index] = profile.forward_s(*where)
-                if plan.schedule == "zero_bubble":
-                    into, weight = profile.halves_s(*where)
-                    self.compute["backward_input", device, index] = into
-                    self.compute["backward_weight", device, index] = weight
-                else:
-                    self.compute["backward", device, index] = profile.backward_s(*where)
-                self.saved[key] = saved_bytes(graph, stage.start, stage.stop, rows)
-                self.deferred[key] = deferred_bytes(graph, stage.start, stage.stop, rows)
+                key = (replica.device, index)
+                self.saved[key] = saved_bytes(graph, stage.start, stage.stop, replica.rows)
         self.update: dict[str, float] = {}
         self.message: dict[str, float] = {}
         self.base: dict[str, int] = {}
@@ -71,6 +60,34 @@ class Costs:
             self.update[device] = profile.update_s(device, held) if held else 0.0
             table, factor = profile.table(device)
             self.message[device] = table.message_s * factor
+
+    def compute_s(self, device: str, action: Action) -> float:
+        """Seconds of a forward or backward, half or part, without faults."""
+        key = (action.work, device, action.stage)
+        found = self._compute.get(key)
+        if found is None:
+            found = self._compute[key] = self._find_compute(device, action)
+        return found
+
+    def deferred(self, action: Action) -> int:
+        """Bytes that are kept for a weight half, or the part of it, from the input half on."""
+        start, stop = self._layers(action)
+        return deferred_bytes(self.graph, start, stop, action.rows[1] - action.rows[0])
+
+    def _layers(self, action: Action) -> tuple[int, int]:
+        stage = self.plan.stages[action.stage]
+        return action.layers or (stage.start, stage.stop)
+
+    def _find_compute(self, device: str, action: Action) -> float:
+        where = (device, *self._layers(action), action.rows[1] - action.rows[0])
+        match action.kind:
+            case "forward":
+                return self.profile.forward_s(*where)
+            case "backward":
+                return self.profile.backward_s(*where)
+            case _:
+                into, weight = self.profile.halves_s(*where)
+                return into if action.kind == "backward_input" else weight
 
     def way(self, source: str, target: str) -> Way:
         """The route of a message; measured links replace the cluster file's numbers."""
