@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from strategies import Case, cases
 
 from spanwise.core.errors import PlanError
+from spanwise.core.order import Kept
 from spanwise.core.profile import Profile
 from spanwise.core.program import Program
 from spanwise.core.timeline import Timeline
@@ -191,6 +192,8 @@ def bound_bytes(case: Case, device: str, steps: int) -> int:
     synced = any(device in sync.devices for sync in plan.syncs)
     total = 0
     in_flight = [feasible.kept(stage, plan.schedule, plan.micro_batches) for stage in plan.stages]
+    if any(sync.segments > 1 for sync in plan.syncs):  # the last micro-batch may go back in halves
+        in_flight = [(*kept, Kept(0, 1)) for kept in in_flight]
     depths = [max(whole for whole, _ in kept) for kept in in_flight]
     raw = graph.input_row_bytes + graph.label_row_bytes
     for source in plan.sources:
