@@ -10,7 +10,7 @@ left to autograd and is done in the first half: nothing is computed twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -112,8 +112,8 @@ def addmm(later: Deferred, layer: int, bias: Tensor, x: Tensor, weight: Tensor) 
 def _convolution(forward: Any, dimensions: int) -> Product:
     """``aten.conv1d`` to ``conv3d``; after the bias come stride, padding, dilation and groups."""
 
-    def every(value: Any) -> list[int]:
-        values = list(value) if isinstance(value, (list, tuple)) else [value]
+    def every(value: int | Sequence[int]) -> list[int]:
+        values = [value] if isinstance(value, int) else list(value)
         return values if len(values) == dimensions else values * dimensions
 
     def convolution(

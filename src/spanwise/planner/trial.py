@@ -25,7 +25,7 @@ HOPELESS = 1.15
 # Forwards, backwards and messages that a planner simulates among its finalists, in three plans at least.
 MOST_EFFORT = 12_000
 # Of how many finalists one is tried with backwards in halves, which is three more simulations.
-HALVED_PART = 6
+HALVED_PART = 3
 SEGMENTS = (2, 4)
 # By which part such variants of a plan must be faster: more actions cost what the simulator does not show.
 LEAST_GAIN = 0.005
@@ -188,7 +188,10 @@ def at_both_depths(problem: Problem, strategy: str, outlines: Sequence[Outline],
     winner = fastest(problem, [Priced(best[0], 0.0), *shallow], 1 + len(shallow))
     winner = shifted(problem, winner, limit)
     few = list(dict.fromkeys((winner, *best)))[: max(1, limit // HALVED_PART)]
-    return segmented(problem, halved(problem, few))
+    best_few = halved(problem, few)
+    if best_few.schedule == "zero_bubble":
+        best_few = shifted(problem, best_few, limit // 2)
+    return segmented(problem, best_few)
 
 
 def halved(problem: Problem, plans: Sequence[Plan]) -> Plan:
@@ -220,7 +223,10 @@ def _paying(problem: Problem, plan: Plan, variants: Sequence[Plan]) -> Plan:
 
 
 def shifted(problem: Problem, plan: Plan, limit: int) -> Plan:
-    """Moves single layers over stage borders while the simulator agrees, in at most ``limit`` simulations."""
+    """Moves single layers over stage borders while the simulator agrees, in at most ``limit`` simulations.
+
+    A zero_bubble plan gets new orders at the new borders.
+    """
     best, least = plan, timeline(problem, plan).step_time_s
     depth: Depth = "shallow" if _shallow(plan) == plan else "deep"
     tried = [plan]
@@ -229,17 +235,20 @@ def shifted(problem: Problem, plan: Plan, limit: int) -> Plan:
         moved = False
         near = [p for o in _near(problem, best) for p in _built(problem, best.strategy, o, depth)]
         for candidate in sorted(near, key=lambda entry: entry.price_s):
-            if candidate.plan in tried or candidate.price_s > HOPELESS * least:
+            found = [candidate.plan]
+            if best.schedule == "zero_bubble":
+                found = zero_bubble_variants(problem, candidate.plan)[:1]
+            if not found or found[0] in tried or candidate.price_s > HOPELESS * least:
                 continue
             if len(tried) > limit:
                 return best
-            tried.append(candidate.plan)
+            tried += found
             try:
-                seconds = timeline(problem, candidate.plan).step_time_s
+                seconds = timeline(problem, found[0]).step_time_s
             except InfeasibleError:
                 continue
             if seconds < least:
-                best, least, moved = candidate.plan, seconds, True
+                best, least, moved = found[0], seconds, True
                 break
     return best
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from spanwise.core.order import Op, OpKind
 
+_KINDS: tuple[OpKind, ...] = ("forward", "backward_input", "backward_weight")
+
 
 class StageSeconds(NamedTuple):
     """Forward, input half and weight half of one micro-batch in one stage."""
@@ -92,7 +94,7 @@ class _Scheduling:
         self.inputs: list[list[float]] = [[] for _ in range(total)]
         self.gradients: list[list[float]] = [[] for _ in range(total)]
         self.inputs[0] = [0.0] * micro_batches
-        self.done = [dict.fromkeys(("forward", "backward_input", "backward_weight"), 0) for _ in stages]
+        self.done = [dict.fromkeys(_KINDS, 0) for _ in stages]
 
     def run(self) -> tuple[tuple[Op, ...], ...]:
         """One decision after the other, always the earliest, so that none misses an arrival before it."""
@@ -124,11 +126,11 @@ class _Scheduling:
 
     def _choice(self, stage: int, now: float) -> OpKind:
         done = self.done[stage]
-        for kind, arrivals in (("backward_input", self.gradients[stage]), ("forward", self.inputs[stage])):
-            at = done[kind]
-            if at < len(arrivals) and arrivals[at] <= now and (kind != "forward" or self._may_forward(stage)):
-                return kind
-        return "backward_weight"
+        gradients, inputs = self.gradients[stage], self.inputs[stage]
+        if done["backward_input"] < len(gradients) and gradients[done["backward_input"]] <= now:
+            return "backward_input"
+        here = done["forward"] < len(inputs) and inputs[done["forward"]] <= now
+        return "forward" if here and self._may_forward(stage) else "backward_weight"
 
     def _take(self, stage: int, kind: OpKind, now: float) -> None:
         micro_batch = self.done[stage][kind]
