@@ -12,7 +12,7 @@ OpKind = Literal["forward", "backward", "backward_input", "backward_weight"]
 _LETTERS: dict[OpKind, str] = {
     "forward": "F", "backward": "B", "backward_input": "I", "backward_weight": "W",
 }  # fmt: skip
-_KINDS = {letter: kind for kind, letter in _LETTERS.items()}
+_KINDS: dict[str, OpKind] = {letter: kind for kind, letter in _LETTERS.items()}
 # What comes before what in a backward of two halves.
 _BEFORE: dict[OpKind, OpKind | None] = {
     "forward": None, "backward_input": "forward", "backward_weight": "backward_input",

@@ -1,12 +1,16 @@
 """Zero-bubble variants of a plan: the same stages, with orders made for their seconds and links.
 
-Of the three the simulator takes the best. All run at most 2(P-p)-1 forwards ahead of their input halves, as
-links hold micro-batches too. They keep as many micro-batches until their weight halves as forwards run ahead,
-or up to 2P-1, which leaves uniform stages no bubble but filling the pipeline, or fewer where memory asks for
-it; the third is the hand-made ZB-H1.
+The simulator takes the best of four, the most promising first. The first two run at most 2(P-p)-1 forwards
+ahead of their input halves, as links hold micro-batches too. One keeps up to 2P-1 micro-batches until their
+weight halves, which leaves uniform stages no bubble but filling the pipeline, or fewer where memory asks for
+it; the other as many as forwards run ahead. The third keeps the plan's own warm-up depths, the fourth is the
+hand-made ZB-H1.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
 
 from spanwise.core.order import Op, kept_over, order_text
 from spanwise.core.plan import Plan, Stage
@@ -17,26 +21,26 @@ from spanwise.planner.problem import Problem
 from spanwise.schedules import Hop, StageSeconds, zb_h1, zero_bubble
 
 
-def zero_bubble_variants(problem: Problem, plan: Plan) -> list[Plan]:
+def zero_bubble_variants(problem: Problem, plan: Plan) -> Iterator[Plan]:
     """Those that fit memory by formula; none for a single stage, where nobody waits for an input half."""
     count, total = plan.micro_batches, len(plan.stages)
-    if total == 1:
-        return []
-    links = [_hops(problem, plan, number) for number in range(total - 1)]
-    if any(hop is None for pair in links for hop in pair):
-        return []
-    forth = [hop for hop, _ in links if hop is not None]
-    back = [hop for _, hop in links if hop is not None]
+    hops = [_hops(problem, plan, number) for number in range(total - 1)]
+    forth = [hop for hop, _ in hops if hop is not None]
+    back = [hop for _, hop in hops if hop is not None]
+    if total == 1 or len(forth) + len(back) < 2 * (total - 1):
+        return
     seconds = [_seconds(problem, stage) for stage in plan.stages]
     ahead = [_ahead(problem, plan, number) for number in range(total)]
-    kept = [_kept(problem, plan, number, ahead[number]) for number in range(total)]
-    made = [
-        zero_bubble(count, seconds, forth, back, ahead=ahead, kept=kept),
-        zero_bubble(count, seconds, forth, back, ahead=ahead, kept=ahead),
-        tuple(zb_h1(count, number, total) for number in range(total)),
-    ]
-    variants = dict.fromkeys(_with_orders(plan, orders) for orders in made)
-    return [v for v in variants if shortage(problem, v.stages, v.schedule, count) is None]
+    own = [stage.warmup for stage in plan.stages]
+    limits = ((ahead, _kept(problem, plan, ahead)), (ahead, ahead), (own, _kept(problem, plan, own)))
+    by_hand = tuple(zb_h1(count, number, total) for number in range(total))
+    scheduled = (zero_bubble(count, seconds, forth, back, ahead=k1, kept=k2) for k1, k2 in limits)
+    found: set[Plan] = set()
+    for orders in chain(scheduled, (by_hand,)):
+        variant = _with_orders(plan, orders)
+        if variant not in found and shortage(problem, variant.stages, variant.schedule, count) is None:
+            found.add(variant)
+            yield variant
 
 
 def _with_orders(plan: Plan, orders: tuple[tuple[Op, ...], ...]) -> Plan:
@@ -82,11 +86,13 @@ def _ahead(problem: Problem, plan: Plan, number: int) -> int:
     return next((k for k in range(most, 1, -1) if _fits(problem, plan.stages[number], k, 0)), 1)
 
 
-def _kept(problem: Problem, plan: Plan, number: int, ahead: int) -> int:
-    """2P-1, or what memory allows beside ``ahead`` whole micro-batches."""
+def _kept(problem: Problem, plan: Plan, ahead: list[int]) -> list[int]:
+    """2P-1, or what memory allows beside ``ahead`` whole micro-batches, by stage."""
     most = min(2 * len(plan.stages) - 1, plan.micro_batches)
-    stage = plan.stages[number]
-    return next((k for k in range(most, ahead, -1) if _fits(problem, stage, ahead, k - ahead)), ahead)
+    return [
+        next((k for k in range(most, whole, -1) if _fits(problem, stage, whole, k - whole)), whole)
+        for stage, whole in zip(plan.stages, ahead, strict=True)
+    ]
 
 
 def _fits(problem: Problem, stage: Stage, in_flight: int, halved: int) -> bool:

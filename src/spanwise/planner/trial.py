@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import islice, pairwise, product
 
 from spanwise.core.errors import InfeasibleError, PlanError
 from spanwise.core.plan import Plan, ScheduleName
@@ -24,8 +24,6 @@ from spanwise.simulator import simulate
 HOPELESS = 1.15
 # Forwards, backwards and messages that a planner simulates among its finalists, in three plans at least.
 MOST_EFFORT = 12_000
-# Of how many finalists one is tried with backwards in halves, which is three more simulations.
-HALVED_PART = 3
 SEGMENTS = (2, 4)
 # By which part such variants of a plan must be faster: more actions cost what the simulator does not show.
 LEAST_GAIN = 0.005
@@ -183,20 +181,30 @@ def at_both_depths(problem: Problem, strategy: str, outlines: Sequence[Outline],
     shared = [outline for outline in outlines if _is_shared(outline)]
     if shared:
         pool += priced(problem, strategy, shared, depth="shallow")
-    best = simulated(problem, pool, limit)[: max(2, limit // 4)]
+    ranked = simulated(problem, pool, limit)
+    best = ranked[: max(2, limit // 4)]
     shallow = [Priced(_shallow(plan), 0.0) for plan in best if len(plan.stages) > 1]
     winner = fastest(problem, [Priced(best[0], 0.0), *shallow], 1 + len(shallow))
     winner = shifted(problem, winner, limit)
-    few = list(dict.fromkeys((winner, *best)))[: max(1, limit // HALVED_PART)]
-    best_few = halved(problem, few)
-    if best_few.schedule == "zero_bubble":
-        best_few = shifted(problem, best_few, limit // 2)
-    return segmented(problem, best_few)
+    winner = halved(problem, list(dict.fromkeys((winner, *ranked))))
+    if winner.schedule == "zero_bubble":
+        winner = shifted(problem, winner, limit // 2)
+    return segmented(problem, winner)
 
 
 def halved(problem: Problem, plans: Sequence[Plan]) -> Plan:
-    """The fastest zero_bubble variant of any of the plans if that pays, else the first plan."""
-    return _paying(problem, plans[0], [v for plan in plans for v in zero_bubble_variants(problem, plan)])
+    """The fastest zero_bubble variant of any of the plans if that pays, else the first plan.
+
+    Which plan is best in halves is not known from how fast it is without: one variant of each is tried, and
+    of the best the others too.
+    """
+    first: dict[Plan, Plan] = {}
+    for plan in plans:
+        variant = next(zero_bubble_variants(problem, plan), None)
+        if variant is not None:
+            first[variant] = plan
+    best = _paying(problem, plans[0], list(first))
+    return _paying(problem, best, list(zero_bubble_variants(problem, first.get(best, best))))
 
 
 def segmented(problem: Problem, plan: Plan) -> Plan:
@@ -237,7 +245,7 @@ def shifted(problem: Problem, plan: Plan, limit: int) -> Plan:
         for candidate in sorted(near, key=lambda entry: entry.price_s):
             found = [candidate.plan]
             if best.schedule == "zero_bubble":
-                found = zero_bubble_variants(problem, candidate.plan)[:1]
+                found = list(islice(zero_bubble_variants(problem, candidate.plan), 1))
             if not found or found[0] in tried or candidate.price_s > HOPELESS * least:
                 continue
             if len(tried) > limit:
