@@ -243,10 +243,10 @@ def shifted(problem: Problem, plan: Plan, limit: int) -> Plan:
         moved = False
         near = [p for o in _near(problem, best) for p in _built(problem, best.strategy, o, depth)]
         for candidate in sorted(near, key=lambda entry: entry.price_s):
-            found = [candidate.plan]
-            if best.schedule == "zero_bubble":
+            found = [candidate.plan] if candidate.price_s <= HOPELESS * least else []
+            if best.schedule == "zero_bubble":  # the formula, without halves, is no bound
                 found = list(islice(zero_bubble_variants(problem, candidate.plan), 1))
-            if not found or found[0] in tried or candidate.price_s > HOPELESS * least:
+            if not found or found[0] in tried:
                 continue
             if len(tried) > limit:
                 return best

@@ -187,7 +187,8 @@ class LayerBench:
             outputs = stage(values, data.labels, later)
             forward.append(self.clock() - start)
             kept.append((values, outputs))
-            waiting += [later] if later else []
+            if later is not None:
+                waiting.insert(0, later)  # from the last layer to the first, as in a run
             values = outputs
         gradients: tuple[Tensor | None, ...] = (torch.ones_like(values[0]), *[None] * (len(values) - 1))
         del values
@@ -203,7 +204,7 @@ class LayerBench:
             start = self.clock()
             later.run()
             weight.append(self.clock() - start)
-        return Pass(forward, backward[::-1], weight)
+        return Pass(forward, backward[::-1], weight[::-1])
 
     def whole_pass(self, data: Sample) -> tuple[float, float]:
         """Forward and backward of the whole model as one stage, in seconds."""

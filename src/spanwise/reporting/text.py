@@ -30,7 +30,7 @@ def describe_plan(plan: Plan, graph: ModelGraph) -> str:
     ]
     sums = [
         f"  sum of gradients of layers {', '.join(layer_range(*r) for r in sync.layers)} "
-        f"over {', '.join(sync.devices)}"
+        f"over {', '.join(sync.devices)}{f', in {sync.segments} segments' if sync.segments > 1 else ''}"
         for sync in plan.syncs
     ]
     outside = [s.device for s in plan.sources if s.device not in {d for t in plan.stages for d in t.devices}]
