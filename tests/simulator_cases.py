@@ -5,6 +5,7 @@ from __future__ import annotations
 from spanwise.core.cluster import Cluster
 from spanwise.core.faults import Fault
 from spanwise.core.model import Layer, ModelGraph, Parameter, TensorSpec
+from spanwise.core.order import Op, order_text
 from spanwise.core.plan import Plan, Replica, ScheduleName, Stage
 from spanwise.core.profile import DeviceTimes, LayerTimes, LinkTimes, Profile, TimeTable
 from spanwise.core.timeline import Timeline
@@ -120,3 +121,12 @@ def sites(bandwidth: float) -> Cluster:
             ],
         }
     )
+
+
+def in_halves(plan: Plan, orders: tuple[tuple[Op, ...], ...]) -> Plan:
+    """The plan as a zero_bubble one, a stage an order."""
+    stages = [
+        stage.model_copy(update={"order": order_text(order)})
+        for stage, order in zip(plan.stages, orders, strict=True)
+    ]
+    return Plan.parse({**plan.to_data(), "stages": stages, "schedule": "zero_bubble"})

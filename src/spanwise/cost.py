@@ -64,6 +64,11 @@ def saved_bytes(graph: ModelGraph, start: int, stop: int, rows: int) -> int:
     return sum(layer.saved_bytes * rows + layer.saved_fixed_bytes for layer in layers)
 
 
+def deferred_bytes(graph: ModelGraph, start: int, stop: int, rows: int) -> int:
+    """Bytes that layers ``[start, stop)`` keep between the halves of a backward of ``rows`` rows."""
+    return rows * sum(layer.deferred_bytes for layer in graph.layers[start:stop])
+
+
 def message_bytes(graph: ModelGraph, start: int, stop: int, rows: int) -> int:
     """Bytes of the buffers at both ends of a stage: one input, one output and their gradients."""
     into = sum(spec.row_bytes for spec in graph.cut_before(start))
@@ -78,6 +83,7 @@ def stage_bytes(
     *,
     rows: int,
     in_flight: int,
+    halved: int = 0,
     copies: int,
     synced: bool,
 ) -> int:
@@ -86,13 +92,15 @@ def stage_bytes(
     ``in_flight`` is the number of micro-batches between forward and backward at once: the warm-up
     depth under 1f1b, all of them under GPipe. Each of them keeps what its layers save and its output, which
     the next stage saves as its input or not at all, and which here waits for a slow link, then for its
-    gradient. An upper bound while the stage before runs at most two micro-batches further ahead; raw rows
-    that arrive before they are needed come on top.
+    gradient. ``halved`` are those between the two halves of their backward, under zero_bubble: they keep what
+    the products need for their weight gradients. An upper bound while the stage before runs at most two
+    micro-batches further ahead; raw rows that arrive before they are needed come on top.
     """
     parameter_bytes = sum(p.bytes for p in graph.parameters_of(start, stop))
     buffer_bytes = sum(layer.buffer_bytes for layer in graph.layers[start:stop])
     return (
         state_bytes(parameter_bytes, buffer_bytes, copies, synced=synced)
         + in_flight * (saved_bytes(graph, start, stop, rows) + rows * graph.layers[stop - 1].cut_bytes)
+        + halved * deferred_bytes(graph, start, stop, rows)
         + message_bytes(graph, start, stop, rows)
     )

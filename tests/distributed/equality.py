@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,12 +16,14 @@ from torch.utils.data import TensorDataset
 from spanwise.core.cluster import Cluster
 from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
+from spanwise.core.order import order_text
 from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.lowering import lower, natural_syncs
 from spanwise.profiler.trace import Traced, trace
 from spanwise.runtime import optimize
 from spanwise.runtime.device_run import Assignment
 from spanwise.runtime.feed import Sampler
+from spanwise.schedules import Hop, StageSeconds, zero_bubble
 
 DEVICES = ("a", "b", "c", "d")
 
@@ -72,7 +74,7 @@ def traced(case: Case, seed: int = 0) -> tuple[nn.Module, Traced]:
 def random_plan(
     graph: ModelGraph, batch: int, seed: int, *, same_slices: bool = False, least: int = 1
 ) -> Plan:
-    """1 to 4 stages, uneven rows, devices that hold two stages, sources elsewhere, any warm-up.
+    """1 to 4 stages, uneven rows, devices that hold two stages, sources elsewhere, any warm-up and schedule.
 
     With ``same_slices`` all stages cut a micro-batch at the same rows, as batch statistics need.
     """
@@ -96,18 +98,33 @@ def random_plan(
         stages.append(Stage(start=start, stop=stop, replicas=replicas, warmup=warmup))
         warmup = max(1, warmup - rng.randint(0, 2))
     sources = deal(rng, rng.sample(pool, rng.randint(1, min(2, rows, len(pool)))), rows)
-    return plan_of(graph, tuple(stages), sources, micro_batches, rng.choice(["1f1b", "gpipe"]))
+    schedule = rng.choice(["1f1b", "gpipe", "zero_bubble"])
+    if schedule == "zero_bubble":
+        stages = halved(rng, stages, micro_batches)
+    return plan_of(graph, tuple(stages), sources, micro_batches, schedule, rng.choice([1, 1, 3]))
+
+
+def halved(rng: random.Random, stages: Sequence[Stage], micro_batches: int) -> list[Stage]:
+    """The stages with orders that a scheduler made for random seconds."""
+    seconds = [StageSeconds(rng.random(), rng.random(), rng.random()) for _ in stages]
+    hops = [[Hop(rng.random(), rng.random()) for _ in stages[1:]] for _ in range(2)]
+    ahead = [stage.warmup for stage in stages]
+    kept = [depth + rng.randint(0, 2) for depth in ahead]
+    orders = zero_bubble(micro_batches, seconds, *hops, ahead=ahead, kept=kept)
+    return [s.model_copy(update={"order": order_text(o)}) for s, o in zip(stages, orders, strict=True)]
 
 
 def plan_of(
     graph: ModelGraph, stages: tuple[Stage, ...], sources: tuple[Replica, ...], micro_batches: int,
-    schedule: str = "1f1b",
+    schedule: str = "1f1b", segments: int = 1,
 ) -> Plan:  # fmt: skip
     return Plan.parse(
         {
             "strategy": "test", "graph_digest": graph.digest, "micro_batches": micro_batches,
             "micro_batch_rows": stages[0].rows, "sources": sources, "stages": stages, "schedule": schedule,
-            "syncs": natural_syncs(stages, graph),
+            "syncs": [
+                sync.model_copy(update={"segments": segments}) for sync in natural_syncs(stages, graph)
+            ],
         }
     )  # fmt: skip
 

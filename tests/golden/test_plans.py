@@ -25,7 +25,11 @@ def text(evaluation: Evaluation) -> str:
     for stage in plan.stages:
         replicas = " ".join(f"{r.device}:{r.rows}" for r in stage.replicas)
         lines.append(f"  layers [{stage.start}:{stage.stop}) on {replicas}, warm-up {stage.warmup}")
-    lines += [f"  sum {sync.layers} over {' '.join(sync.devices)}" for sync in plan.syncs]
+    lines += [
+        f"  sum {sync.layers} over {' '.join(sync.devices)}"
+        + (f", in {sync.segments} segments" if sync.segments > 1 else "")
+        for sync in plan.syncs
+    ]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Programs of four plans as text, so that a change of lowering shows as a diff."""
+"""Programs of six plans as text, so that a change of lowering shows as a diff."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan
 from spanwise.core.program import parse_actions
 from spanwise.lowering import lower
+
+
+def in_segments(found: Plan, count: int) -> Plan:
+    return found.model_copy(
+        update={"syncs": tuple(sync.model_copy(update={"segments": count}) for sync in found.syncs)}
+    )
+
 
 GRAPH, TIED = chain(4), chain(4, tied=(0, 3))
 CASES: dict[str, tuple[Plan, ModelGraph]] = {
@@ -25,6 +32,17 @@ CASES: dict[str, tuple[Plan, ModelGraph]] = {
         ),
         GRAPH,
     ),
+    "program-zero-bubble": (
+        plan(
+            GRAPH,
+            stage(0, 2, "a:1 b:3", 2).model_copy(update={"order": "F0 F1 I0 F2 I1 W0 I2 W1 W2"}),
+            stage(2, 4, "c:4", 1).model_copy(update={"order": "F0 I0 F1 I1 W0 F2 I2 W1 W2"}),
+            micro_batches=3,
+            schedule="zero_bubble",
+        ),
+        GRAPH,
+    ),
+    "program-segments": (in_segments(plan(GRAPH, stage(0, 4, "a:3 b:5")), 2), GRAPH),
     "program-tied": (
         plan(TIED, stage(0, 2, "a:1 b:3", 2), stage(2, 4, "c:4"), sources="d:4"),
         TIED,

@@ -84,6 +84,7 @@ def graphs(draw: st.DrawFn) -> ModelGraph:
     layers = [
         Layer(
             name=draw(texts), ops=(a, b), forward_flops=draw(times), backward_flops=draw(times),
+            weight_flops=draw(times), deferred_bytes=draw(counts),
             parameters=draw(tuples(parameters)), buffers=draw(tuples(texts)), buffer_bytes=draw(counts),
             outputs=draw(tuples(specs, 1)) if b != edges[-1] else (), saved_bytes=draw(counts),
             saved_fixed_bytes=draw(counts), batch_statistics=draw(st.booleans()),
@@ -103,7 +104,17 @@ def tables(draw: st.DrawFn) -> TimeTable:
     return TimeTable(
         rows=tuple(rows),
         layers=draw(
-            tuples(st.builds(LayerTimes, forward_s=per_layer, backward_s=per_layer, spread=times), 1)
+            tuples(
+                st.builds(
+                    LayerTimes,
+                    forward_s=per_layer,
+                    backward_s=per_layer,
+                    spread=times,
+                    backward_input_s=st.none() | per_layer,
+                    backward_weight_s=st.none() | per_layer,
+                ),
+                1,
+            )
         ),
         update_s_per_byte=draw(times),
         message_s=draw(times),
@@ -142,13 +153,16 @@ def plans(draw: st.DrawFn) -> Plan:
     edges = [0, *sorted(draw(st.sets(st.integers(1, 20), min_size=1, max_size=3)))]
     depths = sorted((draw(st.integers(1, 9)) for _ in edges[1:]), reverse=True)
     ranges = tuples(st.tuples(st.integers(0, 9), st.integers(0, 9)), 1)
+    micro_batches = draw(st.integers(1, 64))
+    # Halves in turn, each micro-batch by itself: other orders are in the tests of schedules.
+    order = draw(st.none() | st.just(" ".join(f"F{m} I{m} W{m}" for m in range(micro_batches))))
     sync = st.builds(Sync, layers=ranges, devices=tuples(ids, 2), segments=st.integers(1, 9))
     return Plan(
-        strategy=draw(texts), graph_digest=draw(texts), micro_batches=draw(st.integers(1, 64)),
+        strategy=draw(texts), graph_digest=draw(texts), micro_batches=micro_batches,
         micro_batch_rows=rows, sources=draw(replicas(rows)), syncs=draw(tuples(sync)),
-        schedule=draw(st.sampled_from(["gpipe", "1f1b"])),
+        schedule="zero_bubble" if order else draw(st.sampled_from(["gpipe", "1f1b"])),
         stages=tuple(
-            Stage(start=a, stop=b, replicas=draw(replicas(rows)), warmup=depth)
+            Stage(start=a, stop=b, replicas=draw(replicas(rows)), warmup=depth, order=order)
             for a, b, depth in zip(edges, edges[1:], depths, strict=False)
         ),
     )  # fmt: skip
@@ -170,13 +184,16 @@ timelines = st.builds(
                              peak_memory_bytes=counts, sent_bytes=counts)),
 )  # fmt: skip
 
+COMPUTE = ("forward", "backward", "backward_input", "backward_weight")
 ranges = st.tuples(st.integers(0, 999), st.integers(0, 999))
 stages = st.integers(0, 99)
 actions = st.one_of(
     st.just(Action("step")),
     st.builds(Action, st.just("load"), micro_batch=stages, rows=ranges),
-    st.builds(Action, st.sampled_from(["forward", "backward"]), stage=stages, micro_batch=stages,
+    st.builds(Action, st.sampled_from(COMPUTE), stage=stages, micro_batch=stages,
               rows=ranges),
+    st.builds(Action, st.just("backward_weight"), stage=stages, micro_batch=stages, rows=ranges,
+              layers=ranges),
     st.builds(Action, st.sampled_from(["send", "recv"]), stage=st.just(-1) | stages, micro_batch=stages,
               rows=ranges, payload=st.sampled_from(get_args(Payload)), peer=ids, transfer=counts,
               nbytes=counts),

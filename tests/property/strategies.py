@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from spanwise.core.cluster import Cluster, Device, Link
 from spanwise.core.model import Layer, ModelGraph, Parameter, TensorSpec
+from spanwise.core.order import order_text
 from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.core.profile import DeviceTimes, LayerTimes, LinkTimes, Profile, TimeTable
 from spanwise.lowering import natural_syncs
+from spanwise.schedules import Hop, StageSeconds, zero_bubble
 
 SECONDS = st.floats(1e-4, 1e-1)
 
@@ -58,6 +60,7 @@ def graphs(draw: st.DrawFn, layers: int) -> ModelGraph:
                 buffer_bytes=draw(st.sampled_from((0, 64))),
                 outputs=tuple(outputs) if i + 1 < layers else (),
                 saved_bytes=draw(st.integers(0, 40_000)),
+                deferred_bytes=draw(st.sampled_from((0, 3_000, 60_000))),
                 saved_fixed_bytes=draw(st.sampled_from((0, 100))),
             )
         )
@@ -100,8 +103,15 @@ def profiles(draw: st.DrawFn, graph: ModelGraph, cluster: Cluster) -> Profile:
         layers: list[LayerTimes] = []
         for _ in graph.layers:
             forward = sorted(draw(SECONDS) for _ in rows)
+            backward = tuple(draw(SECONDS) + 2 * s for s in forward)
+            halves = draw(st.sampled_from((None, (0.7, 0.4), (1.0, 0.0))))
             layers.append(
-                LayerTimes(forward_s=tuple(forward), backward_s=tuple(draw(SECONDS) + 2 * s for s in forward))
+                LayerTimes(
+                    forward_s=tuple(forward),
+                    backward_s=backward,
+                    backward_input_s=tuple(halves[0] * b for b in backward) if halves else None,
+                    backward_weight_s=tuple(halves[1] * b for b in backward) if halves else None,
+                )
             )
         tables.append(
             TimeTable(
@@ -154,15 +164,28 @@ def plans(draw: st.DrawFn, graph: ModelGraph, cluster: Cluster) -> Plan:
         Stage(start=a, stop=b, replicas=draw(replicas(cluster.ids, rows)), warmup=warmup)
         for a, b, warmup in zip(edges, edges[1:], warmups, strict=False)
     )
+    schedule, micro_batches = draw(st.sampled_from(("gpipe", "1f1b", "zero_bubble"))), draw(st.integers(1, 6))
+    if schedule == "zero_bubble":
+        seconds = [draw(st.builds(StageSeconds, SECONDS, SECONDS, SECONDS)) for _ in stages]
+        hops = [draw(st.builds(Hop, SECONDS, SECONDS)) for _ in stages[1:]]
+        kept = [warmup + draw(st.integers(0, 3)) for warmup in warmups]
+        orders = zero_bubble(micro_batches, seconds, hops, hops, ahead=warmups, kept=kept)
+        stages = tuple(
+            stage.model_copy(update={"order": order_text(order)})
+            for stage, order in zip(stages, orders, strict=True)
+        )
     return Plan(
         strategy="random",
         graph_digest=graph.digest,
-        micro_batches=draw(st.integers(1, 6)),
+        micro_batches=micro_batches,
         micro_batch_rows=rows,
         sources=draw(replicas(cluster.ids, rows)),
         stages=stages,
-        schedule=draw(st.sampled_from(("gpipe", "1f1b"))),
-        syncs=natural_syncs(stages, graph),
+        schedule=schedule,
+        syncs=tuple(
+            sync.model_copy(update={"segments": draw(st.integers(1, 3))})
+            for sync in natural_syncs(stages, graph)
+        ),
     )
 
 

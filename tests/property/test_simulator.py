@@ -10,13 +10,17 @@ from hypothesis import HealthCheck, assume, given, settings
 from strategies import Case, cases
 
 from spanwise.core.errors import PlanError
+from spanwise.core.order import Kept
+from spanwise.core.profile import Profile
 from spanwise.core.program import Program
 from spanwise.core.timeline import Timeline
 from spanwise.cost import ring_edge_bytes, stage_bytes
 from spanwise.lowering import check, lower
+from spanwise.planner import feasible
 from spanwise.simulator import simulate
 
 COPIES = 1
+COMPUTE = ("forward", "backward", "backward_input", "backward_weight")
 ROUNDING = 1e-9
 many = settings(
     max_examples=120, deadline=None, derandomize=True,
@@ -56,6 +60,16 @@ def sent_bytes(program: Program) -> dict[tuple[str, str], float]:
     return out
 
 
+def seconds(profile: Profile, kind: str, device: str, start: int, stop: int, rows: int) -> float:
+    match kind:
+        case "forward":
+            return profile.forward_s(device, start, stop, rows)
+        case "backward":
+            return profile.backward_s(device, start, stop, rows)
+        case _:
+            return profile.halves_s(device, start, stop, rows)[kind == "backward_weight"]
+
+
 def compute_s(case: Case, program: Program) -> dict[str, float]:
     """Busy seconds of a step on every device."""
     out: dict[str, float] = {}
@@ -65,10 +79,10 @@ def compute_s(case: Case, program: Program) -> dict[str, float]:
         total = 0.0
         for action in actions:
             rows = action.rows[1] - action.rows[0]
-            if action.kind in ("forward", "backward"):
+            if action.kind in COMPUTE:
                 stage = case.plan.stages[action.stage]
-                find = case.profile.forward_s if action.kind == "forward" else case.profile.backward_s
-                total += find(device, stage.start, stage.stop, rows)
+                layers = action.layers or (stage.start, stage.stop)
+                total += seconds(case.profile, action.kind, device, *layers, rows)
             elif action.kind in ("send", "recv"):
                 total += factor * table.message_s
             elif action.kind == "step":
@@ -81,7 +95,7 @@ def compute_s(case: Case, program: Program) -> dict[str, float]:
 @given(cases())
 def test_it_ends_and_every_step_does_the_same_work(case: Case) -> None:
     program = lowered(case)
-    check(program, case.plan)
+    check(program, case.plan, case.graph)
     timeline = run(case, program, steps=3)
     work = compute_s(case, program)
     sent = sent_bytes(program)
@@ -90,7 +104,7 @@ def test_it_ends_and_every_step_does_the_same_work(case: Case) -> None:
         assert math.isclose(use.busy_s, work[device], rel_tol=1e-9, abs_tol=1e-12)
         assert use.sent_bytes == round(sum(n for (a, _), n in sent.items() if a == device))
     for device, actions in program.devices.items():
-        expected = [str(a) for a in actions if a.kind in ("forward", "backward", "step")] * 3
+        expected = [str(a) for a in actions if a.kind in (*COMPUTE, "step")] * 3
         lane = [s for s in timeline.spans if s.lane == device and s.kind != "wait"]
         assert [s.action for s in sorted(lane, key=lambda s: (s.start_s, s.end_s))] == expected
     sends = [a for actions in program.devices.values() for a in actions if a.kind == "send"]
@@ -177,10 +191,10 @@ def bound_bytes(case: Case, device: str, steps: int) -> int:
     plan, graph = case.plan, case.graph
     synced = any(device in sync.devices for sync in plan.syncs)
     total = 0
-    depths = [
-        plan.micro_batches if plan.schedule == "gpipe" else min(stage.warmup, plan.micro_batches)
-        for stage in plan.stages
-    ]
+    in_flight = [feasible.kept(stage, plan.schedule, plan.micro_batches) for stage in plan.stages]
+    if any(sync.segments > 1 for sync in plan.syncs):  # the last micro-batch may go back in halves
+        in_flight = [(*kept, Kept(0, 1)) for kept in in_flight]
+    depths = [max(whole for whole, _ in kept) for kept in in_flight]
     raw = graph.input_row_bytes + graph.label_row_bytes
     for source in plan.sources:
         if source.device == device:  # to both ends of the pipeline
@@ -190,9 +204,12 @@ def bound_bytes(case: Case, device: str, steps: int) -> int:
             if replica.device != device:
                 continue
             depth = depths[index]
-            total += stage_bytes(
-                graph, stage.start, stage.stop, rows=replica.rows, in_flight=depth, copies=COPIES,
-                synced=synced,
+            total += max(
+                stage_bytes(
+                    graph, stage.start, stage.stop, rows=replica.rows, in_flight=whole, halved=halved,
+                    copies=COPIES, synced=synced,
+                )
+                for whole, halved in in_flight[index]
             )  # fmt: skip
             if index in (0, len(plan.stages) - 1):
                 total += steps * plan.micro_batches * replica.rows * raw

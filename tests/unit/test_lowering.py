@@ -239,25 +239,25 @@ def test_a_sound_program_with_one_action_wrong_is_refused(data: st.DataObject) -
             later = actions[-1:] if moved.kind == "backward" else actions[:1]
             assume(actions and moved not in later)
             actions.insert(len(actions) if moved.kind == "backward" else 0, moved)
-    check(program, found)
+    check(program, found, graph)
     with pytest.raises(PlanError):
-        check(replace(program, devices={**program.devices, device: tuple(actions)}), found)
+        check(replace(program, devices={**program.devices, device: tuple(actions)}), found, graph)
 
 
 def test_a_device_that_is_missing_altogether() -> None:
     found, graph = SOUND[0]
     with pytest.raises(PlanError, match=r"a lacks 'load m0 \[0:8\)'"):
-        check(Program({}, {}, ()), found)
+        check(Program({}, {}, ()), found, graph)
     doubled = {**lower(found, graph).devices, "z": (Action("step"),)}
     with pytest.raises(PlanError, match="'step' on z is done twice or is not in the plan"):
-        check(Program(doubled), found)
+        check(Program(doubled), found, graph)
 
 
 def test_buckets_for_every_sync() -> None:
     found, graph = SOUND[1]
     program = lower(found, graph)
     with pytest.raises(PlanError, match="buckets for 0 of the plan's 2 syncs"):
-        check(replace(program, buckets=()), found)
+        check(replace(program, buckets=()), found, graph)
 
 
 def test_compute_that_is_done_twice() -> None:
@@ -265,4 +265,4 @@ def test_compute_that_is_done_twice() -> None:
     actions = lower(found, graph).devices["a"]
     twice = next(a for a in actions if a.kind == "forward")
     with pytest.raises(PlanError, match=r"'forward s0 m0 \[0:8\)' on a is done twice"):
-        check(Program({"a": (twice, *actions)}), found)
+        check(Program({"a": (twice, *actions)}), found, graph)

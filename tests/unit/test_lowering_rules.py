@@ -9,7 +9,7 @@ import pytest
 from plan_cases import chain, plan, spec, stage
 from spanwise.core.errors import PlanError
 from spanwise.core.model import ModelGraph
-from spanwise.core.plan import Plan
+from spanwise.core.plan import Plan, ScheduleName, Stage
 from spanwise.core.program import Action, Program
 from spanwise.lowering import check, lower
 
@@ -57,11 +57,11 @@ def changed(program: Program, device: str, old: Action, new: Action) -> Program:
 @pytest.mark.parametrize("kind", ["send", "recv"])
 def test_a_transfer_names_the_device_at_its_other_end(kind: str) -> None:
     program = lower(HYBRID, GRAPH)
-    check(program, HYBRID)
+    check(program, HYBRID, GRAPH)
     device = "a" if kind == "send" else "c"
     action = next(a for a in program.devices[device] if a.kind == kind)
     with pytest.raises(PlanError, match="do not match"):
-        check(changed(program, device, action, replace(action, peer="d")), HYBRID)
+        check(changed(program, device, action, replace(action, peer="d")), HYBRID, GRAPH)
 
 
 def test_a_sum_waits_for_the_last_gradient() -> None:
@@ -73,4 +73,153 @@ def test_a_sum_waits_for_the_last_gradient() -> None:
     assert last < at
     actions.insert(last, actions.pop(at))
     with pytest.raises(PlanError, match=r"'reduce .* on a stands in the wrong place"):
-        check(replace(program, devices={**program.devices, "a": tuple(actions)}), HYBRID)
+        check(replace(program, devices={**program.devices, "a": tuple(actions)}), HYBRID, GRAPH)
+
+
+def in_halves(*orders: str) -> Plan:
+    """Two stages of one device each with these orders, on 2 micro-batches."""
+    stages = [stage(0, 2, "a:3 b:5", 2), stage(2, 4, "c:8", 2)]
+    with_orders = [
+        Stage.parse({**s.to_data(), "order": order}) for s, order in zip(stages, orders, strict=True)
+    ]
+    return Plan.parse({**plan(GRAPH, *stages).to_data(), "stages": with_orders, "schedule": "zero_bubble"})
+
+
+HALVES = in_halves("F0 F1 I0 I1 W0 W1", "F0 I0 F1 W0 I1 W1")
+
+
+def test_gradients_leave_after_the_input_half_and_are_summed_after_the_last_weight_half() -> None:
+    texts = {d: [str(a) for a in actions] for d, actions in lower(HALVES, GRAPH).devices.items()}
+    assert texts["a"][-8:] == [
+        "recv gradient s0 m0 [0:3) from c #4 48B", "backward_input s0 m0 [0:3)",
+        "recv gradient s0 m1 [0:3) from c #5 48B", "backward_input s0 m1 [0:3)",
+        "backward_weight s0 m0 [0:3)", "backward_weight s0 m1 [0:3)",
+        "reduce y0.0 12B over a,b", "step",
+    ]  # fmt: skip
+    at = texts["c"].index("backward_input s1 m0 [0:8)")
+    assert [text.split()[0] for text in texts["c"][at + 1 : at + 3]] == ["send", "send"]
+    assert texts["c"].index("backward_weight s1 m0 [0:8)") > at + 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        (
+            "backward_weight s0 m1 [0:3)",
+            "backward_weight s0 m0 [0:3)",
+            "does not go on where its backward is",
+        ),
+        (
+            "backward_weight s0 m1 [0:3)",
+            "backward s0 m1 [0:3)",
+            "'backward_input s0 m1 .*' on a has no weight half",
+        ),
+        (
+            "backward_weight s0 m1 [0:3)",
+            "backward_weight s0 m1 [0:2)",
+            "does not go on where its backward is",
+        ),
+    ],
+)
+def test_both_halves_of_every_backward_are_asked_for(old: str, new: str, why: str) -> None:
+    with pytest.raises(PlanError, match=why):
+        check(changed(lower(HALVES, GRAPH), "a", Action.parse(old), Action.parse(new)), HALVES, GRAPH)
+
+
+def test_a_weight_half_follows_its_input_half() -> None:
+    program = lower(HALVES, GRAPH)
+    first, second = Action.parse("backward_input s0 m0 [0:3)"), Action.parse("backward_weight s0 m0 [0:3)")
+    swap = {first: second, second: first}
+    actions = tuple(swap.get(action, action) for action in program.devices["a"])
+    with pytest.raises(PlanError, match="does not go on where its backward is"):
+        check(replace(program, devices={**program.devices, "a": actions}), HALVES, GRAPH)
+
+
+@pytest.mark.parametrize(
+    ("orders", "why"),
+    [
+        (("F0 F1 I0 I1 W0 W1", "F0 I0 W0"), "stage 1: order: 1 entries F for 2 micro-batches"),
+        (("F0 F1 I0 I1 W0 W1", "F0 F1 W0 I0 I1 W1"), "stage 1: order: 'W0' stands before I0"),
+        (("F0 F1 I0 I1 W0 W1", None), "stage 1 has no order"),
+    ],
+)
+def test_a_plan_refuses_orders_that_do_not_fit(orders: tuple[str, ...], why: str) -> None:
+    with pytest.raises(PlanError, match=why):
+        in_halves(*orders)
+
+
+def test_a_plan_refuses_an_order_that_runs_further_ahead_than_its_warm_up_or_has_no_use() -> None:
+    ahead = {**HALVES.to_data(), "stages": [s.model_copy(update={"warmup": 1}) for s in HALVES.stages]}
+    with pytest.raises(PlanError, match="runs 2 forwards ahead, its warm-up depth is 1"):
+        Plan.parse(ahead)
+    with pytest.raises(PlanError, match="has an order, which 1f1b makes itself"):
+        Plan.parse({**HALVES.to_data(), "schedule": "1f1b"})
+
+
+def test_orders_that_wait_for_each_other_are_refused() -> None:
+    """The first stage wants all gradients before its second forward, the second both inputs first."""
+    with pytest.raises(PlanError, match="it never ends"):
+        lower(in_halves("F0 I0 F1 I1 W0 W1", "F0 F1 I0 I1 W0 W1"), GRAPH)
+
+
+def test_a_device_with_two_stages_takes_their_halves_in_a_possible_order() -> None:
+    stages = [stage(0, 2, "a:8", 2), stage(2, 3, "b:8", 2), stage(3, 4, "a:8", 2)]
+    order = "F0 F1 I0 I1 W0 W1"
+    found = Plan.parse(
+        {**plan(GRAPH, *stages).to_data(), "schedule": "zero_bubble",
+         "stages": [{**s.to_data(), "order": order} for s in stages]}
+    )  # fmt: skip
+    computed = [str(a) for a in lower(found, GRAPH).devices["a"] if a.stage >= 0 and not a.payload]
+    assert len(computed) == 12
+    assert computed.index("backward_input s2 m0 [0:8)") < computed.index("backward_input s0 m0 [0:8)")
+
+
+def in_segments(count: int, schedule: ScheduleName = "1f1b") -> Plan:
+    """The whole model on two devices, gradients summed in so many segments."""
+    found = plan(GRAPH, stage(0, 4, "a:3 b:5", 2), schedule=schedule)
+    return found.model_copy(update={"syncs": (found.syncs[0].model_copy(update={"segments": count}),)})
+
+
+def test_segments_are_summed_as_soon_as_the_last_micro_batch_has_left_their_gradients() -> None:
+    """Parameters have 4, 8, 12 and 16 bytes, so that the first of two segments ends with layer 2."""
+    texts = [str(action) for action in lower(in_segments(2), GRAPH).devices["a"]]
+    assert texts[-8:] == [
+        "forward s0 m1 [0:3)", "backward s0 m0 [0:3)", "backward_input s0 m1 [0:3)",
+        "backward_weight s0 m1 [0:3) layers [3:4)", "reduce y0.1 16B over a,b",
+        "backward_weight s0 m1 [0:3) layers [0:3)", "reduce y0.0 24B over a,b", "step",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9])
+def test_parts_of_a_backward_pass_the_check(count: int, schedule: ScheduleName) -> None:
+    found = in_segments(count, schedule)
+    program = lower(found, GRAPH)
+    kinds = [action.kind for action in program.devices["a"]]
+    segments = len(program.buckets[0])
+    assert min(count, 2) <= segments <= count
+    assert kinds.count("reduce") == segments
+    assert kinds.count("backward_weight") == (segments if count > 1 else 0)
+
+
+def test_a_segment_is_not_summed_before_its_gradients_are_there() -> None:
+    found = in_segments(2)
+    program = lower(found, GRAPH)
+    actions = list(program.devices["a"])
+    at = next(i for i, action in enumerate(actions) if action.kind == "reduce")
+    actions[at], actions[at - 1] = actions[at - 1], actions[at]
+    with pytest.raises(PlanError, match=r"'reduce y0\.1 16B over a,b' on a stands in the wrong place"):
+        check(replace(program, devices={**program.devices, "a": tuple(actions)}), found, GRAPH)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("layers [3:4)", "layers [2:4)"), ("layers [0:3)", "layers [0:2)"), ("layers [3:4)", "layers [0:3)")],
+)
+def test_parts_leave_nothing_out_and_do_nothing_twice(old: str, new: str) -> None:
+    found = in_segments(2)
+    program = lower(found, GRAPH)
+    text = "backward_weight s0 m1 [0:3) "
+    wrong = changed(program, "a", Action.parse(text + old), Action.parse(text + new))
+    with pytest.raises(PlanError, match="does not go on where its backward is"):
+        check(wrong, found, GRAPH)

@@ -6,15 +6,17 @@ from itertools import pairwise
 
 import pytest
 
-from simulator_cases import FAST, B, F, chain, ends, make, run, sites, switch, times, two
+from simulator_cases import FAST, B, F, chain, ends, in_halves, make, run, sites, switch, times, two
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InputError
 from spanwise.core.faults import Fault
+from spanwise.core.order import parse_order
 from spanwise.core.plan import ScheduleName
-from spanwise.core.profile import LinkTimes
+from spanwise.core.profile import LayerTimes, LinkTimes
 from spanwise.core.program import Action, Program
 from spanwise.cost import ring_s
 from spanwise.lowering import lower
+from spanwise.schedules import Hop, StageSeconds, zero_bubble
 from spanwise.simulator import simulate
 
 # Compute
@@ -34,6 +36,37 @@ def test_bubble_of_a_uniform_pipeline(stages: int, extra: int, schedule: Schedul
     for device in cluster.ids:
         assert timeline.device(device).busy_s == pytest.approx(m * (F + B))
         assert timeline.device(device).utilization == pytest.approx(m / (m + stages - 1))
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("extra", [0, 3])
+def test_bubble_of_a_uniform_zero_bubble_pipeline(stages: int, extra: int) -> None:
+    """(P - 1) F with equal halves of F each and K2 = 2P - 1: only the filling of the pipeline is left."""
+    m = 2 * stages + extra
+    graph, cluster = chain(stages), switch(stages)
+    deep = [2 * (stages - p) - 1 for p in range(stages)]
+    layout = [(f"{cluster.ids[p]}:1", deep[p]) for p in range(stages)]
+    links = [Hop(0.0, 0.0)] * (stages - 1)
+    orders = zero_bubble(
+        m, [StageSeconds(F, F, F)] * stages, links, links, ahead=deep, kept=[2 * stages - 1] * stages
+    )
+    plan = in_halves(make(graph, layout, sources="a:1", m=m), orders)
+    layer = LayerTimes(forward_s=(F,), backward_s=(2 * F,), backward_input_s=(F,), backward_weight_s=(F,))
+    profile = times(graph, cluster)
+    table = profile.tables[0].model_copy(update={"layers": (layer,) * stages})
+    timeline = run(plan, graph, profile.model_copy(update={"tables": (table,)}), cluster)
+    assert timeline.step_time_s == pytest.approx((3 * m + stages - 1) * F)
+
+
+def test_between_the_halves_a_micro_batch_keeps_what_the_weight_half_needs() -> None:
+    """Saved until the input half, deferred from there until the weight half."""
+    (layer,) = chain(1, saved=100).layers
+    graph = chain(1).model_copy(update={"layers": (layer.model_copy(update={"deferred_bytes": 30}),)})
+    cluster = switch(1)
+    plan = make(graph, [("a:1", 2)], sources="a:1", m=2)
+    plan = in_halves(plan, (parse_order("F0 F1 I0 I1 W0 W1"),))
+    timeline = run(plan, graph, times(graph, cluster), cluster, steps=1)
+    assert [point.bytes for point in timeline.memory] == [0, 100, 200, 130, 60, 30, 0]
 
 
 def test_too_shallow_a_warm_up_costs_time() -> None:
@@ -226,12 +259,14 @@ def test_a_measured_pair_needs_no_link_in_the_file() -> None:
 @pytest.mark.parametrize("devices", [2, 3, 5])
 @pytest.mark.parametrize("segments", [1, 2])
 def test_a_ring_takes_what_the_formula_says(devices: int, segments: int) -> None:
+    """Of two, the first begins beside the weight half of the last layer that is left."""
     graph, cluster = chain(2, parameter_bytes=3000), switch(devices, bandwidth=500.0, latency=0.25)
     layout = " ".join(f"{d}:1" for d in cluster.ids)
     plan = make(graph, [(layout, 1)], sources=layout, segments=segments)
     timeline = run(plan, graph, times(graph, cluster), cluster)
     ring = segments * ring_s(devices, 6000 / segments, 500.0, 0.25)
-    assert timeline.step_time_s == pytest.approx(2 * (F + B) + ring)
+    beside = B / 2 if segments == 2 else 0.0
+    assert timeline.step_time_s == pytest.approx(2 * (F + B) + ring - beside)
     assert timeline.device("a").sent_bytes == round(2 * (devices - 1) / devices * 6000)
 
 

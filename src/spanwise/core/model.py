@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import cached_property
 
 from pydantic import Field, model_validator
@@ -42,12 +43,15 @@ class Layer(Noun):
     Attributes:
         name: the module path most of its operations come from.
         ops: half-open range of operations in the traced graph.
-        forward_flops, backward_flops: per row; a multiply-add counts as two.
+        forward_flops, backward_flops: per row; a multiply-add counts as two. ``weight_flops``: the part of
+            backward that gives the gradients of the products' weights and can wait.
         parameters: what it trains. ``buffers``: names of its persistent, untrained state.
         outputs: every tensor that crosses the cut behind it, skip connections included; empty
             for the last layer, whose result is the loss.
         saved_bytes: kept between forward and backward, per row, measured by saved-tensor hooks.
         saved_fixed_bytes: the same, once per micro-batch whatever its rows.
+        deferred_bytes: kept between the two halves of a backward, per row: inputs and result gradients of the
+            products whose weight gradients wait.
         batch_statistics: whether it mixes rows (BatchNorm in training), so that a replica's result
             depends on which rows it holds.
     """
@@ -56,12 +60,14 @@ class Layer(Noun):
     ops: tuple[int, int]
     forward_flops: float = Field(ge=0)
     backward_flops: float = Field(ge=0)
+    weight_flops: float = Field(default=0.0, ge=0)
     parameters: tuple[Parameter, ...] = ()
     buffers: tuple[str, ...] = ()
     buffer_bytes: int = Field(default=0, ge=0)
     outputs: tuple[TensorSpec, ...] = ()
     saved_bytes: int = Field(default=0, ge=0)
     saved_fixed_bytes: int = Field(default=0, ge=0)
+    deferred_bytes: int = Field(default=0, ge=0)
     batch_statistics: bool = False
 
     @property
@@ -113,11 +119,16 @@ class ModelGraph(Noun):
     @cached_property
     def ties(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """Parameters used by more than one layer: (name, layer indices)."""
-        users: dict[str, list[int]] = {}
+        return tuple((name, where) for name, where in self.users.items() if len(where) > 1)
+
+    @cached_property
+    def users(self) -> dict[str, tuple[int, ...]]:
+        """Indices of the layers that use each parameter."""
+        found: dict[str, list[int]] = {}
         for index, layer in enumerate(self.layers):
             for parameter in layer.parameters:
-                users.setdefault(parameter.name, []).append(index)
-        return tuple((name, tuple(where)) for name, where in users.items() if len(where) > 1)
+                found.setdefault(parameter.name, []).append(index)
+        return {name: tuple(where) for name, where in found.items()}
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -128,6 +139,10 @@ class ModelGraph(Noun):
         """Parameters of layers ``[start, stop)``, each once, in order of first use."""
         found = {p.name: p for layer in self.layers[start:stop] for p in layer.parameters}
         return tuple(found.values())
+
+    def layer_of(self, op: int) -> int:
+        """Index of the layer that has an operation of the traced graph in its range."""
+        return bisect_right([layer.ops[1] for layer in self.layers], op)
 
     def cut_before(self, layer: int) -> tuple[TensorSpec, ...]:
         """What enters layer ``layer``: the inputs of the model, or what the layer before lets through."""

@@ -9,8 +9,9 @@ from pydantic import Field, model_validator
 from spanwise.core.cluster import Id
 from spanwise.core.errors import PlanError
 from spanwise.core.noun import Noun
+from spanwise.core.order import check_halves, kept_over, parse_order
 
-ScheduleName = Literal["gpipe", "1f1b"]
+ScheduleName = Literal["gpipe", "1f1b", "zero_bubble"]
 
 
 class Replica(Noun):
@@ -24,13 +25,16 @@ class Stage(Noun):
     """Consecutive layers ``[start, stop)`` held by one or several replicas.
 
     Rows are assigned consecutively in replica order. ``warmup`` is how many forwards the stage may run
-    ahead of its backwards; it must not rise from one stage to the next.
+    ahead of its backwards; under 1f1b it must not rise from one stage to the next. ``order`` is what the
+    stage computes, in order, as ``F0 F1 I0 W0 ...``: of zero_bubble plans only, where it was made by a
+    scheduler that knew seconds.
     """
 
     start: int = Field(ge=0)
     stop: int
     replicas: tuple[Replica, ...] = Field(min_length=1)
     warmup: int = Field(default=1, ge=1)
+    order: str | None = None
 
     @model_validator(mode="after")
     def _not_empty(self) -> Stage:
@@ -67,7 +71,8 @@ class Sync(Noun):
 
     Meant are the parameters in these half-open layer ranges that exactly these devices hold: a tied weight
     whose layers lie in two stages has a Sync of its own, over the devices of both. ``segments`` cuts the
-    buffer: so many rings, one after the other. ``devices`` is the order of the ring.
+    parameters into so many rings, one after the other from the last layers to the first, each as soon as the
+    last micro-batch has left its gradients behind. ``devices`` is the order of the ring.
     """
 
     layers: tuple[tuple[int, int], ...] = Field(min_length=1)
@@ -84,7 +89,7 @@ class Plan(Noun):
         micro_batches: M. ``micro_batch_rows``: B; the global batch is M * B.
         sources: where the rows of each micro-batch start out, consecutively, as replicas.
         stages: cover layers 0..L in order and every row of a micro-batch once each.
-        schedule: order of forwards and backwards inside a stage.
+        schedule: order of forwards and backwards inside a stage; under ``zero_bubble`` each has its own.
         syncs: gradient sums. Every parameter held by several devices must be covered.
     """
 
@@ -121,6 +126,7 @@ class Plan(Noun):
         holders = [source.device for source in self.sources]
         if len(set(holders)) != len(holders):
             raise PlanError(f"plan '{self.strategy}': sources list a device twice: {', '.join(holders)}")
+        self._check_orders()
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if self.schedule == "1f1b" and after.warmup > before.warmup:
                 raise PlanError(
@@ -129,6 +135,24 @@ class Plan(Noun):
                     "forwards that the earlier may not run yet"
                 )
         return self
+
+    def _check_orders(self) -> None:
+        for index, stage in enumerate(self.stages):
+            where = f"plan '{self.strategy}': stage {index}"
+            if self.schedule != "zero_bubble":
+                if stage.order is not None:
+                    raise PlanError(f"{where} has an order, which {self.schedule} makes itself; remove it")
+                continue
+            if stage.order is None:
+                raise PlanError(f"{where} has no order; under zero_bubble each stage needs one")
+            try:
+                order = parse_order(stage.order)
+                check_halves(order, self.micro_batches)
+            except PlanError as error:
+                raise PlanError(f"{where}: {error}") from None
+            ahead = max(kept.whole for kept in kept_over(order))
+            if ahead > stage.warmup:
+                raise PlanError(f"{where} runs {ahead} forwards ahead, its warm-up depth is {stage.warmup}")
 
     @property
     def batch(self) -> int:

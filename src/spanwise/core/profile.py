@@ -17,11 +17,15 @@ Provenance = Literal["measured", "analytic", "fitted"]
 class LayerTimes(Noun):
     """Seconds of one layer at the table's row counts, medians of several repeats.
 
+    ``backward_input_s`` and ``backward_weight_s`` are those of the two halves of a backward, which together
+    may take longer than ``backward_s``. Tables that do not have them take half of the backward for each.
     ``spread`` is the interquartile range over the median of forward plus backward at the largest row count.
     """
 
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
+    backward_input_s: tuple[float, ...] | None = None
+    backward_weight_s: tuple[float, ...] | None = None
     spread: float = Field(default=0.0, ge=0)
 
 
@@ -44,7 +48,7 @@ class TimeTable(Noun):
         if list(self.rows) != sorted(set(self.rows)) or self.rows[0] < 1:
             raise InputError(f"profile: row counts {self.rows} must be positive and rise")
         for index, layer in enumerate(self.layers):
-            for values in (layer.forward_s, layer.backward_s):
+            for values in (layer.forward_s, layer.backward_s, *_halves(layer)):
                 if len(values) != len(self.rows) or min(values) < 0:
                     raise InputError(f"profile: layer {index} needs {len(self.rows)} times, none negative")
         return self
@@ -56,6 +60,18 @@ class TimeTable(Noun):
     def backward(self, layer: int, rows: int) -> float:
         """Seconds of the backward pass of ``rows`` rows; 0 at 0 rows."""
         return _interpolate(self.rows, self.layers[layer].backward_s, rows)
+
+    def halves(self, layer: int, rows: int) -> tuple[float, float]:
+        """Seconds of the input half and of the weight half of the backward pass of ``rows`` rows."""
+        into, weight = _halves(self.layers[layer])
+        return _interpolate(self.rows, into, rows), _interpolate(self.rows, weight, rows)
+
+
+def _halves(layer: LayerTimes) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if layer.backward_input_s is None or layer.backward_weight_s is None:
+        half = tuple(seconds / 2 for seconds in layer.backward_s)
+        return half, half
+    return layer.backward_input_s, layer.backward_weight_s
 
 
 class DeviceTimes(Noun):
@@ -124,6 +140,12 @@ class Profile(Noun):
         """Seconds of the backward pass through layers ``[start, stop)`` on ``rows`` rows."""
         table, factor = self.table(device)
         return factor * sum(table.backward(layer, rows) for layer in range(start, stop))
+
+    def halves_s(self, device: str, start: int, stop: int, rows: int) -> tuple[float, float]:
+        """Seconds of the input and weight halves of the backward pass through layers ``[start, stop)``."""
+        table, factor = self.table(device)
+        halves = [table.halves(layer, rows) for layer in range(start, stop)]
+        return factor * sum(into for into, _ in halves), factor * sum(weight for _, weight in halves)
 
     def update_s(self, device: str, parameter_bytes: int) -> float:
         """Seconds of the optimizer step over that many bytes of parameters."""

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 from spanwise.core.errors import PlanError
 from spanwise.core.noun import Noun
 
-Kind = Literal["load", "forward", "backward", "send", "recv", "reduce", "norm", "step"]
+Kind = Literal[
+    "load",
+    "forward",
+    "backward",
+    "backward_input",
+    "backward_weight",
+    "send",
+    "recv",
+    "reduce",
+    "norm",
+    "step",
+]
 Payload = Literal["input", "label", "activation", "gradient"]
 
 
@@ -20,12 +31,14 @@ class Action:
     """One thing that a device does. ``str(action)`` prints it, ``Action.parse`` reads it back.
 
     Attributes:
-        kind: ``load`` reads own data rows; ``forward``/``backward`` compute a stage on own rows;
+        kind: ``load`` reads own data rows; ``forward``/``backward`` compute a stage on own rows, and
+            ``backward_input`` what the stage before waits for, ``backward_weight`` the rest of a backward;
             ``send``/``recv`` move rows; ``reduce`` sums gradients over devices (in the background, until the
             step); ``norm`` sums the squared gradient norm; ``step`` waits for the reductions and updates.
         stage: of compute; for activations and gradients the stage *before* the cut. -1 = none.
         micro_batch: index, -1 = none.
         rows: half-open range inside the micro-batch.
+        layers: half-open range of a ``backward_weight`` that is done in parts; None = the whole stage.
         payload, peer, transfer, nbytes: of ``send`` and ``recv``; both ends carry the same transfer number.
         sync, segment, members, nbytes: of ``reduce`` and ``norm``.
     """
@@ -34,6 +47,7 @@ class Action:
     stage: int = -1
     micro_batch: int = -1
     rows: tuple[int, int] = (0, 0)
+    layers: tuple[int, int] | None = None
     payload: Payload | None = None
     peer: str = ""
     transfer: int = -1
@@ -42,13 +56,19 @@ class Action:
     segment: int = 0
     members: tuple[str, ...] = ()
 
+    @property
+    def work(self) -> str:
+        """The kind of compute, with its layers if it is only a part: what takes the same time every time."""
+        return self.kind if self.layers is None else f"{self.kind} [{self.layers[0]}:{self.layers[1]})"
+
     def __str__(self) -> str:
         a, b = self.rows
         match self.kind:
             case "load":
                 return f"load m{self.micro_batch} [{a}:{b})"
-            case "forward" | "backward":
-                return f"{self.kind} s{self.stage} m{self.micro_batch} [{a}:{b})"
+            case "forward" | "backward" | "backward_input" | "backward_weight":
+                part = "" if self.layers is None else f" layers [{self.layers[0]}:{self.layers[1]})"
+                return f"{self.kind} s{self.stage} m{self.micro_batch} [{a}:{b}){part}"
             case "send" | "recv":
                 way = "to" if self.kind == "send" else "from"
                 stage = f"s{self.stage} " if self.stage >= 0 else ""
@@ -86,7 +106,7 @@ def _members(m: re.Match[str]) -> tuple[str, ...]:
 
 
 def _compute(m: re.Match[str]) -> Action:
-    kind: Kind = "forward" if m["kind"] == "forward" else "backward"
+    kind: Any = m["kind"]
     return Action(kind, stage=int(m["s"]), micro_batch=int(m["m"]), rows=_rows(m))
 
 
@@ -109,7 +129,13 @@ def _reduce(m: re.Match[str]) -> Action:
 
 
 _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Action]], ...] = (
-    (re.compile(rf"(?P<kind>forward|backward) s(?P<s>\d+) m(?P<m>\d+) {_ROWS}"), _compute),
+    (re.compile(rf"(?P<kind>forward|backward(?:_input|_weight)?) s(?P<s>\d+) m(?P<m>\d+) {_ROWS}"), _compute),
+    (
+        re.compile(
+            rf"(?P<kind>backward_weight) s(?P<s>\d+) m(?P<m>\d+) {_ROWS} layers \[(?P<c>\d+):(?P<d>\d+)\)"
+        ),
+        lambda m: replace(_compute(m), layers=(int(m["c"]), int(m["d"]))),
+    ),
     (
         re.compile(
             rf"(?:(?P<send>send)|recv) (?P<payload>{'|'.join(get_args(Payload))}) "

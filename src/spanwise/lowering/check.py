@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from spanwise.core.errors import PlanError
+from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan, row_ranges
 from spanwise.core.program import Action, Program
 
 _Key = tuple[str, int, int]  # kind, stage, micro-batch; of reductions kind, sync, segment
 
 
-def check(program: Program, plan: Plan) -> None:
+def check(program: Program, plan: Plan, graph: ModelGraph) -> None:
     """Raises ``PlanError`` unless the Program is sound.
 
     Pairing: every send has exactly one receive of the same rows and bytes, and every member of a
     reduction takes part in it. Coverage: every device loads, computes, reduces and updates exactly what
     the plan gives it, once. Order: on every device data arrives before its use and leaves after it is
-    made. Termination: run in any timing, every action is reached.
+    made, and a segment is summed after all of its gradients. Termination: run in any timing, every action
+    is reached.
     """
     if len(program.buckets) != len(plan.syncs):
         raise PlanError(
@@ -25,8 +29,8 @@ def check(program: Program, plan: Plan) -> None:
     work = _work(program, plan)
     for device in dict.fromkeys((*plan.devices, *program.devices)):
         actions = program.devices.get(device, ())
-        _check_coverage(device, actions, work.get(device, {}))
-        _check_order(device, actions, plan)
+        _check_coverage(device, _joined(device, actions, plan), work.get(device, {}))
+        _check_order(device, actions, plan, graph, program)
     _check_end(program)
 
 
@@ -99,6 +103,34 @@ def _work(program: Program, plan: Plan) -> dict[str, dict[_Key, Action]]:
     return work
 
 
+def _joined(device: str, actions: tuple[Action, ...], plan: Plan) -> tuple[Action, ...]:
+    """With the halves of a backward, and the parts of its weight half, as the whole backward."""
+    out: list[Action] = []
+    open_: dict[_Key, tuple[Action, int]] = {}  # input halves, and down to where their weight halves are done
+    for action in actions:
+        key = ("backward", action.stage, action.micro_batch)
+        if action.kind == "backward_input" and key not in open_:
+            open_[key] = (action, plan.stages[action.stage].stop)
+        elif action.kind == "backward_weight":
+            first, left = open_.pop(key, (None, 0))
+            start, stop = action.layers or (plan.stages[action.stage].start, plan.stages[action.stage].stop)
+            if first is None or stop != left or action.rows != first.rows:
+                raise PlanError(
+                    f"program: '{action}' on {device} does not go on where its backward is; one input half, "
+                    "then the weight half from the last layer to the first"
+                )
+            if start > plan.stages[action.stage].start:
+                open_[key] = (first, start)
+            else:
+                out.append(replace(first, kind="backward"))
+        else:
+            out.append(action)
+    if open_:
+        unfinished = next(iter(open_.values()))[0]
+        raise PlanError(f"program: '{unfinished}' on {device} has no weight half; add its rest")
+    return tuple(out)
+
+
 def _check_coverage(device: str, actions: tuple[Action, ...], work: dict[_Key, Action]) -> None:
     left = dict(work)
     for action in actions:
@@ -116,8 +148,10 @@ def _check_coverage(device: str, actions: tuple[Action, ...], work: dict[_Key, A
         )
 
 
-def _check_order(device: str, actions: tuple[Action, ...], plan: Plan) -> None:
-    at = {_key(action): i for i, action in enumerate(actions) if action.kind not in ("send", "recv")}
+def _check_order(
+    device: str, actions: tuple[Action, ...], plan: Plan, graph: ModelGraph, program: Program
+) -> None:
+    at = {key: position for position, action in enumerate(actions) for key in _gives(action, plan)}
     nowhere = len(actions)
     for position, action in enumerate(actions):
         match action.kind:
@@ -125,13 +159,50 @@ def _check_order(device: str, actions: tuple[Action, ...], plan: Plan) -> None:
                 right = at.get(_use(action, len(plan.stages) - 1), -1) > position
             case "norm" | "step":
                 right = position == len(actions) - _FROM_END[action.kind]
+            case "reduce":
+                names = program.buckets[action.sync][action.segment]
+                right = all(at.get(key, nowhere) < position for key in _gradients(names, device, plan, graph))
             case _:
-                right = all(at.get(key, nowhere) < position for key in _sources(action, device, plan))
+                right = all(at.get(key, nowhere) < position for key in _sources(action))
         if not right:
             raise PlanError(f"program: '{action}' on {device} stands in the wrong place, or for nothing")
 
 
 _FROM_END = {"norm": 2, "step": 1}
+
+
+def _gives(action: Action, plan: Plan) -> list[_Key]:
+    """What is there when an action is done; ``backward`` are the gradients that travel.
+
+    ``weights`` are the gradients of a layer's parameters after the last micro-batch.
+    """
+    s, m = action.stage, action.micro_batch
+    given: list[_Key] = []
+    match action.kind:
+        case "send" | "recv":
+            return []
+        case "backward" | "backward_input":
+            given.append(("backward", s, m))
+        case "backward_weight":
+            pass
+        case _:
+            return [_key(action)]
+    if action.kind != "backward_input" and m == plan.micro_batches - 1:
+        stage = plan.stages[s]
+        given += [("weights", s, layer) for layer in range(*(action.layers or (stage.start, stage.stop)))]
+    return given
+
+
+def _gradients(names: tuple[str, ...], device: str, plan: Plan, graph: ModelGraph) -> list[_Key]:
+    """Of the layers on a device that use these parameters."""
+    return [
+        ("weights", s, layer)
+        for s, stage in enumerate(plan.stages)
+        if device in stage.devices
+        for name in names
+        for layer in graph.users[name]
+        if stage.start <= layer < stage.stop
+    ]
 
 
 def _use(recv: Action, last: int) -> _Key:
@@ -147,25 +218,20 @@ def _use(recv: Action, last: int) -> _Key:
             return "forward", recv.stage + 1, recv.micro_batch
 
 
-def _sources(action: Action, device: str, plan: Plan) -> list[_Key]:
-    """What must have been done on the device before it computes, sends or reduces."""
+def _sources(action: Action) -> list[_Key]:
+    """What must have been done on the device before it computes or sends."""
     s, m = action.stage, action.micro_batch
     match action.kind, action.payload:
-        case "backward", _:
+        case "backward" | "backward_input", _:
             return [("forward", s, m)]
+        case "backward_weight", _:
+            return [("backward", s, m)]
         case "send", "input" | "label":
             return [("load", -1, m)]
         case "send", "activation":
             return [("forward", s, m)]
         case "send", _:
             return [("backward", s + 1, m)]
-        case "reduce", _:
-            return [
-                ("backward", i, plan.micro_batches - 1)
-                for i, stage in enumerate(plan.stages)
-                if device in stage.devices
-                and any(stage.meets(a, b) for a, b in plan.syncs[action.sync].layers)
-            ]
         case _:
             return []
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 from spanwise.core.errors import PlanError
 from spanwise.core.model import ModelGraph, Parameter
 from spanwise.core.plan import Plan, Stage, Sync, row_ranges
@@ -32,7 +35,7 @@ def lower(plan: Plan, graph: ModelGraph, *, clip: bool = False) -> Program:
             f"'{graph.name}' has {len(graph)}; plan again"
         )
     program = _Lowering(plan, graph, clip).program()
-    check(program, plan)
+    check(program, plan, graph)
     return program
 
 
@@ -71,11 +74,7 @@ def _ranges(indices: set[int]) -> tuple[tuple[int, int], ...]:
 
 def _buckets(plan: Plan, graph: ModelGraph) -> Buckets:
     """Parameters of every segment of every sync; refuses gaps and overlaps."""
-    owners = holders(plan.stages, graph)
-    users: dict[str, list[int]] = {}
-    for index, layer in enumerate(graph.layers):
-        for parameter in layer.parameters:
-            users.setdefault(parameter.name, []).append(index)
+    owners, users = holders(plan.stages, graph), graph.users
     covered: set[str] = set()
     out: list[tuple[tuple[str, ...], ...]] = []
     for number, sync in enumerate(plan.syncs):
@@ -126,6 +125,7 @@ class _Lowering:
     def __init__(self, plan: Plan, graph: ModelGraph, clip: bool) -> None:
         self.plan, self.graph, self.clip = plan, graph, clip
         self.buckets = _buckets(plan, graph)
+        self.users = graph.users
         self.sizes = {p.name: p.bytes for p in graph.parameters}
         self.actions: dict[str, list[Action]] = {device: [] for device in plan.devices}
         self.sources = row_ranges(plan.sources)
@@ -148,16 +148,21 @@ class _Lowering:
 
     def _device(self, device: str, order: tuple[StageOp, ...]) -> None:
         loads = self._load_slots(device, order)
-        left = [op for op in order if op.kind == "backward"]
         self._loads(device, loads.get(-1, ()))
-        reduced: set[int] = set()
+        # Down to which layer the last micro-batch has left gradients behind, by stage.
+        reached = {op.stage: self.plan.stages[op.stage].stop for op in order}
+        reduced: dict[int, int] = {}
         for position, op in enumerate(order):
-            if op.kind == "forward":
-                self._forward(device, op)
-            else:
-                self._backward(device, op)
-                left.remove(op)
-                self._reduce(device, {o.stage for o in left}, reduced)
+            match op.kind:
+                case "forward":
+                    self._forward(device, op)
+                case "backward_input":
+                    self._backward(device, op)
+                case "backward" | "backward_weight":
+                    for start in self._finish(device, op):
+                        if op.micro_batch == self.plan.micro_batches - 1:
+                            reached[op.stage] = start
+                            self._reduce(device, reached, reduced)
             self._loads(device, loads.get(position, ()))
         out = self.actions[device]
         computing = tuple(dict.fromkeys(d for s in self.plan.stages for d in s.devices))
@@ -209,28 +214,70 @@ class _Lowering:
         rows = self._rows(s, device)
         if s + 1 < len(self.ranges):
             self._moves("recv", device, "gradient", s, m, rows, self.ranges[s + 1])
-        self.actions[device].append(Action("backward", s, m, rows))
+        self.actions[device].append(Action(op.kind, s, m, rows))
         if s > 0:
             self._moves("send", device, "gradient", s - 1, m, rows, self.ranges[s - 1])
 
-    def _reduce(self, device: str, pending: set[int], done: set[int]) -> None:
-        """Starts every sum whose gradients on this device are complete."""
+    def _finish(self, device: str, op: StageOp) -> Iterator[int]:
+        """What ends the backward of a micro-batch; yields the layer down to which its gradients are there.
+
+        Where gradients are summed in several segments, the last micro-batch goes through in halves, and the
+        weight half in parts, so that each segment can be summed as soon as its layers are done.
+        """
+        stage, rows = self.plan.stages[op.stage], self._rows(op.stage, device)
+        borders = self._borders(device, op.stage) if op.micro_batch == self.plan.micro_batches - 1 else []
+        if op.kind == "backward":
+            self._backward(device, op._replace(kind="backward_input") if borders else op)
+            if not borders:
+                yield stage.start
+                return
+        edges = [stage.stop, *borders, stage.start]
+        for stop, start in pairwise(edges):
+            part = (start, stop) if borders else None
+            self.actions[device].append(
+                Action("backward_weight", op.stage, op.micro_batch, rows, layers=part)
+            )
+            yield start
+
+    def _borders(self, device: str, stage: int) -> list[int]:
+        """Layers inside a stage at which the gradients of a segment are complete, falling."""
+        first, stop = self.plan.stages[stage].start, self.plan.stages[stage].stop
+        lowest = {
+            min(first_layers)
+            for sync, segments in zip(self.plan.syncs, self.buckets, strict=True)
+            if device in sync.devices and len(segments) > 1
+            for names in segments
+            if (first_layers := [i for name in names for i in self.users[name] if first <= i < stop])
+        }
+        return sorted(lowest - {first}, reverse=True)
+
+    def _reduce(self, device: str, reached: dict[int, int], reduced: dict[int, int]) -> None:
+        """Starts every sum whose gradients on this device are complete.
+
+        Segments of a sync go from the last to the first, on all its devices alike: one ring follows another.
+        """
         for number, sync in enumerate(self.plan.syncs):
-            if number in done or device not in sync.devices:
+            if device not in sync.devices:
                 continue
-            stages = {
-                i
-                for i, stage in enumerate(self.plan.stages)
-                if device in stage.devices and any(a < stage.stop and stage.start < b for a, b in sync.layers)
-            }
-            if stages & pending:
-                continue
-            done.add(number)
-            for segment, names in enumerate(self.buckets[number]):
+            segments = self.buckets[number]
+            for segment in range(len(segments) - 1 - reduced.get(number, 0), -1, -1):
+                names = segments[segment]
+                if not all(self._is_complete(name, reached) for name in names):
+                    break
+                reduced[number] = reduced.get(number, 0) + 1
                 nbytes = sum(self.sizes[name] for name in names)
                 self.actions[device].append(
                     Action("reduce", sync=number, segment=segment, nbytes=nbytes, members=sync.devices)
                 )
+
+    def _is_complete(self, name: str, reached: dict[int, int]) -> bool:
+        stages = self.plan.stages
+        return all(
+            layer >= low
+            for layer in self.users[name]
+            for stage, low in reached.items()
+            if stages[stage].start <= layer < stages[stage].stop
+        )
 
     def _rows(self, stage: int, device: str) -> tuple[int, int]:
         return next((a, b) for d, a, b in self.ranges[stage] if d == device)

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from spanwise.core.errors import PlanError
+from spanwise.core.order import Op, OpKind
 from spanwise.core.plan import Plan
-from spanwise.schedules import Op, stage_order
+from spanwise.schedules import stage_order
 
-_COST = {"forward": 1.0, "backward": 2.0}  # backward is about two matrix products to one
+# Backward is about two matrix products to one, each of its halves one.
+_COST = {"forward": 1.0, "backward": 2.0, "backward_input": 1.0, "backward_weight": 1.0}
+# Backwards first: they free memory and feed the stages before. Nobody waits for weight halves.
+_RANK = {"backward": 0, "backward_input": 0, "forward": 1, "backward_weight": 2}
 
 
 class StageOp(NamedTuple):
-    """A forward or backward of one micro-batch through one stage."""
+    """A forward, a backward or half of one, of one micro-batch through one stage."""
 
-    kind: Literal["forward", "backward"]
+    kind: OpKind
     stage: int
     micro_batch: int
 
 
 def compute_order(plan: Plan) -> dict[str, tuple[StageOp, ...]]:
-    """For each device its forwards and backwards in order."""
+    """For each device its forwards and backwards, whole or in halves, in order."""
     orders: dict[str, list[tuple[int, tuple[Op, ...]]]] = {}
     for index, stage in enumerate(plan.stages):
-        order = stage_order(plan.schedule, plan.micro_batches, stage.warmup)
+        order = stage_order(plan.schedule, plan.micro_batches, stage.warmup, stage.order)
         for device in stage.devices:
             orders.setdefault(device, []).append((index, order))
     if all(len(held) == 1 for held in orders.values()):
@@ -70,24 +74,23 @@ class _Merge:
             ready = self._ready(device, op)
             if ready is not None:
                 start = max(ready, self.free[device])
-                # Backwards first: they free memory and feed the stages before.
-                rank = 0 if op.kind == "backward" else 1
-                found.append((start, rank, op.micro_batch, -stage, device, op))
+                found.append((start, _RANK[op.kind], op.micro_batch, -stage, device, op))
         return found
 
     def _ready(self, device: str, op: StageOp) -> float | None:
         """When everything it needs is there; None while something is not even scheduled."""
         needs: list[tuple[str, StageOp]] = []
-        step = -1 if op.kind == "forward" else 1
-        other = op.stage + step
-        if 0 <= other < len(self.ranges):
+        other = op.stage + (-1 if op.kind == "forward" else 1)
+        if op.kind == "backward_weight":
+            needs.append((device, StageOp("backward_input", op.stage, op.micro_batch)))
+        elif 0 <= other < len(self.ranges):
             a, b = next((a, b) for d, a, b in self.ranges[op.stage] if d == device)
             needs += [
                 (d, StageOp(op.kind, other, op.micro_batch))
                 for d, c, e in self.ranges[other]
                 if max(a, c) < min(b, e)
             ]
-        if op.kind == "backward":
+        if op.kind in ("backward", "backward_input"):
             needs.append((device, StageOp("forward", op.stage, op.micro_batch)))
         ready = 0.0
         for need in needs:

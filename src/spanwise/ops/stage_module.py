@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from spanwise.core.errors import InputError
 from spanwise.core.model import ModelGraph
 from spanwise.ops.arguments import Argument, Ref, TorchName
+from spanwise.ops.deferred import Deferred, deferrable
 from spanwise.ops.opgraph import Op, OpGraph
 from spanwise.ops.resolve import resolve, torch_value, unpack_constant
 
-Forward = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, ...]]
+Tensors = tuple[Tensor, ...]
+Forward = Callable[[Tensors, Tensors, Deferred | None], Tensors]
 
 # Position of the flag that lets batch_norm use cuDNN, which a trace on a CPU leaves off.
 _CUDNN_FLAG = {"aten.batch_norm.default": 8}
@@ -67,7 +69,9 @@ class StageModule(nn.Module):
             self._results = tuple(Ref("node", spec.name) for spec in graph.layers[stop - 1].outputs)
         used = {ref for i in self._nodes for ref in ops.nodes[i].references()} | set(self._results)
         self._hold(ops, used, parameters, buffers)
-        self._forward = self._generate(ops, used)
+        self._whole = self._generate(ops, graph, used, deferring=False)
+        self._halved: Forward | None = None  # made when it is first asked for
+        self._make_halved = lambda: self._generate(ops, graph, used, deferring=True)
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -79,13 +83,14 @@ class StageModule(nn.Module):
         """The model's own names of the buffers (and frozen parameters) it uses."""
         return tuple(self._buffers)
 
-    def forward(self, inputs: tuple[Tensor, ...], labels: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+    def forward(self, inputs: Tensors, labels: Tensors = (), later: Deferred | None = None) -> Tensors:
         """Runs the layers on one micro-batch.
 
         Args:
             inputs: the model's inputs if this is the first stage, else the tensors of the cut before it, in
                 order; the first dimension is the rows, at least one.
             labels: of the same rows; only the last stage reads them.
+            later: if given, backward leaves the weight gradients of the products to it.
 
         Returns:
             The tensors of the cut behind it in order, or ``(loss, *model outputs)`` from the last stage. A
@@ -96,7 +101,11 @@ class StageModule(nn.Module):
                 f"stage [{self.start}:{self.stop}) takes {len(self._inputs)} inputs and {len(self._labels)} "
                 f"labels, got {len(inputs)} and {len(labels)}; pass the tensors of the cut before it in order"
             )
-        return self._forward(inputs, labels)
+        if later is None:
+            return self._whole(inputs, labels, None)
+        if self._halved is None:
+            self._halved = self._make_halved()
+        return self._halved(inputs, labels, later)
 
     def _hold(
         self,
@@ -134,7 +143,7 @@ class StageModule(nn.Module):
                 f"{stage}: {kind} '{name}' is on {value.device}, the stage on {self.device}; move it first"
             )
 
-    def _generate(self, ops: OpGraph, used: set[Ref]) -> Forward:
+    def _generate(self, ops: OpGraph, graph: ModelGraph, used: set[Ref], *, deferring: bool) -> Forward:
         """Python source of the whole stage; every value is dropped right after its last use."""
         scope: dict[str, Any] = {}
         names: dict[Ref, str] = {}
@@ -149,8 +158,9 @@ class StageModule(nn.Module):
             names[ref] = f"c{number}"
             if ref in used:
                 scope[f"c{number}"] = unpack_constant(constant, self.device)
-        writer = _Source(scope, names, self.device)
-        text = writer.function([ops.nodes[i] for i in self._nodes], self._inputs, self._labels, self._results)
+        writer = _Source(scope, names, self.device, deferring=deferring)
+        nodes, layers = [ops.nodes[i] for i in self._nodes], [graph.layer_of(i) for i in self._nodes]
+        text = writer.function(nodes, self._inputs, self._labels, self._results, layers)
         exec(compile(text, f"<stage [{self.start}:{self.stop})>", "exec"), scope)
         return scope["forward"]
 
@@ -158,8 +168,10 @@ class StageModule(nn.Module):
 class _Source:
     """Writes the function. Nothing from the graph enters the source but numbers and quoted text."""
 
-    def __init__(self, scope: dict[str, Any], names: dict[Ref, str], device: torch.device) -> None:
-        self.scope, self.names, self.device = scope, names, device
+    def __init__(
+        self, scope: dict[str, Any], names: dict[Ref, str], device: torch.device, *, deferring: bool
+    ) -> None:
+        self.scope, self.names, self.device, self.deferring = scope, names, device, deferring
         self.bound: dict[Any, str] = {}
 
     def function(
@@ -168,8 +180,10 @@ class _Source:
         inputs: tuple[Ref, ...],
         labels: tuple[Ref, ...],
         results: tuple[Ref, ...],
+        layers: list[int],
     ) -> str:
-        lines = ["def forward(inputs, labels):"]
+        """Source text; ``layers`` has the layer of each node."""
+        lines = ["def forward(inputs, labels, later):"]
         for index, ref in enumerate(inputs):
             self.names[ref] = f"x{index}"
             lines.append(f"    x{index} = inputs[{index}]")
@@ -182,7 +196,7 @@ class _Source:
         own = {*inputs, *labels}
         for index, node in enumerate(nodes):
             self.names[Ref("node", node.name)] = f"v{index}"
-            lines.append(f"    v{index} = {self.call(node)}")
+            lines.append(f"    v{index} = {self.call(node, layers[index])}")
             own.add(Ref("node", node.name))
             read = dict.fromkeys((*node.references(), Ref("node", node.name)))
             dead = [
@@ -193,7 +207,7 @@ class _Source:
         lines.append(f"    return ({''.join(self.names[ref] + ', ' for ref in results)})")
         return "\n".join(lines) + "\n"
 
-    def call(self, node: Op) -> str:
+    def call(self, node: Op, layer: int) -> str:
         args = list(node.args)
         flag = _CUDNN_FLAG.get(node.op)
         if flag is not None and len(args) > flag and self.device.type == "cuda":
@@ -203,6 +217,10 @@ class _Source:
         function = resolve(node.op)
         if node.op == "aten.batch_norm.default":
             function = batch_norm
+        waits = deferrable(node) if self.deferring else None
+        if waits is not None:
+            function = waits
+            parts = ["later", str(layer), *parts]
         return f"{self.bind(function, 'f')}({', '.join(parts)})"
 
     def keyword(self, key: str) -> str:

@@ -10,7 +10,7 @@ from spanwise.planner.lanes import Group
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.problem import Problem, largest_remainder
 from spanwise.planner.search import Search, mask_of, members
-from spanwise.planner.trial import Priced, fastest, priced
+from spanwise.planner.trial import Priced, fastest, priced, segmented
 
 FINALISTS = 4
 MOST_SETS = 32
@@ -34,7 +34,7 @@ def data_parallel(problem: Problem) -> Plan:
     for m in reversed(problem.micro_batch_choices(count)):
         rows = largest_remainder(problem.job.batch // m, (1.0,) * count)
         outlines.append(Outline(m, (Span(0, layers, everyone, rows),)))
-    return fastest(problem, priced(problem, "data_parallel", outlines), FINALISTS)
+    return segmented(problem, fastest(problem, priced(problem, "data_parallel", outlines), FINALISTS))
 
 
 def weighted_data_parallel(problem: Problem) -> Plan:
@@ -53,10 +53,10 @@ def weighted_data_parallel(problem: Problem) -> Plan:
     try:
         best = fastest(problem, list(first.values()), FINALISTS)
     except InfeasibleError:  # the simulator found more bytes than the formula: other counts may need fewer
-        return fastest(problem, pool, FINALISTS)
+        return segmented(problem, fastest(problem, pool, FINALISTS))
     devices = frozenset(best.stages[0].devices)
     same = [entry for entry in pool if frozenset(entry.plan.stages[0].devices) == devices]
-    return fastest(problem, same, FINALISTS)
+    return segmented(problem, fastest(problem, same, FINALISTS))
 
 
 def leaders(outlines: list[Outline]) -> list[Outline]:
@@ -101,4 +101,4 @@ def _over_sources(problem: Problem, strategy: str) -> Plan:
     layers = len(problem.graph)
     choices = reversed(problem.micro_batch_choices())
     outlines = [Outline(m, (fixed_span(problem, 0, layers, m),)) for m in choices]
-    return fastest(problem, priced(problem, strategy, outlines), FINALISTS)
+    return segmented(problem, fastest(problem, priced(problem, strategy, outlines), FINALISTS))

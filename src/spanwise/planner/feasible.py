@@ -8,6 +8,7 @@ from itertools import permutations
 
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.model import ModelGraph
+from spanwise.core.order import Kept, kept_over, parse_order
 from spanwise.core.plan import Plan, ScheduleName, Stage, row_ranges
 from spanwise.core.units import format_bytes
 from spanwise.cost import stage_bytes
@@ -59,18 +60,29 @@ def memory_bytes(
     """Most bytes that every computing device needs, over all its stages."""
     out = _flat_bytes(problem.graph, stages)
     for stage in stages:
-        depth = micro_batches if schedule == "gpipe" else min(stage.warmup, micro_batches)
+        most = kept(stage, schedule, micro_batches)
         for replica in stage.replicas:
-            out[replica.device] = out.get(replica.device, 0) + stage_bytes(
-                problem.graph,
-                stage.start,
-                stage.stop,
-                rows=replica.rows,
-                in_flight=depth,
-                copies=problem.copies,
-                synced=False,
+            out[replica.device] = out.get(replica.device, 0) + max(
+                stage_bytes(
+                    problem.graph,
+                    stage.start,
+                    stage.stop,
+                    rows=replica.rows,
+                    in_flight=in_flight,
+                    halved=halved,
+                    copies=problem.copies,
+                    synced=False,
+                )
+                for in_flight, halved in most
             )
     return out
+
+
+def kept(stage: Stage, schedule: ScheduleName, micro_batches: int) -> tuple[Kept, ...]:
+    """Micro-batches that a stage keeps at once: before their backward, and between its halves."""
+    if stage.order is not None:
+        return kept_over(parse_order(stage.order))
+    return (Kept(micro_batches if schedule == "gpipe" else min(stage.warmup, micro_batches), 0),)
 
 
 def _flat_bytes(graph: ModelGraph, stages: tuple[Stage, ...]) -> dict[str, int]:
@@ -99,7 +111,7 @@ def shortage(
             held = [stage for stage in stages if device in stage.devices]
             ranges = " and ".join(f"[{s.start}:{s.stop})" for s in held)
             rows = "+".join(str(r.rows) for s in held for r in s.replicas if r.device == device)
-            depth = "+".join(str(micro_batches if schedule == "gpipe" else s.warmup) for s in held)
+            depth = "+".join(str(kept(s, schedule, micro_batches)[0].whole) for s in held)
             where = f"layers {ranges} at {rows} rows with {depth} of {micro_batches} micro-batches in flight"
             worst = Shortage(device, needed, budget, where)
     return worst

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import islice, pairwise, product
 
 from spanwise.core.errors import InfeasibleError, PlanError
 from spanwise.core.plan import Plan, ScheduleName
 from spanwise.core.timeline import Timeline
 from spanwise.core.units import format_bytes
 from spanwise.lowering import lower
+from spanwise.planner.bubble import zero_bubble_variants
 from spanwise.planner.build import Depth, build
 from spanwise.planner.feasible import ShortageError, closest
 from spanwise.planner.outline import Outline, Span
@@ -23,6 +24,9 @@ from spanwise.simulator import simulate
 HOPELESS = 1.15
 # Forwards, backwards and messages that a planner simulates among its finalists, in three plans at least.
 MOST_EFFORT = 12_000
+SEGMENTS = (2, 4)
+# By which part such variants of a plan must be faster: more actions cost what the simulator does not show.
+LEAST_GAIN = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,20 +173,68 @@ def fastest(problem: Problem, candidates: Sequence[Priced], limit: int) -> Plan:
 def at_both_depths(problem: Problem, strategy: str, outlines: Sequence[Outline], limit: int) -> Plan:
     """The fastest of the outlines with warm-up 2(P-p)-1, the best quarter of them also with P-p.
 
+    The best few are tried with backwards in two halves, too.
+
     Where a device holds several stages, which depth is better cannot be told before, and both are candidates.
     """
     pool = priced(problem, strategy, outlines)
     shared = [outline for outline in outlines if _is_shared(outline)]
     if shared:
         pool += priced(problem, strategy, shared, depth="shallow")
-    best = simulated(problem, pool, limit)[: max(2, limit // 4)]
+    ranked = simulated(problem, pool, limit)
+    best = ranked[: max(2, limit // 4)]
     shallow = [Priced(_shallow(plan), 0.0) for plan in best if len(plan.stages) > 1]
     winner = fastest(problem, [Priced(best[0], 0.0), *shallow], 1 + len(shallow))
-    return shifted(problem, winner, limit)
+    winner = shifted(problem, winner, limit)
+    winner = halved(problem, list(dict.fromkeys((winner, *ranked))))
+    if winner.schedule == "zero_bubble":
+        winner = shifted(problem, winner, limit // 2)
+    return segmented(problem, winner)
+
+
+def halved(problem: Problem, plans: Sequence[Plan]) -> Plan:
+    """The fastest zero_bubble variant of any of the plans if that pays, else the first plan.
+
+    Which plan is best in halves is not known from how fast it is without: one variant of each is tried, and
+    of the best the others too.
+    """
+    first: dict[Plan, Plan] = {}
+    for plan in plans:
+        variant = next(zero_bubble_variants(problem, plan), None)
+        if variant is not None:
+            first[variant] = plan
+    best = _paying(problem, plans[0], list(first))
+    return _paying(problem, best, list(zero_bubble_variants(problem, first.get(best, best))))
+
+
+def segmented(problem: Problem, plan: Plan) -> Plan:
+    """The plan with its gradients summed in several segments if that pays.
+
+    The first segments are summed while the last micro-batch still leaves the gradients of others behind.
+    """
+    if not plan.syncs:
+        return plan
+    more = [tuple(sync.model_copy(update={"segments": count}) for sync in plan.syncs) for count in SEGMENTS]
+    return _paying(problem, plan, [plan.model_copy(update={"syncs": syncs}) for syncs in more])
+
+
+def _paying(problem: Problem, plan: Plan, variants: Sequence[Plan]) -> Plan:
+    best, least = plan, (1 - LEAST_GAIN) * timeline(problem, plan).step_time_s
+    for variant in variants:
+        try:
+            seconds = timeline(problem, variant).step_time_s
+        except InfeasibleError:
+            continue
+        if seconds < least:
+            best, least = variant, seconds
+    return best
 
 
 def shifted(problem: Problem, plan: Plan, limit: int) -> Plan:
-    """Moves single layers over stage borders while the simulator agrees, in at most ``limit`` simulations."""
+    """Moves single layers over stage borders while the simulator agrees, in at most ``limit`` simulations.
+
+    A zero_bubble plan gets new orders at the new borders.
+    """
     best, least = plan, timeline(problem, plan).step_time_s
     depth: Depth = "shallow" if _shallow(plan) == plan else "deep"
     tried = [plan]
@@ -191,17 +243,20 @@ def shifted(problem: Problem, plan: Plan, limit: int) -> Plan:
         moved = False
         near = [p for o in _near(problem, best) for p in _built(problem, best.strategy, o, depth)]
         for candidate in sorted(near, key=lambda entry: entry.price_s):
-            if candidate.plan in tried or candidate.price_s > HOPELESS * least:
+            found = [candidate.plan] if candidate.price_s <= HOPELESS * least else []
+            if best.schedule == "zero_bubble":  # the formula, without halves, is no bound
+                found = list(islice(zero_bubble_variants(problem, candidate.plan), 1))
+            if not found or found[0] in tried:
                 continue
             if len(tried) > limit:
                 return best
-            tried.append(candidate.plan)
+            tried += found
             try:
-                seconds = timeline(problem, candidate.plan).step_time_s
+                seconds = timeline(problem, found[0]).step_time_s
             except InfeasibleError:
                 continue
             if seconds < least:
-                best, least, moved = candidate.plan, seconds, True
+                best, least, moved = found[0], seconds, True
                 break
     return best
 

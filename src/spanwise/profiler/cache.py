@@ -11,14 +11,14 @@ import torch
 
 from spanwise.core.errors import InputError
 from spanwise.core.profile import TimeTable
-from spanwise.profiler.known import cpu_name
+from spanwise.profiler.known import FORMAT, cpu_name
 from spanwise.profiler.traced import Traced
 
 
 def cache_key(traced: Traced, *, device: str, threads: int, rows: tuple[int, ...]) -> str:
     """SHA-256 of everything that layer times depend on, 64 hex digits."""
     dtypes = sorted({str(p.dtype) for p in traced.parameters.values()})
-    parts = [traced.ops.digest, device_name(device), dtypes, torch.__version__, threads, list(rows),
+    parts = [FORMAT, traced.ops.digest, device_name(device), dtypes, torch.__version__, threads, list(rows),
              [list(layer.ops) for layer in traced.graph.layers]]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from statistics import median, quantiles
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from spanwise.core.errors import InputError
 from spanwise.core.profile import LayerTimes, TimeTable
 from spanwise.ops.allocator import keep_freed_memory
+from spanwise.ops.deferred import Deferred
 from spanwise.ops.stage_module import StageModule
 from spanwise.profiler.export import Sample, fixed_seed
 from spanwise.profiler.traced import Traced, layer_stages, received
@@ -21,8 +23,13 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 WARM_UP = 3
 MIN_REPEATS = 3
 
-# One pass: seconds of each layer, forward and backward.
-Pass = tuple[list[float], list[float]]
+
+class Pass(NamedTuple):
+    """One pass: seconds of each layer. ``weight`` is empty, or backward is only the input half."""
+
+    forward: list[float]
+    backward: list[float]
+    weight: list[float]
 
 
 def measure_layers(
@@ -40,7 +47,8 @@ def measure_layers(
 
     The chain is run layer by layer, forward and then backward, with the clock read at every boundary: each
     layer meets the caches that its neighbours leave, and the backward pass of a layer runs that layer
-    alone. What one call costs by itself, measured on an empty layer, is taken off.
+    alone. What one call costs by itself, measured on an empty layer, is taken off. A few more passes run the
+    backward in its two halves.
 
     Args:
         traced: the model; its weights, gradients and buffers stay untouched.
@@ -61,6 +69,7 @@ def measure_layers(
     wanted = [count for count in rows if max_rows is None or count <= max_rows] or [min(rows)]
     measured: list[int] = []
     passes: list[list[Pass]] = []
+    halved: list[list[Pass]] = []
     with _threads(threads), fixed_seed():
         bench = LayerBench(traced, Sample(*sample), device, threads)
         for count in wanted:
@@ -71,6 +80,7 @@ def measure_layers(
             fits = int((budget_s - spent) / last) if last else repeats
             try:
                 passes.append(bench.passes(count, max(MIN_REPEATS, min(repeats, fits))))
+                halved.append(bench.passes(count, MIN_REPEATS, halved=True))
             except InputError:
                 if count > 1:
                     raise
@@ -84,7 +94,10 @@ def measure_layers(
         )
     return TimeTable(
         rows=tuple(measured),
-        layers=tuple(_layer_times(passes, index, overhead) for index in range(len(traced.graph))),
+        layers=tuple(
+            _layer_times(passes, halved if layer.weight_flops else None, index, overhead)
+            for index, layer in enumerate(traced.graph.layers)
+        ),
         update_s_per_byte=update,
         environment=f"torch {torch.__version__}, {device}, {threads} threads",
     )
@@ -144,12 +157,15 @@ class LayerBench:
             parameters=self.parameters, buffers=self.buffers, device=device,
         )  # fmt: skip
 
-    def passes(self, rows: int, repeats: int) -> list[Pass]:
-        """Warm-up passes, then timed ones. Gradients add up, as they do over micro-batches."""
+    def passes(self, rows: int, repeats: int, *, halved: bool = False) -> list[Pass]:
+        """Warm-up passes, then timed ones. Gradients add up, as they do over micro-batches.
+
+        Passes with halved backwards come after whole ones at the same rows, and one warms them up.
+        """
         data = self.rows(rows)
-        for _ in range(WARM_UP):
-            self.layer_pass(data)
-        return [self.layer_pass(data) for _ in range(repeats)]
+        for _ in range(1 if halved else WARM_UP):
+            self.layer_pass(data, halved=halved)
+        return [self.layer_pass(data, halved=halved) for _ in range(repeats)]
 
     def rows(self, rows: int) -> Sample:
         """A micro-batch on the device."""
@@ -157,18 +173,22 @@ class LayerBench:
         inputs = tuple(value.to(self.device) for value in data.inputs)
         return Sample(inputs, tuple(value.to(self.device) for value in data.labels))
 
-    def layer_pass(self, data: Sample) -> Pass:
-        """Forward and backward, layer by layer."""
+    def layer_pass(self, data: Sample, *, halved: bool = False) -> Pass:
+        """Forward and backward, layer by layer; with ``halved`` the weight halves after all input halves."""
         forward: list[float] = []
         kept: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
+        waiting: list[Deferred] = []
         values = data.inputs
         for index, stage in enumerate(self.stages):
             if index:
                 values = received(values, self.graph.cut_before(index))
+            later = Deferred() if halved else None
             start = self.clock()
-            outputs = stage(values, data.labels)
+            outputs = stage(values, data.labels, later)
             forward.append(self.clock() - start)
             kept.append((values, outputs))
+            if later is not None:
+                waiting.insert(0, later)  # from the last layer to the first, as in a run
             values = outputs
         gradients: tuple[Tensor | None, ...] = (torch.ones_like(values[0]), *[None] * (len(values) - 1))
         del values
@@ -179,7 +199,12 @@ class LayerBench:
             gradients = _backward(inputs, outputs, gradients)
             backward.append(self.clock() - start)
             del inputs, outputs
-        return forward, backward[::-1]
+        weight: list[float] = []
+        for later in waiting:
+            start = self.clock()
+            later.run()
+            weight.append(self.clock() - start)
+        return Pass(forward, backward[::-1], weight[::-1])
 
     def whole_pass(self, data: Sample) -> tuple[float, float]:
         """Forward and backward of the whole model as one stage, in seconds."""
@@ -263,16 +288,24 @@ def _threads(count: int) -> Generator[None]:
 
 
 def _pass_s(passes: list[Pass]) -> float:
-    return median(sum(forward) + sum(backward) for forward, backward in passes)
+    return median(sum(p.forward) + sum(p.backward) for p in passes)
 
 
-def _layer_times(passes: list[list[Pass]], layer: int, overhead: tuple[float, float]) -> LayerTimes:
-    forward = tuple(_net([p[0][layer] for p in at], overhead[0]) for at in passes)
-    backward = tuple(_net([p[1][layer] for p in at], overhead[1]) for at in passes)
+def _layer_times(
+    passes: list[list[Pass]], halved: list[list[Pass]] | None, layer: int, overhead: tuple[float, float]
+) -> LayerTimes:
+    """``halved`` is None for a layer where nothing of the backward can wait."""
+    backward = tuple(_net([p.backward[layer] for p in at], overhead[1]) for at in passes)
+    into, weight = backward, (0.0,) * len(passes)
+    if halved is not None:
+        into = tuple(_net([p.backward[layer] for p in at], overhead[1]) for at in halved)
+        weight = tuple(median(p.weight[layer] for p in at) for at in halved)
     return LayerTimes(
-        forward_s=forward,
+        forward_s=tuple(_net([p.forward[layer] for p in at], overhead[0]) for at in passes),
         backward_s=backward,
-        spread=_spread([p[0][layer] + p[1][layer] for p in passes[-1]]),
+        backward_input_s=into,
+        backward_weight_s=weight,
+        spread=_spread([p.forward[layer] + p.backward[layer] for p in passes[-1]]),
     )
 
 

@@ -23,6 +23,7 @@ from spanwise.core.model import ModelGraph
 from spanwise.core.noun import Noun
 from spanwise.core.profile import TimeTable
 
+FORMAT = 2  # of what is cached: 2 has the halves of backwards
 _SOURCE_FILES = 500  # of one package; beyond that its text does not go into the key
 
 
@@ -39,6 +40,7 @@ def job_key(job: Job) -> str | None:
     if LIVE in named:
         return None
     parts = {
+        "format": FORMAT,
         "model": job.model.to_data(),
         "data": job.data.to_data(),
         "loss": job.loss,

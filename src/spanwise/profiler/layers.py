@@ -9,6 +9,7 @@ from typing import Any
 
 from spanwise.core.model import Layer, Parameter, TensorSpec
 from spanwise.ops.arguments import Argument, Ref
+from spanwise.ops.deferred import deferred_input
 from spanwise.ops.flops import Flops, Operand, count
 from spanwise.ops.opgraph import Op, OpGraph
 from spanwise.profiler.cut import Cut
@@ -50,12 +51,14 @@ def build_layers(chain: Chain, cuts: Sequence[Cut]) -> tuple[Layer, ...]:
                 ops=(start, stop),
                 forward_flops=sum(flops[i].forward for i in own) / chain.more.rows,
                 backward_flops=sum(flops[i].backward for i in own) / chain.more.rows,
+                weight_flops=sum(flops[i].forward for i in own if _defers(chain, i)) / chain.more.rows,
                 parameters=parameters,
                 buffers=buffers,
                 buffer_bytes=buffer_bytes,
                 outputs=tuple(tensor_spec(n, chain.more.values[Ref("node", n)]) for n in tensors),
                 saved_bytes=saved[index][0],
                 saved_fixed_bytes=saved[index][1],
+                deferred_bytes=_deferred_bytes(chain, own),
                 batch_statistics=any(_mixes_rows(chain.ops.nodes[i]) for i in own),
             )
         )
@@ -171,6 +174,24 @@ def _saved(chain: Chain, bounds: Sequence[int]) -> list[tuple[int, int]]:
         slope = max(0, round((b - a) / (chain.more.rows - chain.few.rows)))
         out.append((slope, max(0, b - slope * chain.more.rows)))
     return out
+
+
+def _defers(chain: Chain, position: int) -> bool:
+    """Whether a node is a product whose weight gradient can wait: one more product of the same size."""
+    x = deferred_input(chain.ops.nodes[position])
+    return x is not None and chain.more.values[x].needs_gradient
+
+
+def _deferred_bytes(chain: Chain, own: Sequence[int]) -> int:
+    """Per row: what products keep for their weight gradients; an input that several use counts once."""
+    kept: dict[tuple[Ref, bool], int] = {}
+    for i in own:
+        x = deferred_input(chain.ops.nodes[i])
+        if x is not None and _defers(chain, i):
+            result = Ref("node", chain.ops.nodes[i].name)
+            kept[x, False] = _bytes(chain.more.values[x])
+            kept[result, True] = _bytes(chain.more.values[result])
+    return sum(kept.values()) // chain.more.rows
 
 
 def _saved_by_layer(seen: Observation, bounds: Sequence[int]) -> list[int]:

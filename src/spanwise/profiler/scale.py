@@ -52,12 +52,21 @@ def analytic_table(graph: ModelGraph, flops_per_s: float, bytes_per_s: float | N
         once, per_row = _traffic(graph, index, layer)
         forward: list[float] = []
         backward: list[float] = []
+        weight: list[float] = []
         for rows in _ANALYTIC_ROWS:
             memory = (once + per_row * rows) / bytes_per_s if bytes_per_s else 0.0
             forward.append(max(layer.forward_flops * rows / flops_per_s, memory))
             # Backward reads what was kept and the gradients, and writes both gradients: twice the traffic.
             backward.append(max(layer.backward_flops * rows / flops_per_s, 2 * memory))
-        layers.append(LayerTimes(forward_s=tuple(forward), backward_s=tuple(backward)))
+            weight.append(_weight_part(layer) * backward[-1])
+        layers.append(
+            LayerTimes(
+                forward_s=tuple(forward),
+                backward_s=tuple(backward),
+                backward_input_s=tuple(b - w for b, w in zip(backward, weight, strict=True)),
+                backward_weight_s=tuple(weight),
+            )
+        )
     # A step with momentum reads weight, gradient and momentum and writes two of them.
     update = 5 / bytes_per_s if bytes_per_s else 0.0
     return TimeTable(
@@ -67,6 +76,11 @@ def analytic_table(graph: ModelGraph, flops_per_s: float, bytes_per_s: float | N
         provenance="analytic",
         environment=f"{flops_per_s:.3g} FLOP/s" + (f", {bytes_per_s:.3g} B/s" if bytes_per_s else ""),
     )
+
+
+def _weight_part(layer: Layer) -> float:
+    """The part of a backward that only weights need and that can wait."""
+    return layer.weight_flops / layer.backward_flops if layer.backward_flops else 0.0
 
 
 def _traffic(graph: ModelGraph, index: int, layer: Layer) -> tuple[int, int]:

@@ -15,7 +15,8 @@ PLOT_WIDTH = 980.0  # of the drawing area on a wide screen, in px: only decides 
 GUTTER = 200
 ZOOMS = (1, 2, 4, 8)
 LEGEND = (
-    ("fwd", "forward"), ("bwd", "backward"), ("upd", "optimizer step"), ("wait", "waiting"),
+    ("fwd", "forward"), ("bwd", "backward"), ("wgt", "weight gradients"), ("upd", "optimizer step"),
+    ("wait", "waiting"),
     ("act", "activations"), ("grad", "gradients"), ("inp", "inputs and labels"), ("red", "gradient sum"),
     ("other", "other message"),
 )  # fmt: skip

@@ -155,7 +155,7 @@ def _card(
     stage = plan.stages[index]
     x, y, width, height = box
     room, state = width - 24, sum(p.bytes for p in graph.parameters_of(stage.start, stage.stop))
-    depth = f"warm-up {min(stage.warmup, plan.micro_batches)}" if plan.schedule == "1f1b" else plan.schedule
+    depth = "gpipe" if plan.schedule == "gpipe" else f"warm-up {min(stage.warmup, plan.micro_batches)}"
     layers = f"layers {layer_range(stage.start, stage.stop)} · {share:.0%} of work"
     parts: list[Markup] = [
         el("rect", x=x, y=y, width=width, height=height, rx=6, class_="card"),

@@ -13,6 +13,8 @@ _PAYLOADS = ("activation", "gradient", "input", "label")
 _CLASSES = {
     "forward": "fwd",
     "backward": "bwd",
+    "backward_input": "bwd",
+    "backward_weight": "wgt",
     "step": "upd",
     "norm": "upd",
     "wait": "wait",

@@ -30,7 +30,7 @@ def describe_plan(plan: Plan, graph: ModelGraph) -> str:
     ]
     sums = [
         f"  sum of gradients of layers {', '.join(layer_range(*r) for r in sync.layers)} "
-        f"over {', '.join(sync.devices)}"
+        f"over {', '.join(sync.devices)}{f', in {sync.segments} segments' if sync.segments > 1 else ''}"
         for sync in plan.syncs
     ]
     outside = [s.device for s in plan.sources if s.device not in {d for t in plan.stages for d in t.devices}]
@@ -117,9 +117,9 @@ def _stage_row(index: int, plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
         f"layers {layer_range(stage.start, stage.stop)}",
         layer_names(graph, stage),
         ", ".join(f"{r.device} x {r.rows}" for r in stage.replicas),
-        f"warm-up {min(stage.warmup, plan.micro_batches)}"
-        if plan.schedule == "1f1b"
-        else "all forwards first",
+        "all forwards first"
+        if plan.schedule == "gpipe"
+        else f"warm-up {min(stage.warmup, plan.micro_batches)}",
         f"{format_bytes(state)} of weights",
         f"sends {format_bytes(cut)} a row" if index + 1 < len(plan.stages) else "ends in the loss",
     )

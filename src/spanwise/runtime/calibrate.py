@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from spanwise.core.model import ModelGraph, TensorSpec
 from spanwise.core.plan import Plan
+from spanwise.core.program import Action, Program
+from spanwise.ops.deferred import Deferred
 from spanwise.ops.stage_module import StageModule
 from spanwise.runtime.emulate import Work
 
@@ -21,12 +24,13 @@ _REPEATS = 9
 def undisturbed_times(
     plan: Plan,
     graph: ModelGraph,
+    program: Program,
     device: str,
     stages: Mapping[int, StageModule],
     parameters: Mapping[str, nn.Parameter],
     buffers: Mapping[str, Tensor],
 ) -> dict[Work, float]:
-    """Median seconds of forward and backward of each stage of a device on its rows of a micro-batch.
+    """Median seconds of each kind of compute of each stage of a device on its rows of a micro-batch.
 
     Generated rows go through the stages that will run, before the run begins; gradients, buffers and the
     random state are as before afterwards. Other devices must rest meanwhile.
@@ -37,12 +41,12 @@ def undisturbed_times(
     for index, stage in stages.items():
         spec = plan.stages[index]
         rows = next(replica.rows for replica in spec.replicas if replica.device == device)
-        passes = [
-            _one_pass(stage, graph, spec.start, spec.stop, rows, parameters)
-            for _ in range(_WARM_UP + _REPEATS)
-        ]
-        found["forward", index] = median(forward for forward, _ in passes[_WARM_UP:])
-        found["backward", index] = median(backward for _, backward in passes[_WARM_UP:])
+        wanted = {a.work: a for a in program.devices.get(device, ()) if a.stage == index}
+        if "backward" in wanted:
+            found |= _medians(index, partial(_one_pass, stage, graph, rows, parameters))
+        if "backward_input" in wanted:
+            parts = [a.layers for a in wanted.values() if a.layers is not None]
+            found |= _medians(index, partial(_one_pass, stage, graph, rows, parameters, parts or [None]))
     for parameter in parameters.values():
         parameter.grad = None
     with torch.no_grad():
@@ -52,26 +56,46 @@ def undisturbed_times(
     return found
 
 
+def _medians(stage: int, one_pass: Callable[[], dict[str, float]]) -> dict[Work, float]:
+    passes = [one_pass() for _ in range(_WARM_UP + _REPEATS)]
+    return {(work, stage): median(seconds[work] for seconds in passes[_WARM_UP:]) for work in passes[0]}
+
+
 def _one_pass(
     stage: StageModule,
     graph: ModelGraph,
-    start: int,
-    stop: int,
     rows: int,
     parameters: Mapping[str, nn.Parameter],
-) -> tuple[float, float]:
+    parts: Sequence[tuple[int, int] | None] = (),
+) -> dict[str, float]:
+    """Seconds of each kind of work on one micro-batch.
+
+    ``parts`` are the layers of the parts of the weight half, None for all; without any it goes back whole.
+    """
     where = next((p.device for p in parameters.values()), torch.device("cpu"))
-    inputs = tuple(_rows(spec, rows, where, start > 0) for spec in graph.cut_before(start))
-    last = stop == len(graph)
+    inputs = tuple(_rows(spec, rows, where, stage.start > 0) for spec in graph.cut_before(stage.start))
+    last = stage.stop == len(graph)
     labels = tuple(_rows(spec, rows, where, False) for spec in graph.labels) if last else ()
+    later = Deferred() if parts else None
     began = _clock(where)
-    outputs = stage(inputs, labels)
+    outputs = stage(inputs, labels, later)
     middle = _clock(where)
     ends = outputs[:1] if last else outputs
     targets = [t for t in ends if t.requires_grad]
     if targets:
         torch.autograd.backward(targets, [torch.ones_like(t) for t in targets])
-    return middle - began, _clock(where) - middle
+    back = _clock(where)
+    if later is None:
+        return {"forward": middle - began, "backward": back - middle}
+    seconds = {"forward": middle - began, "backward_input": back - middle, "backward_weight": 0.0}
+    for layers in parts:
+        start = _clock(where)
+        later.run(*(layers or ()))
+        took = _clock(where) - start
+        seconds["backward_weight"] += took
+        if layers is not None:
+            seconds[Action("backward_weight", layers=layers).work] = took
+    return seconds
 
 
 def _clock(where: torch.device) -> float:

@@ -154,8 +154,8 @@ class DeviceRun:
         """Times its own compute, while the other devices rest; nothing to do on a real device."""
         if self._throttle is not None:
             self._throttle.undisturbed_s = undisturbed_times(
-                self._assignment.plan, self._assignment.graph, self.device, self._stages,
-                self.parameters, self.buffers,
+                self._assignment.plan, self._assignment.graph, self._assignment.program, self.device,
+                self._stages, self.parameters, self.buffers,
             )  # fmt: skip
 
     def run(self, first: int, count: int, on_step: Callable[[StepResult], None]) -> None:

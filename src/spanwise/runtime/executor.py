@@ -17,6 +17,7 @@ from spanwise.core.errors import PeerError
 from spanwise.core.model import ModelGraph, TensorSpec
 from spanwise.core.plan import Plan
 from spanwise.core.program import Action, Program
+from spanwise.ops.deferred import Deferred
 from spanwise.ops.stage_module import StageModule
 from spanwise.runtime.assembly import Assembly, Tensors, cut, meet
 from spanwise.runtime.collectives import exchange_sum, ring_all_reduce, ring_tags
@@ -117,8 +118,11 @@ class Executor:
         self._last = len(plan.stages) - 1
         self._handlers: dict[str, Callable[[Action], None]] = {
             "load": self._load, "send": self._send, "recv": self._recv, "forward": self._forward,
-            "backward": self._backward, "reduce": self._reduce, "norm": self._norm, "step": self._update,
+            "backward": self._backward, "backward_input": self._backward,
+            "backward_weight": self._backward_weight,
+            "reduce": self._reduce, "norm": self._norm, "step": self._update,
         }  # fmt: skip
+        self._in_halves = {(a.stage, a.micro_batch) for a in self._actions if a.kind == "backward_input"}
         self._sends = Counter(
             (a.payload or "", a.stage, a.micro_batch) for a in self._actions if a.kind == "send"
         )
@@ -162,6 +166,7 @@ class Executor:
         self._outgoing: dict[_Key, tuple[int, Tensors]] = {}
         self._unsent = dict(self._sends)
         self._saved: dict[tuple[int, int], tuple[Tensors, Tensors]] = {}
+        self._deferred: dict[tuple[int, int], Deferred] = {}
         self._reductions: list[tuple[Action, Future[None]]] = []
         self._loss: Tensor | None = None
 
@@ -254,7 +259,10 @@ class Executor:
             labels: Tensors = ()
             if s == self._last and self._graph.labels:
                 labels = self._incoming.pop(("label", -1, m)).whole()
-            outputs = self._parts.stages[s](inputs, labels)
+            later = None
+            if (s, m) in self._in_halves:
+                later = self._deferred[s, m] = Deferred()
+            outputs = self._parts.stages[s](inputs, labels, later)
             if s == self._last:
                 share = (action.rows[1] - action.rows[0]) / self._plan.batch
                 outputs = (outputs[0] * share,)
@@ -266,10 +274,11 @@ class Executor:
             self._hand_over("activation", s, m, action.rows, s + 1, tuple(t.detach() for t in outputs))
 
     def _backward(self, action: Action) -> None:
+        """The whole backward, or its input half where the forward pass deferred the weight gradients."""
         s, m = action.stage, action.micro_batch
         inputs, outputs = self._saved.pop((s, m))
         start = time.monotonic()
-        with self._pace.work("backward", s):
+        with self._pace.work(action.work, s):
             if s == self._last:
                 outputs[0].backward()  # pyright: ignore[reportUnknownMemberType]
             else:
@@ -278,9 +287,16 @@ class Executor:
                 targets = [t for t, spec in zip(outputs, specs, strict=True) if spec.differentiable]
                 torch.autograd.backward(targets, list(gradients))
             own = tuple(torch.zeros_like(t) if t.grad is None else t.grad for t in inputs if t.requires_grad)
-        self._recorder.span("backward", action, start, time.monotonic(), busy=True)
+        self._recorder.span(action.kind, action, start, time.monotonic(), busy=True)
         if s > 0:
             self._hand_over("gradient", s - 1, m, action.rows, s - 1, own)
+
+    def _backward_weight(self, action: Action) -> None:
+        deferred = self._deferred[action.stage, action.micro_batch]
+        start = time.monotonic()
+        with self._pace.work(action.work, action.stage):
+            deferred.run(*(action.layers or ()))
+        self._recorder.span("backward_weight", action, start, time.monotonic(), busy=True)
 
     def _hand_over(
         self, payload: str, stage: int, m: int, rows: tuple[int, int], to: int, tensors: Tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spanwise.schedules.order import Op
+from spanwise.core.order import Op
 
 
 def one_f_one_b(micro_batches: int, warmup: int) -> tuple[Op, ...]:

@@ -132,9 +132,9 @@ class Engine:
             case "forward":
                 self._consume(lane, now)  # first: what came in is kept as part of what is saved
                 self.memory.add(lane.name, self.costs.saved[lane.name, action.stage], now)
-                return self._compute(lane, action, self.costs.forward[lane.name, action.stage], now)
-            case "backward":
-                return self._compute(lane, action, self.costs.backward[lane.name, action.stage], now)
+                return self._compute(lane, action, self.costs.compute_s(lane.name, action), now)
+            case "backward" | "backward_input" | "backward_weight":
+                return self._compute(lane, action, self.costs.compute_s(lane.name, action), now)
             case "send":
                 self._send(lane, action, now)
             case "recv":
@@ -187,8 +187,16 @@ class Engine:
         lane.consumed = 0
 
     def _computed(self, lane: _Lane, action: Action, now: float) -> None:
-        if action.kind == "backward":
-            self.memory.add(lane.name, -self.costs.saved[lane.name, action.stage], now)
+        key = (lane.name, action.stage)
+        match action.kind:
+            case "backward":
+                self.memory.add(lane.name, -self.costs.saved[key], now)
+            case "backward_input":
+                self.memory.add(lane.name, self.costs.deferred(action) - self.costs.saved[key], now)
+            case "backward_weight":
+                self.memory.add(lane.name, -self.costs.deferred(action), now)
+            case _:
+                pass
         lane.at += 1
         self._advance(lane, now)
 

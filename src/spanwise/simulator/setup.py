@@ -11,7 +11,7 @@ from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.core.program import Action, Program
 from spanwise.core.routes import Routes
-from spanwise.cost import saved_bytes, state_bytes
+from spanwise.cost import deferred_bytes, saved_bytes, state_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,13 @@ class Costs:
         self._ways: dict[tuple[str, str], Way] = {}
         self._routes = Routes(cluster, profile.links)
         self.sizes = {p.name: p.bytes for p in graph.parameters}
-        self.forward: dict[tuple[str, int], float] = {}
-        self.backward: dict[tuple[str, int], float] = {}
+        self._compute: dict[tuple[str, str, int], float] = {}
+        #: Bytes by device and stage that are kept from a forward.
         self.saved: dict[tuple[str, int], int] = {}
         for index, stage in enumerate(plan.stages):
             for replica in stage.replicas:
-                key, rows = (replica.device, index), replica.rows
-                self.forward[key] = profile.forward_s(replica.device, stage.start, stage.stop, rows)
-                self.backward[key] = profile.backward_s(replica.device, stage.start, stage.stop, rows)
-                self.saved[key] = saved_bytes(graph, stage.start, stage.stop, rows)
+                key = (replica.device, index)
+                self.saved[key] = saved_bytes(graph, stage.start, stage.stop, replica.rows)
         self.update: dict[str, float] = {}
         self.message: dict[str, float] = {}
         self.base: dict[str, int] = {}
@@ -62,6 +60,34 @@ class Costs:
             self.update[device] = profile.update_s(device, held) if held else 0.0
             table, factor = profile.table(device)
             self.message[device] = table.message_s * factor
+
+    def compute_s(self, device: str, action: Action) -> float:
+        """Seconds of a forward or backward, half or part, without faults."""
+        key = (action.work, device, action.stage)
+        found = self._compute.get(key)
+        if found is None:
+            found = self._compute[key] = self._find_compute(device, action)
+        return found
+
+    def deferred(self, action: Action) -> int:
+        """Bytes that are kept for a weight half, or the part of it, from the input half on."""
+        start, stop = self._layers(action)
+        return deferred_bytes(self.graph, start, stop, action.rows[1] - action.rows[0])
+
+    def _layers(self, action: Action) -> tuple[int, int]:
+        stage = self.plan.stages[action.stage]
+        return action.layers or (stage.start, stage.stop)
+
+    def _find_compute(self, device: str, action: Action) -> float:
+        where = (device, *self._layers(action), action.rows[1] - action.rows[0])
+        match action.kind:
+            case "forward":
+                return self.profile.forward_s(*where)
+            case "backward":
+                return self.profile.backward_s(*where)
+            case _:
+                into, weight = self.profile.halves_s(*where)
+                return into if action.kind == "backward_input" else weight
 
     def way(self, source: str, target: str) -> Way:
         """The route of a message; measured links replace the cluster file's numbers."""
