@@ -29,8 +29,8 @@ def graph() -> ModelGraph:
         name="m",
         source_digest="d",
         layers=(
-            Layer(name="0", ops=(0, 1), forward_flops=100, backward_flops=200, weight_flops=80, parameters=(weight,),
-                  outputs=(crossing,), saved_bytes=60),
+            Layer(name="0", ops=(0, 1), forward_flops=100, backward_flops=200, weight_flops=80,
+                  parameters=(weight,), outputs=(crossing,), saved_bytes=60),
             Layer(name="1", ops=(1, 2), forward_flops=50, backward_flops=100),
         ),
         inputs=(TensorSpec(name="x", shape=(5,), dtype="float32", item_bytes=4, differentiable=False),),
