@@ -54,6 +54,17 @@ def test_saved_activations_grow_with_rows_but_for_the_fixed_part() -> None:
     assert cost.saved_bytes(graph, 1, 1, 5) == 0
 
 
+def test_between_the_halves_a_micro_batch_keeps_what_its_weight_gradients_need() -> None:
+    layers = tuple(layer.model_copy(update={"deferred_bytes": 7}) for layer in chain(3).layers)
+    graph = chain(3).model_copy(update={"layers": layers})
+    assert cost.deferred_bytes(graph, 0, 3, 5) == 3 * 7 * 5
+    whole, more = (
+        cost.stage_bytes(graph, 0, 3, rows=5, in_flight=2, halved=halved, copies=1, synced=False)
+        for halved in (0, 4)
+    )
+    assert more - whole == 4 * 3 * 7 * 5
+
+
 def test_messages_are_both_cuts_both_ways() -> None:
     graph = chain(3)  # 12 bytes a row in, 8 behind layer 0, 16 behind layer 1
     assert cost.message_bytes(graph, 0, 1, 5) == 2 * 5 * (12 + 8)

@@ -34,6 +34,24 @@ def test_times_are_never_negative() -> None:
     assert table((9.0, 9.0, 1.0)).forward(0, 100) == 0.0
 
 
+def test_halves_of_a_backward_are_as_measured_or_half_of_it_each() -> None:
+    measured = LayerTimes(
+        forward_s=(1.0, 2.0), backward_s=(2.0, 4.0), backward_input_s=(1.0, 3.0), backward_weight_s=(1.5, 2.0)
+    )
+    older = LayerTimes(forward_s=(1.0, 2.0), backward_s=(2.0, 4.0))
+    found = TimeTable(rows=(2, 4), layers=(measured, older))
+    assert found.halves(0, 3) == pytest.approx((2.0, 1.75))
+    assert found.halves(1, 3) == pytest.approx((1.5, 1.5))
+    with_factor = Profile(graph_digest="0", tables=(found,), devices=(DeviceTimes(device="a", factor=10),))
+    assert with_factor.halves_s("a", 0, 2, 4) == pytest.approx((50.0, 40.0))
+
+
+def test_halves_need_a_time_for_every_row_count_too() -> None:
+    layer = {"forward_s": [1, 1], "backward_s": [1, 1], "backward_input_s": [1], "backward_weight_s": [1, 1]}
+    with pytest.raises(InputError, match="layer 0 needs 2 times, none negative"):
+        TimeTable.parse({"rows": [1, 2], "layers": [layer]})
+
+
 def test_one_row_count_scales() -> None:
     found = table((6.0,), rows=(3,))
     assert [found.forward(0, rows) for rows in (0, 1, 3, 6)] == [0.0, 2.0, 6.0, 12.0]

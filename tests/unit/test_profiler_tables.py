@@ -29,8 +29,8 @@ def graph() -> ModelGraph:
         name="m",
         source_digest="d",
         layers=(
-            Layer(name="0", ops=(0, 1), forward_flops=100, backward_flops=200, parameters=(weight,),
-                  outputs=(crossing,), saved_bytes=60),
+            Layer(name="0", ops=(0, 1), forward_flops=100, backward_flops=200, weight_flops=80,
+                  parameters=(weight,), outputs=(crossing,), saved_bytes=60),
             Layer(name="1", ops=(1, 2), forward_flops=50, backward_flops=100),
         ),
         inputs=(TensorSpec(name="x", shape=(5,), dtype="float32", item_bytes=4, differentiable=False),),
@@ -52,6 +52,8 @@ def test_analytic_table_by_arithmetic() -> None:
     assert table.provenance == "analytic"
     assert table.forward(0, 1) == pytest.approx(0.1)
     assert table.backward(0, 10) == pytest.approx(2.0)
+    assert table.halves(0, 10) == pytest.approx((1.2, 0.8))
+    assert table.halves(1, 10) == pytest.approx((1.0, 0.0))
     assert table.forward(1, 7) == pytest.approx(0.35)
     assert table.update_s_per_byte == 0
 

@@ -82,12 +82,15 @@ class Kept(NamedTuple):
 
 
 def kept_over(ops: Iterable[Op]) -> tuple[Kept, ...]:
-    """What is kept after each entry of an order that needs most: no other entry keeps more of both."""
+    """What is kept where an order needs most: after no other entry is more kept of both."""
     whole = halved = 0
-    seen: dict[Kept, None] = {}
+    most: dict[int, int] = {}
     for op in ops:
         whole += {"forward": 1, "backward_weight": 0}.get(op.kind, -1)
         halved += {"backward_input": 1, "backward_weight": -1}.get(op.kind, 0)
-        seen[Kept(whole, halved)] = None
-    most = [k for k in seen if not any(o != k and o.whole >= k.whole and o.halved >= k.halved for o in seen)]
-    return tuple(most)
+        most[whole] = max(most.get(whole, 0), halved)
+    out: list[Kept] = []
+    for count in sorted(most, reverse=True):
+        if not out or most[count] > out[-1].halved:
+            out.append(Kept(count, most[count]))
+    return tuple(out)

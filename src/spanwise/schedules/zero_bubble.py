@@ -6,6 +6,7 @@ hand-made schedule; ``zero_bubble`` is our own list scheduler for unequal stages
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -98,9 +99,19 @@ class _Scheduling:
 
     def run(self) -> tuple[tuple[Op, ...], ...]:
         """One decision after the other, always the earliest, so that none misses an arrival before it."""
-        for _ in range(3 * self.count * len(self.stages)):
-            now, stage = min((at, s) for s in range(len(self.stages)) if (at := self._next(s)) is not None)
+        last = len(self.stages) - 1
+        due = [self._next(stage) for stage in range(last + 1)]
+        heap = [(at, stage) for stage, at in enumerate(due) if at is not None]
+        heapq.heapify(heap)
+        while heap:
+            now, stage = heapq.heappop(heap)
+            if due[stage] != now:
+                continue  # decided meanwhile, or due earlier since
             self._take(stage, self._choice(stage, now), now)
+            for near in range(max(stage - 1, 0), min(stage + 1, last) + 1):
+                at = due[near] = self._next(near)
+                if at is not None:
+                    heapq.heappush(heap, (at, near))
         return tuple(map(tuple, self.orders))
 
     def _next(self, stage: int) -> float | None:
