@@ -38,7 +38,8 @@ def chain(layers: int, *, width: int = 25, parameter_bytes: int = 0, saved: int 
 
 def times(
     graph: ModelGraph, cluster: Cluster, *, rows: int = 1, update_s_per_byte: float = 0.0,
-    message_s: float = 0.0, links: tuple[LinkTimes, ...] = (), **factors: float,
+    message_s: float = 0.0, message_s_per_byte: float = 0.0, links: tuple[LinkTimes, ...] = (),
+    **factors: float,
 ) -> Profile:  # fmt: skip
     """F and B seconds a layer at ``rows`` rows, linear in rows."""
     table = TimeTable(
@@ -46,6 +47,7 @@ def times(
         layers=(LayerTimes(forward_s=(F,), backward_s=(B,)),) * len(graph),
         update_s_per_byte=update_s_per_byte,
         message_s=message_s,
+        message_s_per_byte=message_s_per_byte,
     )
     devices = tuple(DeviceTimes(device=d, factor=factors.get(d, 1.0)) for d in cluster.ids)
     return Profile(graph_digest=graph.digest, tables=(table,), devices=devices, links=links)

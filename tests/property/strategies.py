@@ -119,6 +119,7 @@ def profiles(draw: st.DrawFn, graph: ModelGraph, cluster: Cluster) -> Profile:
                 layers=tuple(layers),
                 update_s_per_byte=draw(st.sampled_from((0.0, 1e-9, 1e-7))),
                 message_s=draw(st.sampled_from((0.0, 1e-4))),
+                message_s_per_byte=draw(st.sampled_from((0.0, 1e-8))),
             )
         )
     devices = [

@@ -84,7 +84,12 @@ def compute_s(case: Case, program: Program) -> dict[str, float]:
                 layers = action.layers or (stage.start, stage.stop)
                 total += seconds(case.profile, action.kind, device, *layers, rows)
             elif action.kind in ("send", "recv"):
-                total += factor * table.message_s
+                total += factor * (table.message_s + action.nbytes * table.message_s_per_byte)
+            elif action.kind == "reduce":  # every round of a ring sends one message and receives one
+                n = len(action.members)
+                total += (
+                    factor * 4 * (n - 1) * (table.message_s + action.nbytes / n * table.message_s_per_byte)
+                )
             elif action.kind == "step":
                 total += case.profile.update_s(device, sum(sizes[n] for n in program.held[device]))
         out[device] = total

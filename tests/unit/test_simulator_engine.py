@@ -185,6 +185,16 @@ def test_messages_take_compute_from_both_ends() -> None:
     assert timeline.device("b").busy_s == pytest.approx(2 * (F + B) + 3 * 1.0)
 
 
+def test_bytes_take_compute_too_and_a_ring_takes_that_of_all_its_rounds() -> None:
+    graph, cluster = chain(1, parameter_bytes=40), two()
+    plan = make(graph, [("a:1 b:1", 1)], sources="a:1 b:1")
+    timeline = run(plan, graph, times(graph, cluster, message_s=0.5, message_s_per_byte=0.25), cluster)
+    # Two devices: one round to sum, one to pass on; in each half of the buffer goes out and half comes in.
+    ring_s = 2 * (2 * 0.5 + 40 * 0.25)
+    assert timeline.device("a").busy_s == pytest.approx(F + B + ring_s)
+    assert timeline.device("b").busy_s == pytest.approx(F + B + ring_s)
+
+
 def test_an_empty_message_arrives_after_the_latency() -> None:
     graph, cluster = chain(1), two(bandwidth=10.0, latency=0.5)
     plan = make(graph, [("b:1", 1)], sources="a:1")

@@ -71,8 +71,8 @@ def profile_in_lab(
     for share, device in alike.items():
         found = _pass_s(request, payload, lab, pool, (device,), set_up_s=_SET_UP_ALONE_S)
         alone[share] = max(1.0, found[device] / undisturbed_s[device])
-    messages = [seconds / slower[device] for device, seconds in pool.message_cpu_s().items()]
-    message_s = median(messages) if messages else 0.0
+    messages = {d: (a / slower[d], b / slower[d]) for d, (a, b) in pool.message_cpu_s().items()}
+    each_s, byte_s = (median(found) for found in zip(*messages.values(), strict=True)) if messages else (0, 0)
     devices = [
         d.model_copy(
             update={
@@ -82,7 +82,8 @@ def profile_in_lab(
         )
         for d in base.devices
     ]
-    tables = [table.model_copy(update={"message_s": message_s}) for table in base.tables]
+    costs = {"message_s": each_s, "message_s_per_byte": byte_s}
+    tables = [table.model_copy(update=costs) for table in base.tables]
     return base.model_copy(update={"devices": tuple(devices), "tables": tuple(tables)})
 
 

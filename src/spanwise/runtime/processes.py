@@ -142,8 +142,8 @@ class WorkerPool:
                 found[a, b] = tuple((int(n), float(s)) for n, s in frames[a].head["samples"])
         return found
 
-    def message_cpu_s(self) -> dict[str, float]:
-        """Processor seconds of one message at each device, all at once; empty if a link is missing."""
+    def message_cpu_s(self) -> dict[str, tuple[float, float]]:
+        """Processor seconds of a message at each device, one and per byte; empty if a link is missing."""
         ring = self.devices
         neighbours = [(ring[i - 1], d, ring[(i + 1) % len(ring)]) for i, d in enumerate(ring)]
         if len(ring) < 2 or not all(self.cluster.connected(d, after) for _, d, after in neighbours):
@@ -151,7 +151,10 @@ class WorkerPool:
         for before, device, after in neighbours:
             self.coordinator.tell(device, "exchange", before=before, after=after)
         frames = self.coordinator.gather("exchanged", ring, _SETUP_S)
-        return {device: float(frame.head["message_s"]) for device, frame in frames.items()}
+        return {
+            device: (float(frame.head["message_s"]), float(frame.head["message_s_per_byte"]))
+            for device, frame in frames.items()
+        }
 
     def close(self) -> None:
         """Dismisses the workers; those that do not go are killed."""

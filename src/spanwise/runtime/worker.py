@@ -252,8 +252,8 @@ class _Worker:
     def _on_exchange(self, frame: Frame) -> None:
         """Measures what a message costs this device, while all devices send to their next."""
         assert self.transport is not None
-        seconds = message_cpu_s(self.transport, frame.head["before"], frame.head["after"])
-        self.channel.send("exchanged", message_s=seconds)
+        each_s, byte_s = message_cpu_s(self.transport, frame.head["before"], frame.head["after"])
+        self.channel.send("exchanged", message_s=each_s, message_s_per_byte=byte_s)
 
     def _on_setup(self, frame: Frame) -> None:
         """Builds this device's part of the plan."""

@@ -156,11 +156,12 @@ class Engine:
             case "load":
                 pass
         lane.at += 1
-        return self._pay_message(lane, action, now)
+        return self._pay_messages(lane, action, now)
 
-    def _pay_message(self, lane: _Lane, action: Action, now: float) -> bool:
-        cost = self.costs.message[lane.name]
-        if not cost or action.kind not in ("send", "recv"):
+    def _pay_messages(self, lane: _Lane, action: Action, now: float) -> bool:
+        """Takes the processor time of messages from the device; a ring's is taken where the ring begins."""
+        cost = self.costs.messages_s(lane.name, action)
+        if not cost:
             return False
         if self.costs.faults:
             cost *= self.costs.slowdown(lane.name, lane.step)

@@ -11,7 +11,7 @@ from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.core.program import Action, Program
 from spanwise.core.routes import Routes
-from spanwise.cost import deferred_bytes, saved_bytes, state_bytes
+from spanwise.cost import deferred_bytes, ring_edge_bytes, ring_rounds, saved_bytes, state_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Costs:
                 key = (replica.device, index)
                 self.saved[key] = saved_bytes(graph, stage.start, stage.stop, replica.rows)
         self.update: dict[str, float] = {}
-        self.message: dict[str, float] = {}
+        self.message: dict[str, tuple[float, float]] = {}  # seconds of one, and per byte
         self.base: dict[str, int] = {}
         for device in program.devices:
             held = sum(self.sizes[name] for name in program.held.get(device, ()))
@@ -59,7 +59,7 @@ class Costs:
             self.base[device] = state_bytes(held, buffers, copies, synced=False) + travels
             self.update[device] = profile.update_s(device, held) if held else 0.0
             table, factor = profile.table(device)
-            self.message[device] = table.message_s * factor
+            self.message[device] = (table.message_s * factor, table.message_s_per_byte * factor)
 
     def compute_s(self, device: str, action: Action) -> float:
         """Seconds of a forward or backward, half or part, without faults."""
@@ -88,6 +88,19 @@ class Costs:
             case _:
                 into, weight = self.profile.halves_s(*where)
                 return into if action.kind == "backward_input" else weight
+
+    def messages_s(self, device: str, action: Action) -> float:
+        """Compute that a device spends on the messages of an action; of a ring, those of all its rounds."""
+        each_s, byte_s = self.message[device]
+        match action.kind:
+            case "send" | "recv":
+                return each_s + action.nbytes * byte_s
+            case "reduce":
+                members = len(action.members)
+                both = 2 * ring_rounds(members) * each_s
+                return both + 2 * ring_edge_bytes(members, action.nbytes) * byte_s
+            case _:
+                return 0.0
 
     def way(self, source: str, target: str) -> Way:
         """The route of a message; measured links replace the cluster file's numbers."""
