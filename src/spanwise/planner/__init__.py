@@ -6,31 +6,42 @@ from collections.abc import Callable
 
 from spanwise.core.errors import InfeasibleError, InputError, PlanError
 from spanwise.core.plan import Plan
-from spanwise.planner.advise import Advice, Evaluation, advise, fastest_of, no_plan
+from spanwise.planner.advise import Advice, Evaluation, advise, bottleneck, fastest_of, no_plan
 from spanwise.planner.asteroid import asteroid
+from spanwise.planner.bound import Bound, lower_bound
 from spanwise.planner.dapple import dapple
 from spanwise.planner.data_parallel import data_parallel, weighted_data_parallel
 from spanwise.planner.feasible import broken_rule
 from spanwise.planner.gpipe import gpipe
 from spanwise.planner.hetpipe import hetpipe
 from spanwise.planner.hpp import hpp
+from spanwise.planner.left_out import left_out
 from spanwise.planner.pipedream import pipedream
 from spanwise.planner.pipeline import pipeline
 from spanwise.planner.problem import Problem
+from spanwise.planner.sensitivity import MOST_REPLANS, WhatIf, what_if
 from spanwise.planner.single import single
 from spanwise.planner.trial import timeline
 
 __all__ = [
     "BASELINES",
+    "MOST_REPLANS",
     "STRATEGIES",
     "Advice",
+    "Bound",
     "Evaluation",
     "Problem",
+    "WhatIf",
     "advise",
+    "bottleneck",
     "check_plan",
     "compare",
     "compare_baselines",
+    "fastest_of",
+    "left_out",
+    "lower_bound",
     "make_plan",
+    "what_if",
 ]
 
 # What they raise is a reason without their name: ``make_plan`` and reports put that in front.

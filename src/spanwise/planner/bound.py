@@ -1,53 +1,44 @@
 """A lower bound on the step time of any plan of a problem, in the simulator's model, and why it is one.
 
-Write x[d][l] for the part of the batch's G rows that device d takes through layer l, t[d][l] for the seconds
-of all G rows there at d's best rows per micro-batch (``rates.py``), T for the step time. Over many steps no
-device is busy, and no capacity of the network is used, for longer than the steps take. So for every plan
+Over many steps no device is busy, and no capacity of the network used, for longer than the steps take. So if
+a plan takes T seconds a step, every resource r (a device, the border of a block of devices outwards or
+inwards) has ``load_r <= T``, and for any weights z >= 0 with sum 1 also ``sum of z_r load_r <= T``. Loads add
+up row by row, and a row is a path: for every layer a device. So T is at least the batch's rows times the
+cheapest path at prices z (weak duality): every z gives a bound, and a good one is sought by mirror ascent
+(``paths.py``).
 
-    sum over d of x[d][l] = 1,        sum over l of x[d][l] * t[d][l] <= T.
+**Compute.** At z on devices alone the cheapest path takes every layer where it costs least:
+T >= sum over layers of min over devices of z[d] t[d][l], with t the seconds of all rows at d's best rows per
+micro-batch (``rates.py``).
 
-**Compute.** For any weights w >= 0 with sum 1: T >= sum over d, l of w[d] x[d][l] t[d][l] >= sum over l of
-min over d of w[d] t[d][l] (weak duality), so that every w gives a bound; a good w is sought by mirror ascent.
+**Links.** Blocks are sites, single devices, or some sites and the others (``crossing.py``). A path that goes
+from a block to another at a cut sends activations over the border of both, gradients come back; raw rows and
+labels go from the data devices to who computes the first and last layer. A path *whole* in a block crosses
+nothing. But if a row is whole in block b and another in another block, each parameter is held in both, the
+ring that sums its gradient enters and leaves b, with at least its bytes on each edge: T >= s_b = parameter
+bytes / min(in, out). So below all s_b one block at most has whole paths, whichever; at T only those with s_b
+<= T, and one more. The bound is the least over that one block of the cheapest allowed paths, as far as T
+reaches.
 
-**Links.** Take blocks of devices (sites, single devices, one site and the rest) and what can enter and leave
-block b a second (``crossing.py``), c_in and c_out. A row is *whole* in b if b takes it through all layers.
-
-- Is a row whole in b and another in another block, every parameter is held in both. Rings sum its gradient,
-  each
-  sends at least its bytes over every edge, and enters and leaves b: T >= parameter bytes / min(c_in, c_out).
-- Every other row with a layer in b crosses its border at a cut: activations one way, their gradient the
-  other. So
-  if no row is whole in b, x[b][l] * G * min over cuts of (activation + gradient) <= T * (c_in + c_out).
-- Raw rows start on the data devices: layer 0 of b may take at most T * c_in / bytes a row more rows than
-  start
-  there, and at most T * c_out / bytes a row fewer.
-
-So at a given T either one block b0, or only blocks with T >= parameter bytes / min(c_in, c_out), may have
-whole rows; the others have x[b][l] <= q_b(T). With these caps the sum over l of the least sum over d of w[d]
-x[d][l] t[d][l] is again a bound by weak duality. It falls as T grows, so T is refuted, and with it all less,
-if it is above T for every b0. The bound is the greatest T refuted.
-
-What is left out makes it weaker, not wrong: the bubble of the pipeline, that layers of a stage stand
-together, latencies, the cost of messages, sums of gradients inside a block, memory beyond single layers. It
-is one on the mean of the steps from the start on; the simulator's distance between the ends of its last two
-steps is that in steady state.
+What is left out makes it weaker, not wrong: the bubble of the pipeline, that a stage is consecutive layers
+with the same rows, latencies, the cost of messages, sums of gradients inside a block and of few layers,
+memory beyond single layers. It holds for the mean of the steps from the start on; the simulator's distance
+between the ends of its last two steps is that mean in steady state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from spanwise.planner.crossing import Block, blocks_of, partitions
+from spanwise.planner.crossing import borders_of, partitions
+from spanwise.planner.paths import cheapest_paths
 from spanwise.planner.problem import Problem
 from spanwise.planner.rates import IMPOSSIBLE_S, least_seconds
 from spanwise.planner.tables import Floats
 
 ASCENTS = 200  # mirror ascent for the compute bound
-ASCENTS_AT_T = 40  # and for every T tried
-BISECTIONS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,132 +63,52 @@ class Bound:
 def lower_bound(problem: Problem) -> Bound:
     """The greatest of the bounds by compute and by the links between blocks."""
     seconds = least_seconds(problem)
-    compute_s = compute_bound(seconds)
-    best = Bound(
-        compute_s, compute_s, f"compute on all {len(seconds)} devices" if len(seconds) > 1 else "compute"
-    )
+    weights = speed_weights(seconds)
+    compute_s = balanced_s(seconds, weights)
+    count = len(seconds)
+    best = Bound(compute_s, compute_s, f"compute on all {count} devices" if count > 1 else "compute")
     for name, groups in partitions(problem):
-        blocks = blocks_of(problem, groups)
-        refuted = _greatest_refuted(seconds, blocks, best.step_time_s)
-        if refuted > best.step_time_s:
-            tight = _tightest(seconds, blocks, refuted)
-            best = Bound(refuted, compute_s, f"{name}, above all what crosses {tight}")
+        borders = borders_of(problem, groups)
+        at_s = best.step_time_s
+        while True:
+            open_ = borders.sum_s <= at_s
+            least_s, tight = cheapest_paths(seconds, borders, open_, weights)
+            later = float(np.min(borders.sum_s, where=~open_, initial=np.inf))
+            if least_s <= at_s * (1 + 1e-9):
+                break
+            at_s = min(least_s, later)
+            best = Bound(at_s, compute_s, f"{name}, most of all those of {tight}")
+            if least_s < later:
+                break
     return best
 
 
-def compute_bound(seconds: Floats) -> float:
-    """Seconds no division of the rows over devices can beat; ``[device, layer]`` seconds of the whole batch."""
-    weights, best = _start(seconds), 0.0
-    layer = np.arange(seconds.shape[1])
+def compute_bound(problem: Problem) -> float:
+    """Seconds that no plan can beat, whatever the links; from layer times alone."""
+    seconds = least_seconds(problem)
+    return balanced_s(seconds, speed_weights(seconds))
+
+
+def balanced_s(seconds: Floats, weights: Floats) -> float:
+    """Seconds that no division of the rows over devices can beat.
+
+    Args:
+        seconds: ``[device, layer]`` of the whole batch.
+        weights: ``[device]`` to start from.
+    """
+    best, layer = 0.0, np.arange(seconds.shape[1])
     for n in range(ASCENTS):
         who = (weights[:, None] * seconds).argmin(axis=0)
         best = max(best, float((weights[who] * seconds[who, layer]).sum()))
-        weights = _ascended(weights, np.bincount(who, seconds[who, layer], len(seconds)), n)
+        loads = np.bincount(who, seconds[who, layer], len(seconds))
+        weights = weights * np.exp(0.5 / np.sqrt(n + 1.0) * loads / max(float(loads.max()), 1e-300))
+        weights /= weights.sum()
     return best
 
 
-def _start(seconds: Floats) -> Floats:
+def speed_weights(seconds: Floats) -> Floats:
     """Weights by the speed on the whole model: the best ones where devices differ by a factor only."""
     possible = seconds < IMPOSSIBLE_S
     mean = np.where(possible, seconds, 0.0).sum(axis=1) / np.maximum(possible.sum(axis=1), 1)
     speed = possible.any(axis=1) / np.maximum(mean, 1e-12)
     return speed / speed.sum() if speed.any() else np.full(len(seconds), 1 / len(seconds))
-
-
-def _ascended(weights: Floats, loads: Floats, n: int) -> Floats:
-    """One step of mirror ascent: more weight where more seconds fell, by smaller and smaller steps."""
-    most = loads.max()
-    if most <= 0:
-        return weights
-    grown = weights * np.exp(0.5 / np.sqrt(n + 1.0) * loads / most)
-    return grown / grown.sum()
-
-
-def _greatest_refuted(seconds: Floats, blocks: Sequence[Block], known: float) -> float:
-    """The greatest T, to a part in 1000, that these blocks refute; ``known`` if they refute no more."""
-    if not _refutes(seconds, blocks, known * 1.001):
-        return known
-    low, high = known * 1.001, known * 2
-    while high < IMPOSSIBLE_S and _refutes(seconds, blocks, high):
-        low, high = high, high * 4
-    for _ in range(BISECTIONS):
-        if high <= low * 1.001:
-            break
-        middle = (low * high) ** 0.5
-        if _refutes(seconds, blocks, middle):
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def _refutes(seconds: Floats, blocks: Sequence[Block], at_s: float) -> bool:
-    """Whether no plan can take ``at_s`` seconds: whichever block has rows that are whole in it."""
-    open_ = [at_s >= block.sum_s for block in blocks]
-    return all(
-        _least(seconds, blocks, at_s, whole=[o or i == b0 for i, o in enumerate(open_)]) > at_s
-        for b0 in range(len(blocks))
-    )
-
-
-def _least(seconds: Floats, blocks: Sequence[Block], at_s: float, *, whole: Sequence[bool]) -> float:
-    """Weighted seconds that any plan needs if only these blocks may have whole rows; infinite if none can be."""
-    layers = seconds.shape[1]
-    caps = np.ones((len(blocks), layers))
-    floors = np.zeros((len(blocks), layers))
-    for i, block in enumerate(blocks):
-        if not whole[i]:
-            caps[i] = min(1.0, at_s / block.row_s) if block.row_s > 0 else 1.0
-        caps[i, 0] = min(caps[i, 0], block.most_here + at_s / block.raw_in_s if block.raw_in_s > 0 else 1.0)
-        floors[i, 0] = max(0.0, block.least_here - at_s / block.raw_out_s if block.raw_out_s > 0 else 0.0)
-    if (
-        (caps.sum(axis=0) < 1 - 1e-9).any()
-        or (floors > caps + 1e-9).any()
-        or (floors.sum(axis=0) > 1 + 1e-9).any()
-    ):
-        return float("inf")
-    weights, best = _start(seconds), 0.0
-    for n in range(ASCENTS_AT_T):
-        value, loads = _filled(seconds, blocks, weights, caps, floors)
-        best = max(best, value)
-        if best > at_s:
-            break
-        weights = _ascended(weights, loads, n)
-    return best
-
-
-def _filled(
-    seconds: Floats, blocks: Sequence[Block], weights: Floats, caps: Floats, floors: Floats
-) -> tuple[float, Floats]:
-    """Every layer's rows to the blocks where they weigh least, within caps and floors: the least sum,
-    exactly.
-
-    Returns:
-        The sum, and the seconds that fall on every device.
-    """
-    weighted = weights[:, None] * seconds
-    layer = np.arange(seconds.shape[1])
-    who = np.stack([np.array(b.devices)[weighted[list(b.devices)].argmin(axis=0)] for b in blocks])
-    cost = weighted[who, layer]
-    order = np.argsort(cost, axis=0, kind="stable")
-    room = np.take_along_axis(caps - floors, order, axis=0)
-    left = 1.0 - floors.sum(axis=0)
-    taken = np.clip(left - (np.cumsum(room, axis=0) - room), 0.0, room)
-    share = floors.copy()
-    np.put_along_axis(share, order, np.take_along_axis(floors, order, axis=0) + taken, axis=0)
-    loads = np.zeros(len(seconds))
-    np.add.at(loads, who, share * seconds[who, layer])
-    return float((share * cost).sum()), loads
-
-
-def _tightest(seconds: Floats, blocks: Sequence[Block], at_s: float) -> str:
-    """The block whose border, were it free, would lower the bound most."""
-
-    def without(index: int) -> float:
-        some = [b.freed() if i == index else b for i, b in enumerate(blocks)]
-        return min(
-            _least(seconds, some, at_s, whole=[i == b0 or at_s >= b.sum_s for i, b in enumerate(some)])
-            for b0 in range(len(some))
-        )
-
-    return blocks[min(range(len(blocks)), key=without)].name

@@ -3,43 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
+
+import numpy as np
 
 from spanwise.core.cluster import Route
 from spanwise.planner.lanes import Group
 from spanwise.planner.problem import Problem
+from spanwise.planner.tables import Floats
 
-MOST_SINGLES = 16  # devices; beyond it, for time, no block of one device is looked at
+MOST_BLOCKS = 8  # own choice, for time: with more devices or sites no block is one of them alone
 MOST_DEVICES = 200  # beyond it no links are looked at: there are too many pairs
 MOST_SITES = 5  # whose unions are looked at
+CLOSED_S = 1e20  # seconds a byte in place of infinity
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """Devices, and what their border does. Seconds are infinite where no link leads.
+class Borders:
+    """Blocks of devices and what their borders do.
 
     Attributes:
-        name: for people.
-        devices: by index in file order.
-        row_s: seconds, in and out capacity together, if all rows crossed once each way where it costs least.
-        raw_in_s, raw_out_s: if the raw data of all rows came in, went out; 0 if any device has the data.
-        sum_s: if the gradients of all parameters came in and went out.
-        least_here, most_here: part of the rows that start here, over all micro-batch sizes.
+        names: ``[block]``, for people.
+        groups: ``[block]``, devices by index in file order.
+        out_s, in_s: ``[block]`` seconds a byte outwards and inwards; ``CLOSED_S`` where no link leads.
+        forth, back: ``[cut]`` bytes that all rows of a batch send over each inner cut of the model, and back.
+        raw, labels: bytes of all rows; 0 where any device has the data.
+        starts: ``[block]``, least part of the rows that start there, over all micro-batch sizes.
+        sum_s: ``[block]`` seconds if the gradients of all parameters came in and went out.
     """
 
-    name: str
-    devices: Group
-    row_s: float
-    raw_in_s: float
-    raw_out_s: float
-    sum_s: float
-    least_here: float
-    most_here: float
-
-    def freed(self) -> Block:
-        """The same with a border that costs nothing."""
-        return replace(self, row_s=0.0, raw_in_s=0.0, raw_out_s=0.0, sum_s=0.0)
+    names: tuple[str, ...]
+    groups: tuple[Group, ...]
+    out_s: Floats
+    in_s: Floats
+    forth: Floats
+    back: Floats
+    raw: float
+    labels: float
+    starts: Floats
+    sum_s: Floats
 
 
 def partitions(problem: Problem) -> Iterator[tuple[str, tuple[tuple[str, Group], ...]]]:
@@ -47,14 +50,15 @@ def partitions(problem: Problem) -> Iterator[tuple[str, tuple[tuple[str, Group],
     devices = problem.cluster.devices
     if not 2 <= len(devices) <= MOST_DEVICES:
         return
-    if len(devices) <= MOST_SINGLES:
+    if len(devices) <= MOST_BLOCKS:
         yield "links of devices", tuple((d.id, (i,)) for i, d in enumerate(devices))
     sites = {
         s: tuple(i for i, d in enumerate(devices) if d.site == s) for s in {d.site: None for d in devices}
     }
     if len(sites) < 2:
         return
-    yield "links between sites", tuple(sites.items())
+    if len(sites) <= MOST_BLOCKS:
+        yield "links between sites", tuple(sites.items())
     if 2 < len(sites) <= MOST_SITES:
         names = tuple(sites)
         for count in range(1, len(names) // 2 + 1):
@@ -62,55 +66,47 @@ def partitions(problem: Problem) -> Iterator[tuple[str, tuple[tuple[str, Group],
                 parts = (some, tuple(n for n in names if n not in some))
                 yield (
                     "links between sites",
-                    tuple(("+".join(p), sum((sites[n] for n in p), ())) for p in parts),
+                    tuple(("+".join(part), tuple(d for name in part for d in sites[name])) for part in parts),
                 )
 
 
-def blocks_of(problem: Problem, groups: tuple[tuple[str, Group], ...]) -> list[Block]:
-    """The blocks of a partition with their borders."""
+def borders_of(problem: Problem, groups: tuple[tuple[str, Group], ...]) -> Borders:
+    """The borders of all blocks of a partition."""
     graph, tables, batch = problem.graph, problem.tables, problem.job.batch
-    crossing = min(
-        (float(tables.into[i] + tables.back[i]) for i in range(1, len(graph))), default=float("inf")
+    everybody = range(len(problem.cluster.devices))
+    rests = [tuple(d for d in everybody if d not in devices) for _, devices in groups]
+    pairs = [(devices, rest) for (_, devices), rest in zip(groups, rests, strict=True)]
+    out_s = np.array([_s_per_byte(_most_rate(problem, a, b)) for a, b in pairs])
+    in_s = np.array([_s_per_byte(_most_rate(problem, b, a)) for a, b in pairs])
+    moves = bool(problem.shares)
+    return Borders(
+        names=tuple(name for name, _ in groups),
+        groups=tuple(devices for _, devices in groups),
+        out_s=out_s,
+        in_s=in_s,
+        forth=batch * tables.into[1 : len(graph)],
+        back=batch * tables.back[1 : len(graph)],
+        raw=batch * graph.input_row_bytes if moves else 0.0,
+        labels=batch * graph.label_row_bytes if moves else 0.0,
+        starts=_starts(problem, groups),
+        sum_s=graph.parameter_bytes * np.maximum(out_s, in_s),
     )
-    raw = batch * graph.input_row_bytes if problem.shares else 0
-    out: list[Block] = []
-    for name, devices in groups:
-        rest = tuple(d for d in range(len(problem.cluster.devices)) if d not in devices)
-        c_out, c_in = _most_rate(problem, devices, rest), _most_rate(problem, rest, devices)
-        least, most = _rows_here(problem, devices)
-        out.append(
-            Block(
-                name=name,
-                devices=devices,
-                row_s=_seconds(batch * crossing, c_in + c_out),
-                raw_in_s=_seconds(raw, c_in),
-                raw_out_s=_seconds(raw, c_out),
-                sum_s=_seconds(graph.parameter_bytes, min(c_in, c_out)),
-                least_here=least,
-                most_here=most,
-            )
-        )
-    return out
 
 
-def _seconds(nbytes: float, bytes_per_s: float) -> float:
-    if nbytes <= 0:
-        return 0.0
-    return nbytes / bytes_per_s if bytes_per_s > 0 else float("inf")
+def _s_per_byte(bytes_per_s: float) -> float:
+    return min(1 / bytes_per_s, CLOSED_S) if bytes_per_s > 0 else CLOSED_S
 
 
-def _rows_here(problem: Problem, devices: Group) -> tuple[float, float]:
-    """Least and most part of the rows that start in a block, as whole rows of every micro-batch size."""
-    shares, batch = problem.shares, problem.job.batch
-    if not shares:
-        return 0.0, 1.0
-    ids = {problem.cluster.ids[d] for d in devices}
-    parts = [
-        sum(r.rows for r in problem.source_rows(rows) if r.device in ids) / rows
-        for rows in range(len(shares), batch + 1)
-        if batch % rows == 0
-    ]
-    return min(parts, default=0.0), max(parts, default=1.0)
+def _starts(problem: Problem, groups: tuple[tuple[str, Group], ...]) -> Floats:
+    """``[block]`` least part of the rows that start there; the parts may add up to less than 1."""
+    shares, batch, ids = problem.shares, problem.job.batch, problem.cluster.ids
+    least = np.full(len(groups), 1.0 if shares else 0.0)
+    for rows in range(max(len(shares), 1), batch + 1):
+        if shares and batch % rows == 0:
+            held = {r.device: r.rows / rows for r in problem.source_rows(rows)}
+            here = [sum(held.get(ids[d], 0.0) for d in devices) for _, devices in groups]
+            least = np.minimum(least, here)
+    return least
 
 
 def _most_rate(problem: Problem, senders: Group, receivers: Group) -> float:

@@ -76,8 +76,11 @@ def placements(servers: tuple[Group, ...], used: Occupancy, count: int) -> Itera
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """The plan so far per cut at which it ends: of the formula G, the seconds of all its steps, the exposed
-    gradient sum and the seconds of all its backwards; then where it came from."""
+    """The cheapest plan so far per cut at which it ends.
+
+    Of the formula: price, G, seconds of all steps, exposed gradient sum, seconds of all backwards; then where
+    the last stage starts, and the state before with the devices of that stage.
+    """
 
     price: Floats
     most: Floats

@@ -40,7 +40,9 @@ def _by_speed(whole: Floats, caps: Ints, total: int) -> Ints:
         sums = weight.sum(axis=1)
         exact = left[:, None] * weight / np.maximum(sums, 1e-300)[:, None]
         more = np.minimum(np.floor(exact).astype(np.int64), caps - rows)
-        idle = (more.sum(axis=1) == 0) & (sums > 0) & (left > 0)  # less than a row each: the largest remainder gets one
+        idle = (
+            (more.sum(axis=1) == 0) & (sums > 0) & (left > 0)
+        )  # less than a row each: the largest remainder gets one
         case = np.flatnonzero(idle)
         more[case, np.argmax(exact[case], axis=1)] = 1
         rows += more
