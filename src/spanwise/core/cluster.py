@@ -34,7 +34,7 @@ def _rate(text: str | float) -> float:
     rate = parse_rate(text)
     if rate == 0:
         raise ValueError(
-            f"bandwidth '{text}' must be greater than 0, or nothing ever arrives; remove the link or the device"
+            f"bandwidth '{text}' must be greater than 0, or nothing arrives; remove the link or the device"
         )
     return rate
 

@@ -107,8 +107,12 @@ def balanced_s(seconds: Floats, weights: Floats) -> float:
 
 
 def speed_weights(seconds: Floats) -> Floats:
-    """Weights by the speed on the whole model: the best ones where devices differ by a factor only."""
+    """Weights by the speed on the whole model: the best ones where devices differ by a factor only.
+
+    None is 0, or what a device cannot do would cost nothing there.
+    """
     possible = seconds < IMPOSSIBLE_S
     mean = np.where(possible, seconds, 0.0).sum(axis=1) / np.maximum(possible.sum(axis=1), 1)
     speed = possible.any(axis=1) / np.maximum(mean, 1e-12)
-    return speed / speed.sum() if speed.any() else np.full(len(seconds), 1 / len(seconds))
+    speed = np.maximum(speed, 1e-9 * max(float(speed.max()), 1e-12))
+    return speed / speed.sum()
