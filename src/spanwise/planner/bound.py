@@ -96,7 +96,7 @@ def balanced_s(seconds: Floats, weights: Floats) -> float:
         seconds: ``[device, layer]`` of the whole batch.
         weights: ``[device]`` to start from.
     """
-    best, layer = 0.0, np.arange(seconds.shape[1])
+    best, layer = 0.0, np.arange(seconds.shape[1], dtype=np.int64)
     for n in range(ASCENTS):
         who = (weights[:, None] * seconds).argmin(axis=0)
         best = max(best, float((weights[who] * seconds[who, layer]).sum()))

@@ -73,7 +73,8 @@ def wider_links(problem: Problem) -> Iterator[Change]:
     cluster = problem.cluster
     for pair in dict.fromkeys(frozenset((link.source, link.target)) for link in cluster.links):
         links = tuple(
-            _doubled(link) if {link.source, link.target} == pair else link for link in cluster.links
+            _doubled(link) if frozenset((link.source, link.target)) == pair else link
+            for link in cluster.links
         )
         ends = sorted(pair)
         name = f"between {ends[0]} and {ends[1]}" if len(ends) == 2 else f"inside {ends[0]}"

@@ -36,7 +36,8 @@ def cheapest_paths(seconds: Floats, borders: Borders, open_: Bools, weights: Flo
     first = np.concatenate([weights * (1 - BORDERS_FIRST), np.full(2 * count, BORDERS_FIRST / (2 * count))])
     prices = np.repeat(first[None], count, axis=0)
     whole = open_[None] | np.eye(count, dtype=bool)
-    best, dearest = np.zeros(count), np.zeros(count, dtype=np.int64)
+    best = np.zeros(count)
+    dearest: Ints = np.zeros(count, dtype=np.int64)
     for n in range(ASCENTS):
         value, loads = _Round(seconds, borders, whole, prices).solved()
         better = value > best
@@ -65,7 +66,7 @@ class _Round:
         dist, froms = self._forward(cost)
         variants, count = self.whole.shape
         dist[:, :, 0][~np.repeat(self.whole[:, None], count, axis=1)] = BLOCKED
-        flat = dist.reshape(variants, count, 2 * count)
+        flat = np.reshape(dist, (variants, count, 2 * count))
         end = flat.argmin(axis=2)
         each = np.take_along_axis(flat, end[..., None], axis=2)[..., 0]
         part = np.repeat(self.borders.starts[None], variants, axis=0)
@@ -100,7 +101,7 @@ class _Round:
             forth, back = self.borders.forth[cut], self.borders.back[cut]
             leave, enter = forth * out + back * into, forth * into + back * out
             ways = (dist + leave[:, None, None])[..., None] + enter[:, None, None, None]
-            ways = np.where(apart, ways, BLOCKED).reshape(variants, count, 2 * count, count)
+            ways = np.reshape(np.where(apart, ways, BLOCKED), (variants, count, 2 * count, count))
             source = ways.argmin(axis=2)
             crossed = np.take_along_axis(ways, source[:, :, None], axis=2)[:, :, 0]
             stays = dist[:, :, 1] <= crossed

@@ -68,6 +68,6 @@ def _seconds(xs: tuple[int, ...], ys: tuple[float, ...], at: Floats) -> Floats:
     x, y = np.array(xs, dtype=np.float64), np.array(ys)
     if len(xs) == 1:
         return y[0] * at / x[0]
-    piece = np.clip(np.searchsorted(x, at), 1, len(xs) - 1)
+    piece = np.minimum(np.maximum(np.searchsorted(x, at), 1), len(xs) - 1)
     slope = (y[piece] - y[piece - 1]) / (x[piece] - x[piece - 1])
     return np.maximum(0.0, y[piece - 1] + slope * (at - x[piece - 1]))

@@ -154,9 +154,9 @@ def _most_bytes(problem: Problem) -> int:
 
 def _planned(change: Change, plan: Plan, planner: Planner, today_s: float) -> Sensitivity:
     seconds, strategy = float("inf"), plan.strategy
-    for make in (planner, lambda _: plan):
+    for again in (True, False):
         try:
-            candidate = make(change.problem)
+            candidate = planner(change.problem) if again else plan
             found = timeline(change.problem, candidate).step_time_s
         except InfeasibleError:
             continue

@@ -55,13 +55,13 @@ def _offload(seconds: Floats, caps: Ints, rows: Ints, open_: NDArray[np.bool_]) 
 
     Needs times that do not fall with rows, or it might not end.
     """
-    case, devices = np.flatnonzero(open_), np.arange(rows.shape[1])
+    case, devices = np.flatnonzero(open_), np.arange(rows.shape[1], dtype=np.int64)
     while len(case) and rows.shape[1] > 1:
         held = rows[case]
         now = seconds[case[:, None], devices, held - 1]
         slow = np.argmax(now, axis=1)
         at = np.arange(len(case))
-        takes = (held < caps[case]) & (devices[None] != slow[:, None])
+        takes: NDArray[np.bool_] = (held < caps[case]) & (devices[None] != slow[:, None])
         fast = np.argmin(np.where(takes, now, np.inf), axis=1)
         with_one = seconds[case, fast, np.minimum(held[at, fast], seconds.shape[2] - 1)]
         moves = (with_one < now[at, slow]) & takes[at, fast] & (held[at, slow] > 1)
