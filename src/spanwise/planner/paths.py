@@ -48,7 +48,7 @@ def cheapest_paths(seconds: Floats, borders: Borders, open_: Bools, weights: Flo
         prices = prices * np.exp(1.0 / np.sqrt(n + 1.0) * step)
         prices /= prices.sum(axis=1, keepdims=True)
     least = int(best.argmin())
-    return float(best[least]), borders.names[dearest[least]]
+    return float(best[least]), borders.names[int(dearest[least])]
 
 
 @dataclass(slots=True)
@@ -92,6 +92,7 @@ class _Round:
         """``[variant, source, crossed, block]`` cheapest way through all layers, and where it came from."""
         out, into = self._border_prices()
         variants, count = self.whole.shape
+        block = np.arange(count, dtype=np.int64)
         apart = ~np.eye(count, dtype=bool)
         fetched = np.where(apart, out[:, :, None] + into[:, None, :], 0.0)  # [variant, from, to] a byte
         dist = np.full((variants, count, 2, count), BLOCKED)
@@ -102,10 +103,10 @@ class _Round:
             leave, enter = forth * out + back * into, forth * into + back * out
             ways = (dist + leave[:, None, None])[..., None] + enter[:, None, None, None]
             ways = np.reshape(np.where(apart, ways, BLOCKED), (variants, count, 2 * count, count))
-            source = ways.argmin(axis=2)
+            source: Ints = ways.argmin(axis=2)
             crossed = np.take_along_axis(ways, source[:, :, None], axis=2)[:, :, 0]
             stays = dist[:, :, 1] <= crossed
-            froms.append(np.where(stays, np.arange(count) + count, source))
+            froms.append(np.where(stays, block + count, source))
             dist[:, :, 1] = np.where(stays, dist[:, :, 1], crossed)
             dist = dist + cost[:, None, None, :, cut + 1]
         return dist + self.borders.labels * fetched[:, :, None], froms
