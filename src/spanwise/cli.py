@@ -122,6 +122,15 @@ def plan(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the plan, with all it needs, here.")
     ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also plan by the published rules of others, side by side.")
+    ] = False,
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="What memory, bandwidth or a second device would give.")
+    ] = False,
+    replans: Annotated[
+        int, typer.Option("--replans", min=1, help="How many changes --what-if plans for at most.")
+    ] = 12,
     as_json: AsJson = False,
 ) -> None:
     """Predict every strategy and say which wins, why, and whether distributing pays."""
@@ -131,7 +140,9 @@ def plan(
 
     task, machines = api.load_job(job, tuple(sets or ())), api.load_cluster(cluster)
     graph, times = api.profile(task, machines, cache=_cache(cache))
-    found = advice_data(task, machines, graph, times, strategy)
+    found = advice_data(
+        task, machines, graph, times, strategy, baselines=baselines, replans=replans if what_if else 0
+    )
     if out is not None:
         save_plan(out, task, machines, graph, times, found.plan)
     if as_json:

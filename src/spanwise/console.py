@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from spanwise.core.plan import Plan
     from spanwise.core.profile import Profile
     from spanwise.core.timeline import Timeline
-    from spanwise.planner import Evaluation
+    from spanwise.planner import Evaluation, WhatIf
     from spanwise.runtime.evaluate import Score
     from spanwise.runtime.processes import WorkerPool
     from spanwise.runtime.session import StepReport
@@ -96,7 +97,18 @@ def show_plans(found: Answer, graph: ModelGraph, cluster: Cluster) -> None:
     _show_evaluations(console, found.evaluations, cluster, found.advice.single_step_time_s)
     console.print(f"\n[bold]{found.plan.strategy}[/bold]")
     console.print(describe_plan(found.plan, graph), markup=False)
-    console.print(f"\nbottleneck: {found.advice.bottleneck}", markup=False)
+    console.print(f"\nbottleneck: {found.bottleneck}", markup=False)
+    least = format_seconds(found.bound.step_time_s)
+    console.print(
+        f"lower bound: {least} a step for any plan, by {found.bound.term}; this one is {found.gap:.1%} above",
+        markup=False,
+    )
+    for device, reason in found.left_out.items():
+        console.print(f"left out: {device}, {reason}", markup=False)
+    if found.baselines:
+        _show_baselines(console, found)
+    if found.what_if is not None:
+        _show_what_if(console, found.what_if)
     console.print(found.advice.sentence, style="bold", markup=False)
 
 
@@ -134,6 +146,41 @@ def _show_evaluations(
     for entry in ranked:
         if entry.plan is None:
             console.print(f"{entry.strategy}: no plan. {entry.reason}", markup=False)
+
+
+def _show_baselines(console: Console, found: Answer) -> None:
+    """Planners of others beside the fastest strategy of ours."""
+    best = next(e for e in found.evaluations if e.strategy == found.advice.winner)
+    table = _table(("baseline", "l"), ("step", "r"), ("ratio", "r"), ("M x rows", "r"), ("stages", "l"))
+    for entry in (best, *found.baselines):
+        ratio = found.ratio(entry)
+        if entry.plan is None or entry.timeline is None or ratio is None:
+            continue
+        stages = " | ".join(
+            f"[{s.start}:{s.stop}) {' '.join(f'{r.device}:{r.rows}' for r in s.replicas)}"
+            for s in entry.plan.stages
+        )
+        size = f"{entry.plan.micro_batches} x {entry.plan.micro_batch_rows}"
+        seconds = format_seconds(entry.timeline.step_time_s)
+        table.add_row(entry.strategy, seconds, f"{ratio:.2f}", size, escape(stages))
+    console.print()
+    console.print(table)
+    for entry in found.baselines:
+        if entry.plan is None:
+            console.print(f"{entry.strategy}: no plan. {entry.reason}", markup=False)
+    console.print("[dim]ratio: step time over that of the fastest strategy; stages: layers and rows[/dim]\n")
+
+
+def _show_what_if(console: Console, what_if: WhatIf) -> None:
+    """What each change of the cluster would give."""
+    table = _table(("change", "l"), ("step", "r"), ("ratio", "r"), ("strategy", "l"))
+    for entry in what_if.found:
+        table.add_row(entry.change, format_seconds(entry.step_time_s), f"{entry.ratio:.2f}x", entry.strategy)
+    console.print()
+    console.print(table)
+    for left in what_if.untried:
+        console.print(f"not planned: {left.change}; {left.reason}", markup=False)
+    console.print("[dim]ratio: today's step time over that with the change, planned again[/dim]\n")
 
 
 def show_timeline(timeline: Timeline) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from planner_cases import make_graph, make_job, make_profile
+from planner_cases import make_graph, make_job, make_problem, make_profile
 from spanwise.core.defaults import default_cluster
-from spanwise.planner import Evaluation, Problem, compare
+from spanwise.planner import Evaluation, Problem, compare, compare_baselines
 
 JOBS: dict[str, dict[str, object]] = {
     "free": {},
@@ -42,6 +42,20 @@ def all_plans() -> str:
         problem = Problem(graph, profile, cluster, make_job(64, **options))
         blocks.append(f"# {name}\n\n" + "\n\n".join(text(e) for e in compare(problem)))
     return "\n\n\n".join(blocks) + "\n"
+
+
+def all_baselines() -> str:
+    cluster = default_cluster()
+    graph = make_graph(12, 1)
+    tiers = Problem(graph, make_profile(graph, cluster, flops_per_s=1e10), cluster, make_job(16))
+    blocks: list[str] = []
+    for name, problem in (("three tiers", tiers), ("two sites", make_problem(5, 8, 2, batch=12))):
+        blocks.append(f"# {name}\n\n" + "\n\n".join(text(e) for e in compare_baselines(problem)))
+    return "\n\n\n".join(blocks) + "\n"
+
+
+def test_baselines_plan_as_written(golden: Callable[[str, str], None]) -> None:
+    golden("baselines", all_baselines())
 
 
 def test_plans_are_as_written(golden: Callable[[str, str], None]) -> None:

@@ -12,7 +12,7 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.lowering import check, lower, natural_syncs
-from spanwise.planner import STRATEGIES, Problem, make_plan
+from spanwise.planner import BASELINES, STRATEGIES, Problem, lower_bound, make_plan
 from spanwise.planner.feasible import broken_rule, shortage
 from spanwise.planner.price import price
 from spanwise.planner.trial import timeline
@@ -66,7 +66,7 @@ def check_plan(problem: Problem, plan: Plan) -> None:
         if problem.job.private and not problem.job.share_labels:
             assert plan.stages[-1].replicas == plan.sources
     found = timeline(problem, plan)
-    assert found.step_time_s > 0
+    assert found.step_time_s >= lower_bound(problem).step_time_s * (1 - 1e-9) > 0
     for use in found.devices:
         assert use.peak_memory_bytes <= problem.cluster.device(use.device).memory_bytes
     formula = price(problem, plan).step_time_s
@@ -82,6 +82,16 @@ def test_every_plan_keeps_to_the_rules(problem: Problem, strategy: str) -> None:
         assert "\n" not in reason
         return
     assert strategy in ("auto", plan.strategy)
+    check_plan(problem, plan)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(problems, st.sampled_from(list(BASELINES)))
+def test_baselines_keep_to_the_rules_or_say_why_not(problem: Problem, strategy: str) -> None:
+    plan, reason = attempt(problem, strategy)
+    if plan is None:
+        assert reason.startswith(f"{strategy}: ")
+        return
     check_plan(problem, plan)
 
 

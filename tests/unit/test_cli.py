@@ -96,6 +96,72 @@ def test_profile_plan_simulate(
     assert json.loads(capsys.readouterr().out)["step_time_s"] > answer["step_time_s"]
 
 
+ISLAND = (
+    CLUSTER
+    + """\
+[[devices]]
+id = "island"
+site = "sea"
+"""
+)
+
+
+def test_plan_says_how_near_it_is_and_what_would_help(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    files: tuple[str, str, str],
+    tmp_path: Path,
+) -> None:
+    job, _, cache = files
+    (tmp_path / "island.toml").write_text(ISLAND)
+    common = ("plan", job, "-c", str(tmp_path / "island.toml"), "--cache", cache)
+    more = ("--baselines", "--what-if", "--replans", "1")
+    assert call(monkeypatch, *common, *more, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bound"]["step_time_s"] <= found["step_time_s"]
+    assert found["bound"]["gap"] == pytest.approx(found["step_time_s"] / found["bound"]["step_time_s"] - 1)
+    assert found["bound"].keys() == {"step_time_s", "compute_s", "gap", "term"}
+    assert found["left_out"]["island"].startswith("no link from island to a")
+    assert list(found["baselines"]) == ["asteroid", "pipedream", "dapple", "hetpipe", "gpipe"]
+    for entry in found["baselines"].values():
+        assert (entry["plan"] is None) == (entry["ratio"] is None) == bool(entry["reason"])
+    assert len(found["what_if"]["found"]) == 1
+    assert found["what_if"]["found"][0].keys() == {"change", "step_time_s", "ratio", "strategy"}
+    assert all(entry.keys() == {"change", "reason"} for entry in found["what_if"]["untried"])
+    assert call(monkeypatch, *common, *more) == 0
+    out = capsys.readouterr().out
+    assert "lower bound: " in out
+    assert "left out: island, no link from island to a" in out
+    assert "ratio: step time over that of the fastest strategy" in out
+    assert "not planned: 1 GiB more on a; memory does not bind" in out
+    assert call(monkeypatch, *common, "--json") == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert not plain.keys() & {"baselines", "what_if"}
+
+
+def test_a_baseline_plans_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], files: tuple[str, str, str]
+) -> None:
+    job, cluster, cache = files
+    assert call(monkeypatch, "plan", job, "-c", cluster, "--cache", cache, "-s", "asteroid", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["strategy"] == found["plan"]["strategy"] == "asteroid"
+    assert "asteroid" not in found["strategies"]
+
+
+def test_a_link_without_bandwidth_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    files: tuple[str, str, str],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "dead.toml").write_text(CLUSTER.replace("100 Mbit/s", "0 Mbit/s"))
+    assert call(monkeypatch, "plan", files[0], "-c", str(tmp_path / "dead.toml")) == 2
+    error = capsys.readouterr().err
+    assert "bandwidth '0 Mbit/s' must be greater than 0" in error
+    assert "remove the link or the device" in error
+
+
 def test_planning_a_known_job_does_not_import_torch(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], files: tuple[str, str, str]
 ) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from spanwise.api.planning import choose, predict
+from spanwise.api.planning import fastest_plan, predict
 from spanwise.core.cluster import Cluster
 from spanwise.core.faults import Fault
 from spanwise.core.job import Job
@@ -15,52 +15,136 @@ from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.core.run_folder import RunFolder
 from spanwise.core.timeline import Timeline
-from spanwise.planner import Advice, Evaluation, Problem, advise, compare
+from spanwise.planner import (
+    Advice,
+    Bound,
+    Evaluation,
+    Problem,
+    WhatIf,
+    advise,
+    bottleneck,
+    compare,
+    compare_baselines,
+    left_out,
+    lower_bound,
+    make_plan,
+    what_if,
+)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The chosen plan, its prediction, every strategy's, and the advice."""
+    """The chosen plan, its prediction, how near it is to the best there can be, and every strategy's.
+
+    Attributes:
+        plan, predicted: what was chosen, simulated.
+        evaluations: every strategy.
+        advice: whether distributing pays, by the strategy that wins.
+        bottleneck: what limits ``plan``.
+        bound: no plan is faster.
+        left_out: devices that ``plan`` does not use, and why.
+        baselines: planners of others, if asked for.
+        what_if: what changes of the cluster would give, if asked for.
+    """
 
     plan: Plan
     predicted: Timeline
     evaluations: tuple[Evaluation, ...]
     advice: Advice
+    bottleneck: str
+    bound: Bound
+    left_out: dict[str, str]
+    baselines: tuple[Evaluation, ...] = ()
+    what_if: WhatIf | None = None
+
+    @property
+    def gap(self) -> float:
+        """By which part the predicted step time is above the bound."""
+        return self.bound.gap(self.predicted.step_time_s)
+
+    def ratio(self, entry: Evaluation) -> float | None:
+        """Step time of another plan over that of the winner; None without one."""
+        return entry.timeline.step_time_s / self.advice.step_time_s if entry.timeline else None
 
     def to_data(self) -> dict[str, Any]:
-        """Under the same keys as everywhere: ``step_time_s``, ``devices.<id>...``."""
-        return {
+        """Under the same keys as everywhere: ``step_time_s``, ``devices.<id>...``; see docs/strategies.md."""
+        out: dict[str, Any] = {
             "strategy": self.plan.strategy,
             "step_time_s": self.predicted.step_time_s,
             "throughput_samples_per_s": self.plan.batch / self.predicted.step_time_s,
             "pays": self.advice.pays,
             "advice": self.advice.sentence,
-            "bottleneck": self.advice.bottleneck,
+            "bottleneck": self.bottleneck,
+            "bound": {
+                "step_time_s": self.bound.step_time_s,
+                "compute_s": self.bound.compute_s,
+                "gap": self.gap,
+                "term": self.bound.term,
+            },
+            "left_out": self.left_out,
             "plan": self.plan.to_data(),
             "devices": {u.device: u.to_data() for u in self.predicted.devices},
-            "strategies": {
-                e.strategy: {
-                    "step_time_s": e.timeline.step_time_s if e.timeline else None,
-                    "peak_memory_bytes": {u.device: u.peak_memory_bytes for u in e.timeline.devices}
-                    if e.timeline
-                    else {},
-                    "reason": e.reason,
-                }
-                for e in self.evaluations
-            },
+            "strategies": {e.strategy: _evaluation_data(e) for e in self.evaluations},
         }
+        if self.baselines:
+            out["baselines"] = {
+                e.strategy: {
+                    **_evaluation_data(e),
+                    "ratio": self.ratio(e),
+                    "plan": e.plan.to_data() if e.plan else None,
+                }
+                for e in self.baselines
+            }
+        if self.what_if is not None:
+            out["what_if"] = asdict(self.what_if)
+        return out
 
 
-def advice_data(job: Job, cluster: Cluster, graph: ModelGraph, times: Profile, strategy: str) -> Answer:
-    """Compares all strategies, chooses the one asked for (or the best), explains."""
+def _evaluation_data(entry: Evaluation) -> dict[str, Any]:
+    uses = entry.timeline.devices if entry.timeline else ()
+    return {
+        "step_time_s": entry.timeline.step_time_s if entry.timeline else None,
+        "peak_memory_bytes": {use.device: use.peak_memory_bytes for use in uses},
+        "reason": entry.reason,
+    }
+
+
+def advice_data(
+    job: Job,
+    cluster: Cluster,
+    graph: ModelGraph,
+    times: Profile,
+    strategy: str,
+    *,
+    baselines: bool = False,
+    replans: int = 0,
+) -> Answer:
+    """Compares all strategies, chooses the one asked for (or the best), explains.
+
+    Args:
+        job: what to train.
+        cluster: on what.
+        graph: layers of the model.
+        times: layer times and measured links.
+        strategy: whose plan; ``auto`` for the fastest.
+        baselines: whether to plan with every baseline too.
+        replans: how many changes of the cluster to plan for; 0 = none.
+    """
     problem = Problem(graph=graph, profile=times, cluster=cluster, job=job)
-    if strategy == "auto":
-        chosen, evaluations = choose(job, cluster, graph, times, "auto")
-    else:
-        evaluations = compare(problem)
-        chosen, _ = choose(job, cluster, graph, times, strategy)
+    evaluations = compare(problem)
+    chosen = fastest_plan(problem, evaluations) if strategy == "auto" else make_plan(problem, strategy)
     predicted = predict(chosen, graph, times, cluster, job)
-    return Answer(chosen, predicted, evaluations, advise(problem, evaluations))
+    return Answer(
+        plan=chosen,
+        predicted=predicted,
+        evaluations=evaluations,
+        advice=advise(problem, evaluations),
+        bottleneck=bottleneck(problem, chosen, predicted),
+        bound=lower_bound(problem),
+        left_out=left_out(problem, chosen),
+        baselines=compare_baselines(problem) if baselines else (),
+        what_if=what_if(problem, chosen, make_plan, replans) if replans else None,
+    )
 
 
 def save_plan(

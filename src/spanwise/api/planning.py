@@ -14,7 +14,7 @@ from spanwise.core.profile import Profile
 from spanwise.core.timeline import Timeline
 from spanwise.cost import optimizer_copies
 from spanwise.lowering import lower
-from spanwise.planner import Problem, compare, make_plan
+from spanwise.planner import Problem, compare, fastest_of, make_plan
 from spanwise.simulator import simulate
 
 if TYPE_CHECKING:
@@ -29,16 +29,20 @@ def choose(
     if strategy != "auto":
         return make_plan(problem, strategy), ()
     evaluations = compare(problem)
-    best: Evaluation | None = None
-    for entry in evaluations:
-        if entry.timeline is not None and (
-            best is None or best.timeline is None or entry.timeline.step_time_s < best.timeline.step_time_s
-        ):
-            best = entry
+    return fastest_plan(problem, evaluations), evaluations
+
+
+def fastest_plan(problem: Problem, evaluations: tuple[Evaluation, ...]) -> Plan:
+    """The plan of the strategy with the least simulated step time.
+
+    Raises:
+        InfeasibleError: none has a plan; tells why of each.
+    """
+    best = fastest_of(evaluations)
     if best is None or best.plan is None:
         reasons = "; ".join(f"{e.strategy}: {e.reason}" for e in evaluations)
-        raise InfeasibleError(f"no strategy has a plan for this job on '{cluster.name}'. {reasons}")
-    return best.plan, evaluations
+        raise InfeasibleError(f"no strategy has a plan for this job on '{problem.cluster.name}'. {reasons}")
+    return best.plan
 
 
 def predict(

@@ -30,9 +30,18 @@ def check_id(text: object) -> str:
     return text
 
 
+def _rate(text: str | float) -> float:
+    rate = parse_rate(text)
+    if rate == 0:
+        raise ValueError(
+            f"bandwidth '{text}' must be greater than 0, or nothing arrives; remove the link or the device"
+        )
+    return rate
+
+
 Id = Annotated[str, BeforeValidator(check_id)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
-Rate = Annotated[float, BeforeValidator(parse_rate), Field(gt=0)]
+Rate = Annotated[float, BeforeValidator(_rate), Field(gt=0)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(ge=0)]
 
 

@@ -6,17 +6,43 @@ from collections.abc import Callable
 
 from spanwise.core.errors import InfeasibleError, InputError, PlanError
 from spanwise.core.plan import Plan
-from spanwise.planner.advise import Advice, Evaluation, advise, fastest_of, no_plan
+from spanwise.planner.advise import Advice, Evaluation, advise, bottleneck, fastest_of, no_plan
+from spanwise.planner.asteroid import asteroid
+from spanwise.planner.bound import Bound, lower_bound
+from spanwise.planner.dapple import dapple
 from spanwise.planner.data_parallel import data_parallel, weighted_data_parallel
 from spanwise.planner.feasible import broken_rule
 from spanwise.planner.gpipe import gpipe
+from spanwise.planner.hetpipe import hetpipe
 from spanwise.planner.hpp import hpp
+from spanwise.planner.left_out import left_out
+from spanwise.planner.pipedream import pipedream
 from spanwise.planner.pipeline import pipeline
 from spanwise.planner.problem import Problem
+from spanwise.planner.sensitivity import MOST_REPLANS, WhatIf, what_if
 from spanwise.planner.single import single
 from spanwise.planner.trial import timeline
 
-__all__ = ["STRATEGIES", "Advice", "Evaluation", "Problem", "advise", "check_plan", "compare", "make_plan"]
+__all__ = [
+    "BASELINES",
+    "MOST_REPLANS",
+    "STRATEGIES",
+    "Advice",
+    "Bound",
+    "Evaluation",
+    "Problem",
+    "WhatIf",
+    "advise",
+    "bottleneck",
+    "check_plan",
+    "compare",
+    "compare_baselines",
+    "fastest_of",
+    "left_out",
+    "lower_bound",
+    "make_plan",
+    "what_if",
+]
 
 # What they raise is a reason without their name: ``make_plan`` and reports put that in front.
 STRATEGIES: dict[str, Callable[[Problem], Plan]] = {
@@ -28,9 +54,18 @@ STRATEGIES: dict[str, Callable[[Problem], Plan]] = {
     "hpp": hpp,
 }
 
+# Planners of others from their published rules, to compare with; ``auto`` does not consider them.
+BASELINES: dict[str, Callable[[Problem], Plan]] = {
+    "asteroid": asteroid,
+    "pipedream": pipedream,
+    "dapple": dapple,
+    "hetpipe": hetpipe,
+    "gpipe": gpipe,
+}
+
 
 def make_plan(problem: Problem, strategy: str = "auto") -> Plan:
-    """The plan of one strategy; ``auto``: of the one with the least simulated step time.
+    """The plan of one strategy or baseline; ``auto``: of the strategy with the least simulated step time.
 
     Raises:
         InputError: there is no such strategy.
@@ -42,17 +77,24 @@ def make_plan(problem: Problem, strategy: str = "auto") -> Plan:
         if best is None or best.plan is None:
             raise InfeasibleError(f"auto: {no_plan(evaluations)}")
         return best.plan
-    if strategy not in STRATEGIES:
-        raise InputError(f"strategy '{strategy}': unknown; known: {', '.join((*STRATEGIES, 'auto'))}")
+    planner = STRATEGIES.get(strategy) or BASELINES.get(strategy)
+    if planner is None:
+        known = ", ".join(dict.fromkeys((*STRATEGIES, "auto", *BASELINES)))
+        raise InputError(f"strategy '{strategy}': unknown; known: {known}")
     try:
-        return STRATEGIES[strategy](problem)
+        return planner(problem)
     except InfeasibleError as error:
         raise InfeasibleError(f"{strategy}: {error}") from error
 
 
 def compare(problem: Problem) -> tuple[Evaluation, ...]:
     """Every strategy, planned and simulated (without spans), in the order of the registry."""
-    return tuple(_evaluate(problem, name) for name in STRATEGIES)
+    return tuple(_evaluate(problem, name, planner) for name, planner in STRATEGIES.items())
+
+
+def compare_baselines(problem: Problem) -> tuple[Evaluation, ...]:
+    """The same of every baseline."""
+    return tuple(_evaluate(problem, name, planner) for name, planner in BASELINES.items())
 
 
 def check_plan(problem: Problem, plan: Plan) -> None:
@@ -62,9 +104,9 @@ def check_plan(problem: Problem, plan: Plan) -> None:
         raise PlanError(f"plan '{plan.strategy}': {rule}; plan again")
 
 
-def _evaluate(problem: Problem, strategy: str) -> Evaluation:
+def _evaluate(problem: Problem, name: str, planner: Callable[[Problem], Plan]) -> Evaluation:
     try:
-        plan = STRATEGIES[strategy](problem)
-        return Evaluation(strategy, plan, timeline(problem, plan), "")
+        plan = planner(problem)
+        return Evaluation(name, plan, timeline(problem, plan), "")
     except InfeasibleError as error:
-        return Evaluation(strategy, None, None, str(error))
+        return Evaluation(name, None, None, str(error))
