@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spanwise.core.profile import TimeTable
+from spanwise.core.profile import LayerTimes, TimeTable
 from spanwise.planner.problem import Problem
 from spanwise.planner.tables import Floats
 
@@ -53,14 +53,16 @@ def _first_uses(problem: Problem) -> Floats:
 def _least_row_s(table: TimeTable, batch: int) -> Floats:
     """``[layer]`` least seconds a row, forward and backward together, over all rows from 1 to ``batch``."""
     at = np.arange(1, batch + 1, dtype=np.float64)
-    return np.array(
-        [
-            float(
-                np.min((_seconds(table.rows, x.forward_s, at) + _seconds(table.rows, x.backward_s, at)) / at)
-            )
-            for x in table.layers
-        ]
-    )
+    return np.array([float(np.min(_both_s(table.rows, layer, at) / at)) for layer in table.layers])
+
+
+def _both_s(xs: tuple[int, ...], layer: LayerTimes, at: Floats) -> Floats:
+    """Forward and backward, the latter whole or in halves, whichever takes less."""
+    backward = _seconds(xs, layer.backward_s, at)
+    if layer.backward_input_s is not None and layer.backward_weight_s is not None:
+        halves = _seconds(xs, layer.backward_input_s, at) + _seconds(xs, layer.backward_weight_s, at)
+        backward = np.minimum(backward, halves)
+    return _seconds(xs, layer.forward_s, at) + backward
 
 
 def _seconds(xs: tuple[int, ...], ys: tuple[float, ...], at: Floats) -> Floats:
