@@ -20,7 +20,8 @@ from equality import (
 )
 from torch import nn
 
-from spanwise.core.plan import Plan, Replica, Stage
+from spanwise.core.plan import Plan, Replica, Stage, Wire
+from spanwise.core.precision import Precision
 from spanwise.profiler.trace import Traced
 from spanwise.runtime.device_run import Snapshot
 from spanwise.runtime.processes import ProcessSession, WorkerPool
@@ -163,3 +164,27 @@ def test_gradient_norm_is_global_across_stages() -> None:
 
 def test_cluster_names_the_data_devices() -> None:
     assert [s.device for s in cluster(("b", "c")).data_shares] == ["b", "c"]
+
+
+@pytest.mark.parametrize(("precision", "least", "most"), [("half", 1e-9, 1e-3), ("int8", 1e-6, 3e-2)])
+@pytest.mark.parametrize("case", [MLP, GPT], ids=lambda case: case.name)
+def test_reduced_precision_on_a_link_is_close_and_not_exact(
+    case: Case, precision: Precision, least: float, most: float
+) -> None:
+    _, source = of(case)
+    half = len(source.graph) // 2
+    stages = (
+        Stage(start=0, stop=half, replicas=(Replica(device="a", rows=4),), warmup=2),
+        Stage(
+            start=half, stop=len(source.graph),
+            replicas=(Replica(device="b", rows=1), Replica(device="c", rows=3)),
+        ),
+    )  # fmt: skip
+    exact = plan_of(source.graph, stages, stages[0].replicas, case.batch // 4)
+    wires = tuple(Wire(source=x, target=y, precision=precision) for x, y in (("a", "c"), ("c", "a")))
+    reduced = exact.model_copy(update={"wires": wires})
+    assert exact.exact
+    assert not reduced.exact
+    for plan, low, high in ((exact, -1.0, 1e-10), (reduced, least, most)):
+        found, reports = on_threads(case, plan)
+        assert low < difference(case, plan, found, [r.loss for r in reports]) < high

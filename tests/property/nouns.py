@@ -11,7 +11,7 @@ from spanwise.core.cluster import EVERYWHERE, Cluster, DataShare, Device, Emulat
 from spanwise.core.faults import Fault
 from spanwise.core.job import Job, Recipe
 from spanwise.core.model import Layer, ModelGraph, Parameter, TensorSpec
-from spanwise.core.plan import Plan, Replica, Stage, Sync
+from spanwise.core.plan import Plan, Replica, Stage, Sync, Wire
 from spanwise.core.profile import DeviceTimes, LayerTimes, LinkTimes, Profile, TimeTable
 from spanwise.core.program import Action, Payload, Program, ProgramFile
 from spanwise.core.timeline import DeviceUse, MemoryPoint, Span, Timeline
@@ -157,10 +157,11 @@ def plans(draw: st.DrawFn) -> Plan:
     micro_batches = draw(st.integers(1, 64))
     # Halves in turn, each micro-batch by itself: other orders are in the tests of schedules.
     order = draw(st.none() | st.just(" ".join(f"F{m} I{m} W{m}" for m in range(micro_batches))))
+    wire = st.builds(Wire, source=ids, target=ids, precision=st.sampled_from(["full", "half", "int8"]))
     sync = st.builds(Sync, layers=ranges, devices=tuples(ids, 2), segments=st.integers(1, 9))
     return Plan(
         strategy=draw(texts), graph_digest=draw(texts), micro_batches=micro_batches,
-        micro_batch_rows=rows, sources=draw(replicas(rows)), syncs=draw(tuples(sync)),
+        micro_batch_rows=rows, sources=draw(replicas(rows)), syncs=draw(tuples(sync)), wires=draw(tuples(wire)),
         schedule="zero_bubble" if order else draw(st.sampled_from(["gpipe", "1f1b"])),
         stages=tuple(
             Stage(start=a, stop=b, replicas=draw(replicas(rows)), warmup=depth, order=order)

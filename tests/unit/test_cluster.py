@@ -212,3 +212,22 @@ def test_the_page_shows_the_default_cluster() -> None:
     page = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text(encoding="utf-8")
     first = page.split("```toml\n")[1].split("```")[0]
     assert Cluster.from_toml(first) == default_cluster()
+
+
+def test_links_may_have_reduced_precision() -> None:
+    cluster = Cluster.parse(
+        {
+            "devices": [{"id": "a", "site": "x"}, {"id": "b", "site": "y"}, {"id": "c", "site": "y"}],
+            "links": [
+                {"between": ["x", "y"], "bandwidth": "10 Mbit/s", "precision": "half"},
+                {"from": "a", "to": "c", "bandwidth": "10 Mbit/s", "precision": "int8"},
+                {"between": ["y", "y"], "bandwidth": "1 Gbit/s"},
+            ],
+        }
+    )
+    found = {(s, t): cluster.precision(s, t) for s in "abc" for t in "abc" if s != t}
+    half = dict.fromkeys([("a", "b"), ("b", "a"), ("c", "a")], "half")
+    assert found == {**half, ("a", "c"): "int8", ("b", "c"): "full", ("c", "b"): "full"}
+    with pytest.raises(InputError, match="precision"):
+        Cluster.parse({"devices": [{"id": "a"}], "links": [
+            {"between": ["site", "site"], "bandwidth": 1.0, "precision": "quarter"}]})  # fmt: skip

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from spanwise.core.errors import InputError
 from spanwise.core.noun import Noun
+from spanwise.core.precision import Precision
 from spanwise.core.units import parse_bytes, parse_rate, parse_seconds
 
 Tier = Literal["cloud", "edge", "end"]
@@ -84,13 +85,15 @@ class Link(Noun):
 
     ``source`` and ``target`` are device ids or site names. A link between two different sites is one
     pipe that all their devices share; a link from a site to itself is a switch, where each
-    device's own port has the bandwidth.
+    device's own port has the bandwidth. ``precision``: with how many bits activations and their gradients
+    cross it; anything but ``full`` makes training faster there and no longer exact.
     """
 
     source: Id
     target: Id
     bandwidth_bytes_per_s: Rate
     latency_s: Seconds = 0.0
+    precision: Precision = "full"
 
 
 class DataShare(Noun):
@@ -267,6 +270,11 @@ class Cluster(Noun):
         if b.down_bytes_per_s is not None:
             resources.append((f"down:{b.id}", b.down_bytes_per_s))
         return Route(min(r for _, r in resources), link.latency_s, tuple(resources))
+
+    def precision(self, source: str, target: str) -> Precision:
+        """How activations and gradients travel from one device to another."""
+        link = self._link(self.device(source), self.device(target))
+        return "full" if link is None or source == target else link.precision
 
     def _link(self, a: Device, b: Device) -> Link | None:
         for pair in ((a.id, b.id), (a.id, b.site), (a.site, b.id), (a.site, b.site)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -10,6 +11,7 @@ from spanwise.core.cluster import Id
 from spanwise.core.errors import PlanError
 from spanwise.core.noun import Noun
 from spanwise.core.order import check_halves, kept_over, parse_order
+from spanwise.core.precision import Precision
 
 ScheduleName = Literal["gpipe", "1f1b", "zero_bubble"]
 
@@ -80,6 +82,14 @@ class Sync(Noun):
     segments: int = Field(default=1, ge=1)
 
 
+class Wire(Noun):
+    """Activations and gradients from one device to another travel with fewer bits than they have."""
+
+    source: Id
+    target: Id
+    precision: Precision
+
+
 class Plan(Noun):
     """How one training step is spread over devices.
 
@@ -91,6 +101,8 @@ class Plan(Noun):
         stages: cover layers 0..L in order and every row of a micro-batch once each.
         schedule: order of forwards and backwards inside a stage; under ``zero_bubble`` each has its own.
         syncs: gradient sums. Every parameter held by several devices must be covered.
+        wires: between which devices activations and gradients travel in reduced precision; all others, and
+            all raw rows and gradient sums, travel as they are. With any of them a plan is not exact.
     """
 
     strategy: str
@@ -101,6 +113,7 @@ class Plan(Noun):
     stages: tuple[Stage, ...] = Field(min_length=1)
     schedule: ScheduleName = "1f1b"
     syncs: tuple[Sync, ...] = ()
+    wires: tuple[Wire, ...] = ()
 
     @model_validator(mode="after")
     def _covers(self) -> Plan:
@@ -153,6 +166,19 @@ class Plan(Noun):
             ahead = max(kept.whole for kept in kept_over(order))
             if ahead > stage.warmup:
                 raise PlanError(f"{where} runs {ahead} forwards ahead, its warm-up depth is {stage.warmup}")
+
+    def precision(self, source: str, target: str) -> Precision:
+        """How activations and gradients travel from one device to another."""
+        return self._precisions.get((source, target), "full")
+
+    @cached_property
+    def _precisions(self) -> dict[tuple[str, str], Precision]:
+        return {(wire.source, wire.target): wire.precision for wire in self.wires}
+
+    @property
+    def exact(self) -> bool:
+        """Whether its gradients are those of one device, to rounding."""
+        return all(wire.precision == "full" for wire in self.wires)
 
     @property
     def batch(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from spanwise.core.errors import PlanError
 from spanwise.core.noun import Noun
+from spanwise.core.precision import Precision
 
 Kind = Literal[
     "load",
@@ -40,6 +41,7 @@ class Action:
         rows: half-open range inside the micro-batch.
         layers: half-open range of a ``backward_weight`` that is done in parts; None = the whole stage.
         payload, peer, transfer, nbytes: of ``send`` and ``recv``; both ends carry the same transfer number.
+        precision: of ``send`` and ``recv``; how values travel.
         sync, segment, members, nbytes: of ``reduce`` and ``norm``.
     """
 
@@ -55,6 +57,7 @@ class Action:
     sync: int = -1
     segment: int = 0
     members: tuple[str, ...] = ()
+    precision: Precision = "full"
 
     @property
     def work(self) -> str:
@@ -75,6 +78,7 @@ class Action:
                 return (
                     f"{self.kind} {self.payload} {stage}m{self.micro_batch} [{a}:{b}) "
                     f"{way} {self.peer} #{self.transfer} {self.nbytes}B"
+                    f"{'' if self.precision == 'full' else ' ' + self.precision}"
                 )
             case "reduce":
                 return f"reduce y{self.sync}.{self.segment} {self.nbytes}B over {','.join(self.members)}"
@@ -112,6 +116,7 @@ def _compute(m: re.Match[str]) -> Action:
 
 def _move(m: re.Match[str]) -> Action:
     payload: Any = m["payload"]
+    precision: Any = m["precision"] or "full"
     return Action(
         "recv" if m["send"] is None else "send",
         payload=payload,
@@ -121,6 +126,7 @@ def _move(m: re.Match[str]) -> Action:
         peer=m["peer"],
         transfer=int(m["t"]),
         nbytes=int(m["n"]),
+        precision=precision,
     )
 
 
@@ -140,7 +146,7 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Action]], ...] = 
         re.compile(
             rf"(?:(?P<send>send)|recv) (?P<payload>{'|'.join(get_args(Payload))}) "
             rf"(?:s(?P<s>\d+) )?m(?P<m>\d+) {_ROWS} (?(send)to|from) "
-            rf"(?P<peer>[A-Za-z0-9_.-]+) #(?P<t>\d+) (?P<n>\d+)B"
+            rf"(?P<peer>[A-Za-z0-9_.-]+) #(?P<t>\d+) (?P<n>\d+)B(?: (?P<precision>half|int8))?"
         ),
         _move,
     ),

@@ -56,8 +56,10 @@ def _check_pairs(program: Program) -> None:
             other = "receive" if action.kind == "send" else "send"
             raise PlanError(f"program: '{action}' on {device} has no {other} on {action.peer}")
         (a, send), (b, recv) = sends[number], recvs[number]
-        same = (send.payload, send.stage, send.micro_batch, send.rows, send.nbytes) == (
-            recv.payload, recv.stage, recv.micro_batch, recv.rows, recv.nbytes)  # fmt: skip
+        same = (
+            (send.payload, send.stage, send.micro_batch, send.rows, send.nbytes, send.precision)
+            == (recv.payload, recv.stage, recv.micro_batch, recv.rows, recv.nbytes, recv.precision)
+        )  # fmt: skip
         if not same or send.peer != b or recv.peer != a:
             raise PlanError(f"program: '{send}' on {a} and '{recv}' on {b} do not match")
     for (sync, segment), members in groups.items():

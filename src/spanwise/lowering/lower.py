@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from spanwise.core.errors import PlanError
-from spanwise.core.model import ModelGraph, Parameter
+from spanwise.core.model import ModelGraph, Parameter, TensorSpec
 from spanwise.core.plan import Plan, Stage, Sync, row_ranges
+from spanwise.core.precision import wire_row_bytes
 from spanwise.core.program import Action, Buckets, Payload, Program
 from spanwise.lowering.check import check
 from spanwise.lowering.order import StageOp, compute_order
@@ -293,8 +294,8 @@ class _Lowering:
         others: tuple[tuple[str, int, int], ...],
     ) -> None:
         """One send or recv per other device whose rows meet ours; rows that stay here need none."""
-        row_bytes = self._row_bytes(payload, stage)
-        if row_bytes == 0:
+        specs = self._specs(payload, stage)
+        if not any(spec.row_bytes for spec in specs):
             return
         for peer, c, e in others:
             first, last = max(rows[0], c), min(rows[1], e)
@@ -303,6 +304,7 @@ class _Lowering:
             ends = (device, peer) if kind == "send" else (peer, device)
             key = (payload, stage, micro_batch, *ends)
             number = self.numbers.setdefault(key, len(self.numbers))
+            precision = self.plan.precision(*ends) if stage >= 0 else "full"  # raw rows stay as they are
             self.actions[device].append(
                 Action(
                     "send" if kind == "send" else "recv",
@@ -312,17 +314,19 @@ class _Lowering:
                     payload=payload,
                     peer=peer,
                     transfer=number,
-                    nbytes=row_bytes * (last - first),
+                    nbytes=wire_row_bytes(specs, precision) * (last - first),
+                    precision=precision,
                 )
             )
 
-    def _row_bytes(self, payload: Payload, stage: int) -> int:
+    def _specs(self, payload: Payload, stage: int) -> tuple[TensorSpec, ...]:
         match payload:
             case "input":
-                return self.graph.input_row_bytes
+                return self.graph.inputs
             case "label":
-                return self.graph.label_row_bytes
+                return self.graph.labels
             case "activation":
-                return self.graph.layers[self.plan.stages[stage].stop - 1].cut_bytes
+                return self.graph.layers[self.plan.stages[stage].stop - 1].outputs
             case "gradient":
-                return self.graph.layers[self.plan.stages[stage].stop - 1].gradient_cut_bytes
+                outputs = self.graph.layers[self.plan.stages[stage].stop - 1].outputs
+                return tuple(spec for spec in outputs if spec.differentiable)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise, product
 from typing import Literal
 
 import numpy as np
 
 from spanwise.core.errors import InfeasibleError
-from spanwise.core.plan import Plan, Replica, ScheduleName, Stage
+from spanwise.core.plan import Plan, Replica, ScheduleName, Stage, Wire
 from spanwise.lowering import natural_syncs
 from spanwise.planner.feasible import Shortage, broken_rule, shortage
 from spanwise.planner.links import Shares
@@ -70,11 +71,25 @@ def build(
         stages=found,
         schedule=schedule,
         syncs=natural_syncs(found, problem.graph),
+        wires=_wires(problem, found),
     )
     broken = broken_rule(problem, plan)
     if broken:
         raise InfeasibleError(broken)
     return plan
+
+
+def _wires(problem: Problem, stages: tuple[Stage, ...]) -> tuple[Wire, ...]:
+    """Pairs of devices of neighbouring stages whose link is one of reduced precision."""
+    pairs = {
+        ends
+        for before, after in pairwise(stages)
+        for a, b in product(before.devices, after.devices)
+        for ends in ((a, b), (b, a))
+        if a != b and problem.cluster.connected(*ends)
+    }
+    found = [(a, b, problem.cluster.precision(a, b)) for a, b in sorted(pairs)]
+    return tuple(Wire(source=a, target=b, precision=p) for a, b, p in found if p != "full")
 
 
 def _shares(problem: Problem, span: Span, rows: int, ahead: int) -> Shares:

@@ -33,9 +33,11 @@ def describe_plan(plan: Plan, graph: ModelGraph) -> str:
         f"over {', '.join(sync.devices)}{f', in {sync.segments} segments' if sync.segments > 1 else ''}"
         for sync in plan.syncs
     ]
+    wires = [f"{w.precision} precision from {w.source} to {w.target}" for w in plan.wires]
+    reduced = [] if plan.exact else [f"  not exact: {', '.join(wires)}"]
     outside = [s.device for s in plan.sources if s.device not in {d for t in plan.stages for d in t.devices}]
     feeds = [f"  {', '.join(outside)}: reads data only"] if outside else []
-    return "\n".join([head, *lines, *sums, *feeds])
+    return "\n".join([head, *lines, *sums, *reduced, *feeds])
 
 
 def layer_range(start: int, stop: int) -> str:

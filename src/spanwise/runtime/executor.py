@@ -25,6 +25,7 @@ from spanwise.runtime.feed import Feed
 from spanwise.runtime.outbox import Outbox
 from spanwise.runtime.recorder import Recorder, StepRecord
 from spanwise.runtime.transport import Pending, Transport
+from spanwise.runtime.wire import Unpacking, empty_packed, pack
 
 _AHEAD = 4  # receives posted before they are needed, per device; bounds the memory of early messages
 _BLOCKED_S = 5e-5  # a wait shorter than this is no wait
@@ -206,10 +207,12 @@ class Executor:
         """Keeps receives posted ahead of their need."""
         while self._posted < len(self._recvs) and len(self._pending) < _AHEAD:
             action = self._recvs[self._posted]
-            buffers = self._assembly(action.payload or "", action.stage, action.micro_batch).part(action.rows)
-            self._pending[action.transfer] = self._transport.recv(
-                action.peer, self._tag(action.transfer), buffers
-            )
+            part = self._assembly(action.payload or "", action.stage, action.micro_batch).part(action.rows)
+            buffers = empty_packed(part, action.precision)
+            pending = self._transport.recv(action.peer, self._tag(action.transfer), buffers)
+            if action.precision != "full":
+                pending = Unpacking(pending, buffers, part, action.precision)
+            self._pending[action.transfer] = pending
             self._posted += 1
 
     def _recv(self, action: Action) -> None:
@@ -226,9 +229,8 @@ class Executor:
     def _send(self, action: Action) -> None:
         key = (action.payload or "", action.stage, action.micro_batch)
         base, tensors = self._outgoing[key]
-        pending = self._transport.send(
-            action.peer, self._tag(action.transfer), cut(tensors, base, action.rows)
-        )
+        values = pack(cut(tensors, base, action.rows), action.precision)
+        pending = self._transport.send(action.peer, self._tag(action.transfer), values)
         self._outbox.put(f"{self._me}: step {self._step}, '{action}'", pending)
         self._unsent[key] -= 1
         if not self._unsent[key]:
