@@ -161,7 +161,8 @@ def plans(draw: st.DrawFn) -> Plan:
     sync = st.builds(Sync, layers=ranges, devices=tuples(ids, 2), segments=st.integers(1, 9))
     return Plan(
         strategy=draw(texts), graph_digest=draw(texts), micro_batches=micro_batches,
-        micro_batch_rows=rows, sources=draw(replicas(rows)), syncs=draw(tuples(sync)), wires=draw(tuples(wire)),
+        micro_batch_rows=rows, sources=draw(replicas(rows)), syncs=draw(tuples(sync)),
+        wires=draw(tuples(wire)),
         schedule="zero_bubble" if order else draw(st.sampled_from(["gpipe", "1f1b"])),
         stages=tuple(
             Stage(start=a, stop=b, replicas=draw(replicas(rows)), warmup=depth, order=order)

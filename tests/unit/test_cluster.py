@@ -187,6 +187,7 @@ class TestKeys:
             "target": "b",
             "bandwidth_bytes_per_s": 2e6,
             "latency_s": 0.005,
+            "precision": "full",
         }
 
     def test_links_may_be_values(self) -> None:
