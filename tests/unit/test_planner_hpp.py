@@ -8,7 +8,7 @@ from planner_cases import fastest_of_all, make_cluster, make_graph, make_job, ma
 from spanwise.core.cluster import Cluster
 from spanwise.planner import STRATEGIES, Problem, compare, make_plan
 from spanwise.planner.groups import Groups
-from spanwise.planner.lanes import Group
+from spanwise.planner.kinds import Group
 from spanwise.planner.orders import link_clusters, neighbours, starting_orders
 from spanwise.planner.outlines import best_outlines
 from spanwise.planner.search import Search, all_subsets, runs_of

@@ -14,7 +14,8 @@ from spanwise.core.plan import Plan, Replica
 from spanwise.core.profile import Profile
 from spanwise.core.timeline import Timeline
 from spanwise.cost import optimizer_copies
-from spanwise.planner.lanes import Group, Lanes
+from spanwise.planner.kinds import Group, Kinds, device_kinds
+from spanwise.planner.lanes import Lanes
 from spanwise.planner.links import Links
 from spanwise.planner.outline import Outline
 from spanwise.planner.tables import Tables
@@ -32,10 +33,13 @@ class Memo:
     ``trials`` has every plan that was simulated, under no strategy's name.
     """
 
+    kinds: Kinds = ()
     tables: Tables | None = None
     links: Links | None = None
     lanes: Lanes | None = None
-    orders: dict[bool, tuple[Group, ...]] = field(default_factory=dict[bool, "tuple[Group, ...]"])
+    sequences: dict[bool, list[tuple[Group, ...]]] = field(
+        default_factory=dict[bool, "list[tuple[Group, ...]]"]
+    )
     outlines: dict[str, list[Outline]] = field(default_factory=dict[str, "list[Outline]"])
     trials: dict[Plan, Trial] = field(default_factory=dict[Plan, "Trial"])
 
@@ -93,6 +97,13 @@ class Problem:
         return self.labels_stay and not self.shares
 
     @property
+    def kinds(self) -> Kinds:
+        """Which devices are interchangeable."""
+        if not self.memo.kinds:
+            self.memo.kinds = device_kinds(self.cluster, self.profile, self.sources)
+        return self.memo.kinds
+
+    @property
     def tables(self) -> Tables:
         """Layer times and memory as arrays."""
         if self.memo.tables is None:
@@ -112,7 +123,7 @@ class Problem:
         if self.memo.lanes is None:
             ids, batch = self.cluster.ids, self.job.batch
             held = tuple((ids.index(r.device), r.rows / batch) for r in self.source_rows(batch))
-            self.memo.lanes = Lanes(self.tables, self.links, held)
+            self.memo.lanes = Lanes(self.tables, self.links, held, self.kinds)
         return self.memo.lanes
 
     def source_rows(self, rows: int) -> tuple[Replica, ...]:
