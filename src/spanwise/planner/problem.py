@@ -33,6 +33,7 @@ class Memo:
     ``trials`` has every plan that was simulated, under no strategy's name.
     """
 
+    index: dict[str, int] = field(default_factory=dict[str, int])
     kinds: Kinds = ()
     tables: Tables | None = None
     links: Links | None = None
@@ -95,6 +96,13 @@ class Problem:
         that by itself; plans that come back to their first devices are possible, but not searched for.
         """
         return self.labels_stay and not self.shares
+
+    @property
+    def index(self) -> dict[str, int]:
+        """Place of every device in file order."""
+        if not self.memo.index:
+            self.memo.index.update({device: i for i, device in enumerate(self.cluster.ids)})
+        return self.memo.index
 
     @property
     def kinds(self) -> Kinds:

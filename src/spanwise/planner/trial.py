@@ -14,6 +14,7 @@ from spanwise.lowering import lower
 from spanwise.planner.build import Depth, build
 from spanwise.planner.feasible import ShortageError, closest
 from spanwise.planner.outline import Outline, Span
+from spanwise.planner.pace import pace_s
 from spanwise.planner.price import price
 from spanwise.planner.problem import Problem
 from spanwise.simulator import simulate
@@ -21,8 +22,11 @@ from spanwise.simulator import simulate
 # The formula is at times above the simulation, by at most 3.2 % of 314 random pipelines (own measurement, see
 # tests/unit/test_planner_price.py); beyond this factor of the best simulated time a plan can hardly win.
 HOPELESS = 1.15
-# Forwards, backwards and messages that a planner simulates among its finalists, in three plans at least.
+SLACK = 0.01  # a plan whose pace is slower than the best's by more is hardly faster when simulated
+# Forwards, backwards and messages that a planner simulates among its finalists, in two plans at least.
 MOST_EFFORT = 12_000
+# The same of plans whose pace is worked out, which takes about a tenth of the time.
+MOST_PACED_EFFORT = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +144,7 @@ def simulated(problem: Problem, candidates: Sequence[Priced], limit: int) -> lis
     done: list[tuple[float, int, Plan]] = []
     reason: InfeasibleError | None = None
     tried, effort = 0, 0
-    while left and not (done and (tried >= limit or (effort > MOST_EFFORT and tried >= 3))):
+    while left and not (done and (tried >= limit or (effort > MOST_EFFORT and tried >= 2))):
         candidate = min(left, key=lambda c: c.price_s * factor.get(c.kind, 1.0) * c.handicap)
         left.remove(candidate)
         tried += 1
@@ -167,32 +171,48 @@ def fastest(problem: Problem, candidates: Sequence[Priced], limit: int) -> Plan:
 
 
 def at_both_depths(problem: Problem, strategy: str, outlines: Sequence[Outline], limit: int) -> Plan:
-    """The fastest of the outlines with warm-up 2(P-p)-1, the best quarter of them also with P-p.
-
-    Where a device holds several stages, which depth is better cannot be told before, and both are candidates.
-    """
+    """The fastest of the outlines with warm-up 2(P-p)-1 or P-p, with single layers moved over stage borders."""
     pool = priced(problem, strategy, outlines)
     shared = [outline for outline in outlines if _is_shared(outline)]
     if shared:
         pool += priced(problem, strategy, shared, depth="shallow")
-    best = simulated(problem, pool, limit)[: max(2, limit // 4)]
-    shallow = [Priced(_shallow(plan), 0.0) for plan in best if len(plan.stages) > 1]
-    winner = fastest(problem, [Priced(best[0], 0.0), *shallow], 1 + len(shallow))
+    winner = fastest(problem, paced(problem, pool, limit), limit)
     return shifted(problem, winner, limit)
+
+
+def paced(problem: Problem, candidates: Sequence[Priced], limit: int) -> list[Priced]:
+    """The cheapest, and the cheapest few of every number of stages, by pace and at both depths."""
+    ranked = sorted(candidates, key=lambda entry: entry.price_s)
+    few = max(1, limit // 4)
+    first = [c for stages in sorted({c.kind for c in ranked}) for c in [c for c in ranked if c.kind == stages][:few]]
+    out: dict[Plan, Priced] = {}
+    effort = 0
+    for candidate in (*ranked[:limit], *first, *ranked[limit:]):
+        if effort > MOST_PACED_EFFORT and len(out) >= limit:
+            break
+        for plan in (candidate.plan, _shallow(candidate.plan)):
+            if plan not in out:
+                out[plan] = Priced(plan, pace_s(problem, plan))
+                effort += candidate.effort
+    return sorted(out.values(), key=lambda entry: entry.price_s)
 
 
 def shifted(problem: Problem, plan: Plan, limit: int) -> Plan:
     """Moves single layers over stage borders while the simulator agrees, in at most ``limit`` simulations."""
     best, least = plan, timeline(problem, plan).step_time_s
+    pace = pace_s(problem, plan)
     depth: Depth = "shallow" if _shallow(plan) == plan else "deep"
+    limit = max(1, min(limit, MOST_EFFORT // Priced(plan, 0.0).effort))
     tried = [plan]
     moved = True
     while moved:
         moved = False
         near = [p for o in _near(problem, best) for p in _built(problem, best.strategy, o, depth)]
-        for candidate in sorted(near, key=lambda entry: entry.price_s):
-            if candidate.plan in tried or candidate.price_s > HOPELESS * least:
-                continue
+        near.sort(key=lambda entry: entry.price_s)
+        faster = [Priced(c.plan, pace_s(problem, c.plan)) for c in near[: 4 * limit] if c.plan not in tried]
+        for candidate in sorted(faster, key=lambda entry: entry.price_s):
+            if candidate.price_s >= pace * (1 + SLACK):
+                break
             if len(tried) > limit:
                 return best
             tried.append(candidate.plan)
@@ -201,7 +221,7 @@ def shifted(problem: Problem, plan: Plan, limit: int) -> Plan:
             except InfeasibleError:
                 continue
             if seconds < least:
-                best, least, moved = candidate.plan, seconds, True
+                best, least, pace, moved = candidate.plan, seconds, candidate.price_s, True
                 break
     return best
 
