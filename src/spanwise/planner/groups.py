@@ -25,11 +25,13 @@ class StageTimes:
     Attributes:
         both: ``[M, start, stop]`` seconds a micro-batch of the slowest replica, forward and backward: index of
             the micro-batch count, start and stop positions of the grid.
+        whole: that of all micro-batches, one after the other.
         backward: its backward alone.
         sum_s: ``[start, stop]`` gradient sum and update.
     """
 
     both: Floats
+    whole: Floats
     backward: Floats
     sum_s: Floats
 
@@ -179,4 +181,4 @@ class Groups:
         sum_s[start, stop] = np.minimum(
             (per_byte + update) * tables.parameters[first, last] + fixed, INFEASIBLE_S
         )
-        return StageTimes(both, backward, sum_s)
+        return StageTimes(both, np.array(self.micro_batches)[:, None, None] * both, backward, sum_s)

@@ -19,13 +19,13 @@ from spanwise.planner.groups import Groups
 from spanwise.planner.kinds import Group, by_kind
 from spanwise.planner.problem import Problem
 from spanwise.planner.search import Search
-from spanwise.planner.sequences import Sequences, chains
+from spanwise.planner.sequences import Sequence, Sequences, chains
 
-MOST_STARTS = 6
+MOST_STARTS, MOST_SINGLE_STARTS = 3, 8  # orders, of groups and of single devices
 IMPROVED = 3  # best sequences of groups from which a local search starts
-MOST_MOVES, MOVES_EFFORT = 250, 8000  # tried from each, of all and by devices
+MOST_MOVES, MOVES_EFFORT = 300, 40_000  # tried from each, of all and by devices
 FOUND = 12  # sequences along an order that are looked at again
-KEPT_SEQUENCES = 24
+KEPT_SEQUENCES = 32
 ALL_CLUSTERS = 3  # up to here link clusters in every order
 ROUGH_CUTS = 20  # grid on which orders and sequences are compared
 MOST_HEADS = 8  # of a state that are looked at: fewer is faster, more is nearer to exact
@@ -42,15 +42,34 @@ def many_devices(groups: Groups, *, singles: bool) -> list[Search]:
     most = 1 if singles else problem.job.batch // counts[0]
     rough = Groups(problem, coarse_cuts(problem.tables, ROUGH_CUTS), counts, groups.in_flight)
     sequences = Sequences(rough)
-    for order in islice(starting_orders(problem), MOST_STARTS):
+    for sequence in problem.memo.sequences.get(True, ())[:FOUND]:  # single devices are groups too
+        sequences.price_s(sequence)
+
+    def look_along(order: Group) -> Sequence | None:
         search = Search(rough, along(order, problem.kinds, most), most_heads=MOST_HEADS)
-        for found in search.found()[:FOUND]:
-            sequences.price_s(tuple(span.group for span in search.outline(found).spans))
+        met = [tuple(s.group for s in search.outline(f).spans) for f in search.found()[:FOUND]]
+        return min(met, key=sequences.price_s, default=None)
+
+    for order in islice(starting_orders(problem), MOST_SINGLE_STARTS if singles else MOST_STARTS):
+        look_along(order)
     budget = min(MOST_MOVES, max(10, MOVES_EFFORT // len(problem.kinds)))
-    for start in sequences.best(IMPROVED):
-        sequences.improve(start, budget, singles=singles)
-    best = problem.memo.sequences[singles] = sequences.kept(KEPT_SEQUENCES)
+    for start in sequences.best(IMPROVED, 1):
+        better: Sequence | None = start
+        while better is not None:
+            near = sequences.improve(better, budget, singles=singles)
+            found = look_along(_as_order(problem, near))
+            gains = found is not None and sequences.price_s(found) < sequences.price_s(near) * (1 - 1e-6)
+            better = found if gains else None
+    best = problem.memo.sequences[singles] = sequences.best(KEPT_SEQUENCES, 3)
     return [Search(groups, chains(problem, best))]
+
+
+def _as_order(problem: Problem, sequence: Sequence) -> Group:
+    """Its devices as they follow each other, then those that it leaves out, fastest first."""
+    used = tuple(d for group in sequence for d in group)
+    slowness = problem.tables.both[:, -1, -1]
+    left = set(range(len(problem.kinds))).difference(used)
+    return (*used, *sorted(left, key=lambda d: (float(slowness[d]), problem.kinds[d], d)))
 
 
 def _few_counts(problem: Problem) -> tuple[int, ...]:

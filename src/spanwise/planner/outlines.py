@@ -16,12 +16,14 @@ from spanwise.planner.orders import many_devices
 from spanwise.planner.outline import Outline
 from spanwise.planner.problem import Problem
 from spanwise.planner.search import Head, Search, Tail
+from spanwise.planner.sequences import chains, neighbours
 
 EXACT_WORK = 12e6  # array elements of all sets and groups; beyond it a local search over device orders
 MOST_EXACT = 16  # devices
 ORDERED_CUTS = 24  # of the first grid along device orders; the second, about its best, has all
 EXACT_PAIRS = 6  # of all sets for each of the cuts tried behind a fixed first and before a fixed last stage
-KEPT = 64
+KEPT = 160
+BESIDE = 8  # best sequences of groups whose neighbours are searched too
 
 
 def best_outlines(
@@ -48,7 +50,8 @@ def best_outlines(
     if problem.first_is_fixed:
         return _fixed_outlines(problem, groups, singles, keep, near)
     if _is_exact(problem, cuts, singles):
-        return _outlines([Search(groups, _extensions(groups, devices, singles, near))], keep)
+        search = Search(groups, _extensions(groups, devices, singles, near))
+        return _outlines([search, *_beside(search, singles)], keep)
     return _outlines(many_devices(groups, singles=singles), keep)
 
 
@@ -75,6 +78,15 @@ def all_cut_outlines(
     """On the grid of all cuts: exact for the price where the search is."""
     cuts = all_cuts(len(problem.graph))
     return best_outlines(problem, singles=singles, in_flight=in_flight, cuts=cuts, keep=keep)
+
+
+def _beside(search: Search, singles: bool) -> list[Search]:
+    """A search of sequences of groups next to the best: of each state only one plan was kept."""
+    problem = search.groups.problem
+    found = [search.outline(f) for f in search.found()[: 4 * BESIDE]]
+    best = list(dict.fromkeys(tuple(span.group for span in outline.spans) for outline in found))[:BESIDE]
+    near = dict.fromkeys(s for sequence in best for s in neighbours(problem, sequence, singles=singles))
+    return [Search(search.groups, chains(problem, near))] if near else []
 
 
 def _outlines(searches: Sequence[Search], keep: int) -> list[Outline]:

@@ -78,10 +78,11 @@ def pace_s(problem: Problem, plan: Plan) -> float:
     found = pipeline_of(problem, plan)
     if found is None:
         return INFINITE
-    names = {name for lane in (found.inputs, *found.forth, *found.back) for name, _ in lane.loads}
+    names = [name for lane in (found.inputs, *found.forth, *found.back) for name, _ in lane.loads]
     free = dict.fromkeys(names, 0.0)
     stages = _stages(problem, plan, found, free)
-    raw = _Way.of(found.inputs, plan.micro_batch_rows * problem.graph.input_row_bytes, free)
+    # Raw rows come in beside the rest: how they share a link with it only counts as a bound.
+    raw = _Way.of(found.inputs, plan.micro_batch_rows * problem.graph.input_row_bytes, dict(free))
     waits = found.steps[0].kind == "link"
     ends: list[float] = []
     for _ in range(ROUNDS):

@@ -107,6 +107,9 @@ class Search:
         batch = groups.problem.job.batch
         self.m_index = np.arange(len(self.counts))[:, None]
         self.at_index = np.arange(len(at))[None, :]
+        self.row = self.m_index * len(at)  # places in flat arrays: of (M, 0), and of (M, position, 0)
+        self.corner = (self.row + self.at_index) * len(at)
+        self.later = (self.counts - 1)[:, None]
         self.forth = (batch / self.counts)[:, None] * tables.into[at][None, :]
         self.back = (batch / self.counts)[:, None] * tables.back[at][None, :]
         self.barrier = groups.problem.job.clip_norm is not None
@@ -139,14 +142,7 @@ class Search:
         """Puts a group in front of the best of the remaining state, for all cuts and counts."""
         key, devices, rest, ends = extension
         times = self.groups.times(devices)
-        extra = np.zeros(len(self.counts))
-        for device in devices if self.load else ():
-            extra = np.maximum(extra, self.load.get(device, 0.0))
-        busy = times.both
-        if extra.any():
-            fixed = (self.head is not None) + (self.tail is not None)
-            busy = (1 + SHARED * fixed) * (times.both + extra[:, None, None])
-        whole = (self.counts - 1)[:, None, None] * busy + times.both
+        whole = self._whole(devices, times) if self.load else times.whole
         found: list[tuple[Floats, Floats, Ints, Ints]] = []
         if (rest == END or ends) and self.tail is None and not self._misses_labels(devices):
             most = whole[:, :, -1]
@@ -155,14 +151,24 @@ class Search:
         follow = None if rest != END and self.one_stage else self._following(devices, rest)
         if follow is not None:
             after, hidden, who = follow
-            most = np.maximum(whole, times.both + after[:, None, :])
-            less = times.backward if self.barrier else times.both
-            exposed = np.maximum(times.sum_s[None], hidden[:, None, :] - less)
+            most = times.both + after[:, None, :]
+            np.maximum(whole, most, out=most)
+            exposed = hidden[:, None, :] - (times.backward if self.barrier else times.both)
+            np.maximum(times.sum_s, exposed, out=exposed)
             cut = np.argmin(most + np.maximum(exposed, 0.0), axis=2)
-            chosen = (self.m_index, self.at_index, cut)
-            found.append((most[chosen], exposed[chosen], cut, who[self.m_index, cut]))
+            chosen = self.corner + cut
+            found.append((most.take(chosen), exposed.take(chosen), cut, who.take(self.row + cut)))
         if found:
             self._keep(key, devices, _better(*found))
+
+    def _whole(self, devices: Group, times: StageTimes) -> Floats:
+        """Seconds of all micro-batches where a given first or last stage also takes time of these devices."""
+        extra = np.max([self.load.get(d, np.zeros(len(self.counts))) for d in devices], axis=0)
+        if not extra.any():
+            return times.whole
+        fixed = (self.head is not None) + (self.tail is not None)
+        busy = (1 + SHARED * fixed) * (times.both + extra[:, None, None])
+        return (self.counts - 1)[:, None, None] * busy + times.both
 
     def _misses_labels(self, last: Group) -> bool:
         return self.labels and not self.lanes.gets_labels(last)
@@ -203,7 +209,10 @@ class Search:
     def _stacked(self, state: _State) -> tuple[Floats, Floats]:
         if state.stacked is None or len(state.stacked[0]) != len(state.entries):
             found = [self.entries[i] for i in state.entries]
-            state.stacked = np.stack([e.most for e in found]), np.stack([e.exposed for e in found])
+            if len(found) == 1:
+                state.stacked = found[0].most[None], found[0].exposed[None]
+            else:
+                state.stacked = np.stack([e.most for e in found]), np.stack([e.exposed for e in found])
         return state.stacked
 
     def _following(self, devices: Group, rest: int) -> tuple[Floats, Floats, Ints] | None:
@@ -234,12 +243,14 @@ class Search:
         self, lanes: list[Ways], most: Floats, exposed: Floats, who: list[int]
     ) -> tuple[Floats, Floats, Ints]:
         columns = np.array([[f.s_per_byte, b.s_per_byte, f.latency_s, b.latency_s] for f, b in lanes])
-        out = self.forth[None] * columns[:, 0, None, None]
-        into = self.back[None] * columns[:, 1, None, None]
-        both = out + into + (columns[:, 2] + columns[:, 3])[:, None, None]
-        whole = (self.counts - 1)[None, :, None] * np.maximum(out, into) + both
-        after = np.maximum(whole, both + most)
-        hidden = exposed - (into + columns[:, 3, None, None] if self.barrier else both)
+        forth, back, late, late_back = columns.T[:, :, None, None]
+        out, into = self.forth * forth, self.back * back
+        both = out + into + (late + late_back)
+        after = both + most
+        np.maximum(self.later * np.maximum(out, into) + both, after, out=after)
+        hidden = exposed - (into + late_back if self.barrier else both)
+        if len(who) == 1:
+            return after[0], hidden[0], np.full(after.shape[1:], who[0], dtype=np.int64)
         best = np.argmin(after + np.maximum(hidden, 0.0), axis=0)
         return (
             after[best, self.m_index, self.at_index],

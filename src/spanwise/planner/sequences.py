@@ -7,7 +7,7 @@ stages, out of the plan and into it, and stages join and part, as long as the pr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from random import Random
 
 from spanwise.planner.extensions import END, Extension
@@ -60,18 +60,18 @@ class Sequences:
                     break
         return current
 
-    def best(self, count: int) -> list[Sequence]:
-        """The cheapest that were priced."""
-        finite = [entry for entry in self.priced.values() if entry[0] < float("inf")]
-        return [sequence for _, sequence in sorted(finite, key=lambda entry: entry[0])[:count]]
-
-    def kept(self, count: int) -> list[Sequence]:
-        """The cheapest, and the cheapest few of every number of stages: price favours many stages."""
-        ranked = self.best(len(self.priced))
-        chosen = dict.fromkeys(ranked[:count])
-        for stages in sorted({len(sequence) for sequence in ranked}):
-            chosen.update(dict.fromkeys([s for s in ranked if len(s) == stages][: count // 8]))
-        return list(chosen)
+    def best(self, count: int, each: int = 1) -> list[Sequence]:
+        """The cheapest that were priced, of every number of stages ``each`` at first, as price favours many."""
+        ranked = sorted((entry for entry in self.priced.values() if entry[0] < float("inf")), key=lambda e: e[0])
+        places: dict[int, int] = {}
+        chosen: list[Sequence] = []
+        for _, sequence in ranked:
+            places[len(sequence)] = places.get(len(sequence), 0) + 1
+            if places[len(sequence)] <= each:
+                chosen.append(sequence)
+        chosen = chosen[:count]
+        more = (sequence for _, sequence in ranked if sequence not in chosen)
+        return [*chosen, *islice(more, count - len(chosen))]
 
     def _key(self, sequence: Sequence) -> Key:
         return tuple(self.problem.lanes.mix(group) for group in sequence)

@@ -23,10 +23,11 @@ from spanwise.simulator import simulate
 # tests/unit/test_planner_price.py); beyond this factor of the best simulated time a plan can hardly win.
 HOPELESS = 1.15
 SLACK = 0.01  # a plan whose pace is slower than the best's by more is hardly faster when simulated
-# Forwards, backwards and messages that a planner simulates among its finalists, in two plans at least.
-MOST_EFFORT = 12_000
+# Forwards, backwards and messages that a planner simulates among its finalists, in one plan at least.
+MOST_EFFORT = 6_000
 # The same of plans whose pace is worked out, which takes about a tenth of the time.
-MOST_PACED_EFFORT = 100_000
+MOST_PACED_EFFORT = 30_000
+MOST_PACED = 5  # times as many plans as are simulated, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ def simulated(problem: Problem, candidates: Sequence[Priced], limit: int) -> lis
     done: list[tuple[float, int, Plan]] = []
     reason: InfeasibleError | None = None
     tried, effort = 0, 0
-    while left and not (done and (tried >= limit or (effort > MOST_EFFORT and tried >= 2))):
+    while left and not (done and (tried >= limit or effort > MOST_EFFORT)):
         candidate = min(left, key=lambda c: c.price_s * factor.get(c.kind, 1.0) * c.handicap)
         left.remove(candidate)
         tried += 1
@@ -171,29 +172,53 @@ def fastest(problem: Problem, candidates: Sequence[Priced], limit: int) -> Plan:
 
 
 def at_both_depths(problem: Problem, strategy: str, outlines: Sequence[Outline], limit: int) -> Plan:
-    """The fastest of the outlines with warm-up 2(P-p)-1 or P-p, with single layers moved over stage borders."""
+    """The fastest of the outlines and of their likes, with warm-up 2(P-p)-1 or P-p."""
     pool = priced(problem, strategy, outlines)
     shared = [outline for outline in outlines if _is_shared(outline)]
     if shared:
         pool += priced(problem, strategy, shared, depth="shallow")
-    winner = fastest(problem, paced(problem, pool, limit), limit)
-    return shifted(problem, winner, limit)
+    likely = climbed(problem, strategy, paced(problem, pool, limit), limit)
+    return shifted(problem, fastest(problem, likely, limit), limit)
 
 
 def paced(problem: Problem, candidates: Sequence[Priced], limit: int) -> list[Priced]:
     """The cheapest, and the cheapest few of every number of stages, by pace and at both depths."""
     ranked = sorted(candidates, key=lambda entry: entry.price_s)
     few = max(1, limit // 4)
-    first = [c for stages in sorted({c.kind for c in ranked}) for c in [c for c in ranked if c.kind == stages][:few]]
+    kinds = sorted({c.kind for c in ranked})
+    first = [c for kind in kinds for c in [c for c in ranked if c.kind == kind][:few]]
     out: dict[Plan, Priced] = {}
     effort = 0
-    for candidate in (*ranked[:limit], *first, *ranked[limit:]):
+    for candidate in (*ranked[:limit], *first, *ranked[limit : MOST_PACED * limit]):
         if effort > MOST_PACED_EFFORT and len(out) >= limit:
             break
         for plan in (candidate.plan, _shallow(candidate.plan)):
             if plan not in out:
                 out[plan] = Priced(plan, pace_s(problem, plan))
                 effort += candidate.effort
+    return sorted(out.values(), key=lambda entry: entry.price_s)
+
+
+def climbed(problem: Problem, strategy: str, likely: Sequence[Priced], limit: int) -> list[Priced]:
+    """With what comes of the first few by single layers over borders and other numbers of micro-batches."""
+    out = {entry.plan: entry for entry in likely}
+    effort = 0
+    for start in likely[: max(1, limit // 2)]:
+        current, moved = start, True
+        while moved and effort <= MOST_PACED_EFFORT:
+            near = [*_near(problem, current.plan), *_recounted(problem, current.plan)]
+            depth: Depth = "shallow" if _shallow(current.plan) == current.plan else "deep"
+            built = [entry for o in near for entry in _built(problem, strategy, o, depth)]
+            for entry in sorted(built, key=lambda entry: entry.price_s):
+                if entry.plan not in out and entry.price_s <= HOPELESS * current.price_s:
+                    out[entry.plan] = Priced(entry.plan, pace_s(problem, entry.plan))
+                    effort += entry.effort
+                if effort > MOST_PACED_EFFORT:
+                    break
+            met = [out[entry.plan] for entry in built if entry.plan in out]
+            best = min(met, key=lambda entry: entry.price_s, default=current)
+            moved = best.price_s < current.price_s
+            current = best if moved else current
     return sorted(out.values(), key=lambda entry: entry.price_s)
 
 
@@ -251,6 +276,15 @@ def _near(problem: Problem, plan: Plan) -> list[Outline]:
                 spans.append(Span(a, b, group if fixed else tuple(sorted(group)), rows))
             out.append(Outline(plan.micro_batches, tuple(spans)))
     return out
+
+
+def _recounted(problem: Problem, plan: Plan) -> list[Outline]:
+    """The same stages with other numbers of micro-batches."""
+    if problem.first_is_fixed:
+        return []
+    ids = problem.index
+    spans = tuple(Span(s.start, s.stop, tuple(sorted(ids[d] for d in s.devices))) for s in plan.stages)
+    return [Outline(m, spans) for m in problem.micro_batch_choices() if m != plan.micro_batches]
 
 
 def _shallow(plan: Plan) -> Plan:
