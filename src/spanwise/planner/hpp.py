@@ -32,7 +32,7 @@ def hpp(problem: Problem) -> Plan:
         for in_flight in (2, 4):
             outlines += refined_outlines(problem, singles=False, in_flight=in_flight)
     if not problem.first_is_fixed:
-        outlines += weighted_outlines(problem, 1)[:4] + pipeline_outlines(problem)[:4]
+        outlines += weighted_outlines(problem, 1)[:4] + pipeline_outlines(problem)[:FINALISTS]
     return at_both_depths(problem, "hpp", sorted(outlines, key=lambda o: o.price_s), FINALISTS)
 
 
