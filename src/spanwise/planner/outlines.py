@@ -19,6 +19,7 @@ from spanwise.planner.search import Head, Search, Tail
 from spanwise.planner.sequences import chains, neighbours
 
 EXACT_WORK = 12e6  # array elements of all sets and groups; beyond it a local search over device orders
+OVERHEAD = 3000  # elements whose time every set with its group takes besides
 MOST_EXACT = 16  # devices
 ORDERED_CUTS = 24  # of the first grid along device orders; the second, about its best, has all
 EXACT_PAIRS = 6  # of all sets for each of the cuts tried behind a fixed first and before a fixed last stage
@@ -132,7 +133,8 @@ def _is_exact(
     if len(devices) > MOST_EXACT:
         return False
     pairs = subset_pairs(devices, problem.kinds, singles=singles)
-    return searches * pairs * len(cuts) ** 2 * len(problem.micro_batch_choices()) <= EXACT_WORK
+    each = len(cuts) ** 2 * len(problem.micro_batch_choices()) + OVERHEAD
+    return searches * pairs * each <= EXACT_WORK
 
 
 def _extensions(

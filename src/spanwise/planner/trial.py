@@ -145,7 +145,8 @@ def simulated(problem: Problem, candidates: Sequence[Priced], limit: int) -> lis
     done: list[tuple[float, int, Plan]] = []
     reason: InfeasibleError | None = None
     tried, effort = 0, 0
-    while left and not (done and (tried >= limit or effort > MOST_EFFORT)):
+    most = MOST_EFFORT * (3 if any(candidate.kind[1] for candidate in left) else 1)  # no pace tells of these
+    while left and not (done and (tried >= limit or effort > most)):
         candidate = min(left, key=lambda c: c.price_s * factor.get(c.kind, 1.0) * c.handicap)
         left.remove(candidate)
         tried += 1
@@ -182,8 +183,12 @@ def at_both_depths(problem: Problem, strategy: str, outlines: Sequence[Outline],
 
 
 def paced(problem: Problem, candidates: Sequence[Priced], limit: int) -> list[Priced]:
-    """The cheapest, and the cheapest few of every number of stages, by pace and at both depths."""
-    ranked = sorted(candidates, key=lambda entry: entry.price_s)
+    """The cheapest, and the cheapest few of every number of stages, by pace and at both depths.
+
+    Those with a device in several stages stay as they are: only the simulator tells what they are worth.
+    """
+    shared = [c for c in candidates if c.kind[1]]
+    ranked = sorted((c for c in candidates if not c.kind[1]), key=lambda entry: entry.price_s)
     few = max(1, limit // 4)
     kinds = sorted({c.kind for c in ranked})
     first = [c for kind in kinds for c in [c for c in ranked if c.kind == kind][:few]]
@@ -196,14 +201,14 @@ def paced(problem: Problem, candidates: Sequence[Priced], limit: int) -> list[Pr
             if plan not in out:
                 out[plan] = Priced(plan, pace_s(problem, plan))
                 effort += candidate.effort
-    return sorted(out.values(), key=lambda entry: entry.price_s)
+    return sorted((*out.values(), *shared), key=lambda entry: entry.price_s)
 
 
 def climbed(problem: Problem, strategy: str, likely: Sequence[Priced], limit: int) -> list[Priced]:
     """With what comes of the first few by single layers over borders and other numbers of micro-batches."""
     out = {entry.plan: entry for entry in likely}
     effort = 0
-    for start in likely[: max(1, limit // 2)]:
+    for start in [entry for entry in likely if not entry.kind[1]][: max(1, limit // 2)]:
         current, moved = start, True
         while moved and effort <= MOST_PACED_EFFORT:
             near = [*_near(problem, current.plan), *_recounted(problem, current.plan)]
@@ -225,18 +230,21 @@ def climbed(problem: Problem, strategy: str, likely: Sequence[Priced], limit: in
 def shifted(problem: Problem, plan: Plan, limit: int) -> Plan:
     """Moves single layers over stage borders while the simulator agrees, in at most ``limit`` simulations."""
     best, least = plan, timeline(problem, plan).step_time_s
-    pace = pace_s(problem, plan)
+    pace, first = pace_s(problem, plan), Priced(plan, 0.0)
+    is_shared = first.kind[1] > 0
     depth: Depth = "shallow" if _shallow(plan) == plan else "deep"
-    limit = max(1, min(limit, MOST_EFFORT // Priced(plan, 0.0).effort))
+    limit = limit if is_shared else max(1, min(limit, MOST_EFFORT // first.effort))
     tried = [plan]
     moved = True
     while moved:
         moved = False
         near = [p for o in _near(problem, best) for p in _built(problem, best.strategy, o, depth)]
         near.sort(key=lambda entry: entry.price_s)
-        faster = [Priced(c.plan, pace_s(problem, c.plan)) for c in near[: 4 * limit] if c.plan not in tried]
+        untried = [c for c in near[: 4 * limit] if c.plan not in tried]
+        faster = [Priced(c.plan, pace_s(problem, c.plan)) for c in untried]
+        hopeless = HOPELESS * least if is_shared else pace * (1 + SLACK)
         for candidate in sorted(faster, key=lambda entry: entry.price_s):
-            if candidate.price_s >= pace * (1 + SLACK):
+            if candidate.price_s >= hopeless:
                 break
             if len(tried) > limit:
                 return best
