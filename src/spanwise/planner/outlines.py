@@ -23,7 +23,8 @@ OVERHEAD = 3000  # elements whose time every set with its group takes besides
 MOST_EXACT = 16  # devices
 ORDERED_CUTS = 24  # of the first grid along device orders; the second, about its best, has all
 EXACT_PAIRS = 6  # of all sets for each of the cuts tried behind a fixed first and before a fixed last stage
-KEPT = 160
+KEPT = 128
+KEPT_OF_MANY = 48
 BESIDE = 8  # best sequences of groups whose neighbours are searched too
 
 
@@ -53,7 +54,7 @@ def best_outlines(
     if _is_exact(problem, cuts, singles):
         search = Search(groups, _extensions(groups, devices, singles, near))
         return _outlines([search, *_beside(search, singles)], keep)
-    return _outlines(many_devices(groups, singles=singles), keep)
+    return _outlines(many_devices(groups, singles=singles), min(keep, KEPT_OF_MANY))
 
 
 def refined_outlines(

@@ -55,16 +55,9 @@ class _Stage:
     back: _Way | None
     free: float = 0.0
     at: int = 0
+    runs: bool = False
     inputs: dict[int, float] = field(default_factory=dict[int, float])
     gradients: dict[int, float] = field(default_factory=dict[int, float])
-
-    def begin_s(self) -> float | None:
-        """When the next operation can begin; none if it is not known yet, or all are done."""
-        if self.at == len(self.ops):
-            return None
-        kind, m = self.ops[self.at]
-        ready = (self.inputs if kind == "forward" else self.gradients).get(m)
-        return None if ready is None else max(ready, self.free)
 
 
 def pace_s(problem: Problem, plan: Plan) -> float:
@@ -113,42 +106,39 @@ def _stages(problem: Problem, plan: Plan, found: Pipeline, free: dict[str, float
 
 
 def _round(stages: list[_Stage], inputs: dict[int, float]) -> None:
-    """All operations of one step, that which can begin first first, so that messages queue in that order."""
+    """All operations of one step in the order in which they end, as messages queue in that order."""
     for stage in stages:
         stage.at, stage.inputs, stage.gradients = 0, {}, {}
     stages[0].inputs = inputs
-    last = len(stages) - 1
-    known = [0]
     queue: list[tuple[float, int]] = []
-    while True:
-        for number in known:
-            begin = stages[number].begin_s()
-            if begin is not None:
-                heappush(queue, (begin, number))
-        if not queue:
-            return
-        begin, number = heappop(queue)
+    _begin(stages, 0, queue)
+    while queue:
+        end, number = heappop(queue)
         stage = stages[number]
         kind, m = stage.ops[stage.at]
         stage.at += 1
-        known = [number]
-        stage.free = begin + (stage.step.forward_s if kind == "forward" else stage.step.backward_s)
-        if kind == "backward":
-            other = number - 1
-            if stage.back is not None and _wakes(stages[other]):
-                known.append(other)
-            if stage.back is not None:
-                stages[other].gradients[m] = stage.back.arrival(stage.free)
-        elif number == last:
-            stage.gradients[m] = stage.free
-        else:
-            other = number + 1
-            if _wakes(stages[other]):
-                known.append(other)
-            assert stage.onward is not None
-            stages[other].inputs[m] = stage.onward.arrival(stage.free)
+        stage.runs = False
+        if kind == "forward" and stage.onward is not None:
+            stages[number + 1].inputs[m] = stage.onward.arrival(end)
+            _begin(stages, number + 1, queue)
+        elif kind == "forward":
+            stage.gradients[m] = end
+        elif stage.back is not None:
+            stages[number - 1].gradients[m] = stage.back.arrival(end)
+            _begin(stages, number - 1, queue)
+        _begin(stages, number, queue)
 
 
-def _wakes(stage: _Stage) -> bool:
-    """Whether a stage is not in the queue, so that what it now gets may put it there."""
-    return stage.begin_s() is None
+def _begin(stages: list[_Stage], number: int, queue: list[tuple[float, int]]) -> None:
+    """The next operation of a stage, if it is free and what that waits for is known."""
+    stage = stages[number]
+    if stage.runs or stage.at == len(stage.ops):
+        return
+    kind, m = stage.ops[stage.at]
+    ready = (stage.inputs if kind == "forward" else stage.gradients).get(m)
+    if ready is None:
+        return
+    seconds = stage.step.forward_s if kind == "forward" else stage.step.backward_s
+    stage.free = (ready if ready > stage.free else stage.free) + seconds
+    stage.runs = True
+    heappush(queue, (stage.free, number))

@@ -27,6 +27,7 @@ SLACK = 0.01  # a plan whose pace is slower than the best's by more is hardly fa
 MOST_EFFORT = 6_000
 # The same of plans whose pace is worked out, which takes about a tenth of the time.
 MOST_PACED_EFFORT = 30_000
+BUILT = 8  # plans are built and priced in the time that the pace of one takes
 MOST_PACED = 5  # times as many plans as are simulated, at most
 
 
@@ -178,8 +179,9 @@ def at_both_depths(problem: Problem, strategy: str, outlines: Sequence[Outline],
     shared = [outline for outline in outlines if _is_shared(outline)]
     if shared:
         pool += priced(problem, strategy, shared, depth="shallow")
+    pool += _recounted_pool(problem, strategy, pool, 2 * limit)
     likely = climbed(problem, strategy, paced(problem, pool, limit), limit)
-    return shifted(problem, fastest(problem, likely, limit), limit)
+    return shifted(problem, fastest(problem, likely, 2 * limit), limit)
 
 
 def paced(problem: Problem, candidates: Sequence[Priced], limit: int) -> list[Priced]:
@@ -214,6 +216,7 @@ def climbed(problem: Problem, strategy: str, likely: Sequence[Priced], limit: in
             near = [*_near(problem, current.plan), *_recounted(problem, current.plan)]
             depth: Depth = "shallow" if _shallow(current.plan) == current.plan else "deep"
             built = [entry for o in near for entry in _built(problem, strategy, o, depth)]
+            effort += sum(entry.effort for entry in built) // BUILT
             for entry in sorted(built, key=lambda entry: entry.price_s):
                 if entry.plan not in out and entry.price_s <= HOPELESS * current.price_s:
                     out[entry.plan] = Priced(entry.plan, pace_s(problem, entry.plan))
@@ -284,6 +287,20 @@ def _near(problem: Problem, plan: Plan) -> list[Outline]:
                 spans.append(Span(a, b, group if fixed else tuple(sorted(group)), rows))
             out.append(Outline(plan.micro_batches, tuple(spans)))
     return out
+
+
+def _recounted_pool(problem: Problem, strategy: str, pool: Sequence[Priced], count: int) -> list[Priced]:
+    """The cheapest with other numbers of micro-batches, as far as it is no great effort."""
+    known = {entry.plan for entry in pool}
+    out: dict[Plan, Priced] = {}
+    effort = 0
+    for entry in sorted(pool, key=lambda entry: entry.price_s)[:count]:
+        for outline in () if effort > MOST_PACED_EFFORT // 4 else _recounted(problem, entry.plan):
+            for found in _built(problem, strategy, outline, "deep"):
+                effort += found.effort // BUILT
+                if found.plan not in known:
+                    out[found.plan] = found
+    return list(out.values())
 
 
 def _recounted(problem: Problem, plan: Plan) -> list[Outline]:
