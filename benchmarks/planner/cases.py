@@ -1,4 +1,4 @@
-"""Random clusters with models to plan for: small unlike ones by family, and large ones of few kinds in many sites."""
+"""Random clusters with models to plan for: small ones by family, large ones of few kinds in many sites."""
 
 from __future__ import annotations
 

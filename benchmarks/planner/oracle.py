@@ -1,9 +1,9 @@
 """Exhaustive search over small clusters: every order of groups, every cut, every number of micro-batches.
 
 Independent of the planner's dynamic programme: nothing is dropped on the way. All plans are priced by the
-formula of ``planner/price.py`` at typical rows; the cheapest of every number of stages are built with their own
-rows and priced again; the best of those are simulated with both warm-up rules. Rows of a stage are those of
-``min_max_rows``, which is exact against brute force (tests/unit/test_planner_rows.py).
+formula of ``planner/price.py`` at typical rows; the cheapest of every number of stages are built with their
+own rows and priced again; the best of those are simulated with both warm-up rules. Rows of a stage are
+those of ``min_max_rows``, which is exact against brute force (tests/unit/test_planner_rows.py).
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import matplotlib as mpl
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
-
 from cases import FAMILIES
 
 HERE = Path(__file__).parent
@@ -32,12 +31,16 @@ def gaps(axes: Any, rows: list[dict[str, Any]]) -> None:
     """One dot a cluster; those without any gap lie on the lower edge."""
     for at, family in enumerate(FAMILIES):
         for key, colour, aside in (("control_s", CONTROL, 0.2), ("hpp_s", OURS, -0.2)):
-            own = [r for r in rows if r["family"] == family and r["best_s"] is not None and r[key] is not None]
+            own = [
+                r for r in rows if r["family"] == family and r["best_s"] is not None and r[key] is not None
+            ]
             values = [max(LEAST, 100 * (r[key] / r["best_s"] - 1)) for r in own]
             spread = [at + aside + 0.3 * ((7 * n) % 20 / 20 - 0.5) for n in range(len(own))]
             axes.scatter(spread, values, s=9, color=colour, alpha=0.6, linewidths=0)
             optimal = sum(value <= LEAST for value in values)
-            axes.text(at + aside, LEAST / 2, f"{optimal}/{len(own)}\nbest", color=colour, ha="center", va="top")
+            axes.text(
+                at + aside, LEAST / 2, f"{optimal}/{len(own)}\nbest", color=colour, ha="center", va="top"
+            )
     axes.set_yscale("log")
     axes.set_ylim(LEAST / 1.5, 1000)
     axes.set_yticks([0.01, 0.1, 1, 10, 100], ["none", "0.1 %", "1 %", "10 %", "100 %"])

@@ -11,10 +11,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cases import FAMILIES, small
 from harness import keep, parser
 from oracle import exhaustive
 
-from cases import FAMILIES, small
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.planner import Problem
@@ -33,7 +33,7 @@ NONE = float("inf")
 def memory_sorted(problem: Problem) -> Plan:
     """The control: all cuts and groups along one order of devices, largest memory first, as Asteroid has it.
 
-    Its plans are finished like those of ``hpp``, by simulation at both depths, so that only the order differs.
+    Its plans are finished like those of ``hpp``, by simulation at both depths: only the order differs.
     """
     budget = problem.tables.budget
     order = sorted(range(len(budget)), key=lambda d: (-float(budget[d]), d))
@@ -50,7 +50,9 @@ def _suffixes(order: list[int]) -> Any:
     count = len(order)
     for first in reversed(range(count)):
         for stop in range(first + 1, count + 1):
-            yield Extension(count - first, tuple(sorted(order[first:stop])), count - stop if stop < count else END)
+            yield Extension(
+                count - first, tuple(sorted(order[first:stop])), count - stop if stop < count else END
+            )
 
 
 def cluster(number: int) -> tuple[str, int, int]:

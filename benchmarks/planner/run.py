@@ -1,4 +1,4 @@
-"""Planning: seconds of commands and of comparing all strategies, from 3 devices to 2,000; then the picture."""
+"""Planning: seconds of commands and of comparing all strategies, from 3 devices to 2,000."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cases import large, unlike
 from harness import keep, options, summary
 
-from cases import large, unlike
 from spanwise.planner import Problem, compare
 from spanwise.planner.hpp import hpp
 

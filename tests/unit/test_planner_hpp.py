@@ -125,8 +125,14 @@ def test_moves_keep_every_device_in_one_group() -> None:
     for near in found:
         used = [d for group in near for d in group]
         assert len(used) == len(set(used))
-        assert all(near) and all(group == tuple(sorted(group)) for group in near)
-    for near in (((1,), (4,), (8,)), ((0, 1), (4, 8)), ((0, 1, 4), (8,)), ((0, 1), (8,)), ((1, 4), (0,), (8,))):
+        assert all(group and group == tuple(sorted(group)) for group in near)
+    for near in (
+        ((1,), (4,), (8,)),
+        ((0, 1), (4, 8)),
+        ((0, 1, 4), (8,)),
+        ((0, 1), (8,)),
+        ((1, 4), (0,), (8,)),
+    ):
         assert near in found
     assert all(len(group) == 1 for near in neighbours(problem, ((0,), (4,)), singles=True) for group in near)
 

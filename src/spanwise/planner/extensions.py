@@ -1,4 +1,4 @@
-"""Which groups a search puts in front of which: all sets of few devices, or neighbours in an order of many."""
+"""Which groups a search puts in front of which: all sets of few devices, or neighbours in an order."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def mask_of(devices: Iterable[int]) -> int:
 def all_subsets(devices: Group, kinds: Kinds, *, singles: bool = False) -> Iterator[Extension]:
     """Every set with every group at its head, smaller sets first; ``singles``: groups of one device.
 
-    Of equal devices a set has the first ones and a group the last of those, so that of all sets and groups that
-    change places by an exchange of equal devices there is one.
+    Of equal devices a set has the first ones and a group the last of those, so that of all sets and groups
+    that an exchange of equal devices makes the same there is one.
     """
     alike = by_kind(kinds, devices)
 
@@ -91,8 +91,8 @@ def subset_pairs(devices: Group, kinds: Kinds, *, singles: bool = False) -> int:
 def along(order: Group, kinds: Kinds, most: int) -> Iterator[Extension]:
     """Every group of neighbours in a device order, up to ``most``, before any that come behind it.
 
-    Devices may be left out: from any place on to the next one of another kind. In long orders groups of several
-    kinds have all devices of these, and of many equal devices not every number is tried.
+    Devices may be left out: from any place on to the next one of another kind. In long orders groups of
+    several kinds have all devices of these, and of many equal devices not every number is tried.
     """
     count = len(order)
     turns = [i for i in range(1, count) if kinds[order[i]] != kinds[order[i - 1]]] + [count]
@@ -103,7 +103,7 @@ def along(order: Group, kinds: Kinds, most: int) -> Iterator[Extension]:
             ahead -= 1
         left = turns[ahead] - place
         if count <= EVERY_PLACE:
-            sizes = set(_SIZES)
+            sizes: set[int] = set(_SIZES)
         elif left in _SIZES or place in starts:
             sizes = {size for size in _SIZES if size == left or left - size in _SIZES}
         else:

@@ -23,8 +23,8 @@ class StageTimes:
     """Of one group; ``INFEASIBLE_S`` where memory or rows do not allow it, and below the diagonal.
 
     Attributes:
-        both: ``[M, start, stop]`` seconds a micro-batch of the slowest replica, forward and backward: index of
-            the micro-batch count, start and stop positions of the grid.
+        both: ``[M, start, stop]`` seconds a micro-batch of the slowest replica, forward and backward: index
+            of the micro-batch count, start and stop positions of the grid.
         whole: that of all micro-batches, one after the other.
         backward: its backward alone.
         sum_s: ``[start, stop]`` gradient sum and update.

@@ -1,9 +1,9 @@
 """Step time by recurrence: when every forward and backward of a pipeline ends.
 
 Between the formula of ``price.py``, which knows no order of forwards and backwards, and the simulator, which
-knows all of a plan: stages take their micro-batches in the order of the schedule, and all messages from one stage
-to the next are one, which waits until the capacities on its way are free. It takes a tenth of a simulation or
-less, so it tells which of many plans are worth one.
+knows all of a plan: stages take their micro-batches in the order of the schedule, and all messages from one
+stage to the next are one, which waits until the capacities on its way are free. It takes a tenth of a
+simulation or less, so it tells which of many plans are worth one.
 """
 
 from __future__ import annotations

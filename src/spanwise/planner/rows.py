@@ -59,8 +59,8 @@ def rows_of_kinds(
         least: as there.
 
     Returns:
-        The most rows that a device of each kind has, the fewest, both ``[cases, kinds]``, and whether each case
-        is feasible ``[cases]``.
+        The most rows that a device of each kind has, the fewest, both ``[cases, kinds]``, and whether each
+        case is feasible ``[cases]``.
     """
     if len(counts) == 1:
         most = np.full((len(seconds), 1), -(-total // counts[0]), dtype=np.int64)

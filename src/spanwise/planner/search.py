@@ -6,10 +6,11 @@ the stages from here on and ``X`` their exposed gradient sum,
     G = max((M - 1) * busy + E, E + G of what follows),     X = max(Ta, X of what follows - E).
 
 A state is what may be used from here to the end, the group at its head and the layer where it starts. All
-micro-batch counts and cuts are array axes. One plan, that with the least ``G + max(0, X)``, is kept per state.
-Without gradient sums this is exact for the price. States are all sets of few devices, equal ones counted and not
-told apart, or if there are many the devices from a place of an order on, as in Asteroid's dynamic programme (Ye
-et al., MobiCom 2024; read from re-implementations). The search over sets and leaving devices out are our own.
+micro-batch counts and cuts are array axes. One plan, that with the least ``G + max(0, X)``, is kept per
+state. Without gradient sums this is exact for the price. States are all sets of few devices, equal ones
+counted and not told apart, or if there are many the devices from a place of an order on, as in Asteroid's
+dynamic programme (Ye et al., MobiCom 2024; read from re-implementations). The search over sets and leaving
+devices out are our own.
 """
 
 from __future__ import annotations
@@ -157,7 +158,8 @@ class Search:
             np.maximum(times.sum_s, exposed, out=exposed)
             cut = np.argmin(most + np.maximum(exposed, 0.0), axis=2)
             chosen = self.corner + cut
-            found.append((most.take(chosen), exposed.take(chosen), cut, who.take(self.row + cut)))
+            whose: Ints = who.take(self.row + cut)
+            found.append((most.take(chosen), exposed.take(chosen), cut, whose))
         if found:
             self._keep(key, devices, _better(*found))
 
@@ -185,7 +187,7 @@ class Search:
             self.states.setdefault(extension.key, _State([])).entries += self._offered(behind)
 
     def _offered(self, state: _State) -> list[int]:
-        """All entries, or of many those best for some cut and count among those that lie in the same sites."""
+        """All entries, or of many those best for some cut and count among all in the same sites."""
         if self.most_heads is None or len(state.entries) <= self.most_heads:
             return state.entries
         if not state.pruned:
@@ -242,10 +244,10 @@ class Search:
     def _through(
         self, lanes: list[Ways], most: Floats, exposed: Floats, who: list[int]
     ) -> tuple[Floats, Floats, Ints]:
-        columns = np.array([[f.s_per_byte, b.s_per_byte, f.latency_s, b.latency_s] for f, b in lanes])
-        forth, back, late, late_back = columns.T[:, :, None, None]
-        out, into = self.forth * forth, self.back * back
-        both = out + into + (late + late_back)
+        out = self.forth * _column(f.s_per_byte for f, _ in lanes)
+        into = self.back * _column(b.s_per_byte for _, b in lanes)
+        late_back = _column(b.latency_s for _, b in lanes)
+        both = out + into + (_column(f.latency_s for f, _ in lanes) + late_back)
         after = both + most
         np.maximum(self.later * np.maximum(out, into) + both, after, out=after)
         hidden = exposed - (into + late_back if self.barrier else both)
@@ -364,6 +366,11 @@ class Search:
         replicas = problem.source_rows(problem.job.batch // self.groups.micro_batches[m])
         rows = {problem.cluster.ids.index(r.device): r.rows for r in replicas}
         return tuple(rows[d] for d in group)
+
+
+def _column(values: Iterable[float]) -> Floats:
+    """``[follower, 1, 1]``."""
+    return np.array(list(values), dtype=np.float64)[:, None, None]
 
 
 def _better(

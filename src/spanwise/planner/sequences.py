@@ -61,8 +61,10 @@ class Sequences:
         return current
 
     def best(self, count: int, each: int = 1) -> list[Sequence]:
-        """The cheapest that were priced, of every number of stages ``each`` at first, as price favours many."""
-        ranked = sorted((entry for entry in self.priced.values() if entry[0] < float("inf")), key=lambda e: e[0])
+        """The cheapest that were priced; first ``each`` of every number of stages, as price favours many."""
+        ranked = sorted(
+            (entry for entry in self.priced.values() if entry[0] < float("inf")), key=lambda e: e[0]
+        )
         places: dict[int, int] = {}
         chosen: list[Sequence] = []
         for _, sequence in ranked:
@@ -89,7 +91,7 @@ def chains(problem: Problem, sequences: Iterable[Sequence]) -> Iterator[Extensio
 
 
 def neighbours(problem: Problem, sequence: Sequence, *, singles: bool) -> Iterator[Sequence]:
-    """One device of a kind moved, added, left out or exchanged; two stages joined, exchanged, or one parted."""
+    """One device of a kind moved, added, left out or exchanged; two stages joined, or one parted."""
     used = {d for group in sequence for d in group}
     spare = [
         own[0] for own in by_kind(problem.kinds, (d for d in range(len(problem.kinds)) if d not in used))

@@ -291,7 +291,7 @@ def _near(problem: Problem, plan: Plan) -> list[Outline]:
 
 def _recounted_pool(problem: Problem, strategy: str, pool: Sequence[Priced], count: int) -> list[Priced]:
     """The cheapest with other numbers of micro-batches, as far as it is no great effort."""
-    known = {entry.plan for entry in pool}
+    known = {entry.plan: entry for entry in pool}
     out: dict[Plan, Priced] = {}
     effort = 0
     for entry in sorted(pool, key=lambda entry: entry.price_s)[:count]:
