@@ -108,8 +108,7 @@ class Search:
         batch = groups.problem.job.batch
         self.m_index = np.arange(len(self.counts))[:, None]
         self.at_index = np.arange(len(at))[None, :]
-        self.row = self.m_index * len(at)  # places in flat arrays: of (M, 0), and of (M, position, 0)
-        self.corner = (self.row + self.at_index) * len(at)
+        self.corner = (self.m_index * len(at) + self.at_index) * len(at)  # (M, position, 0) in a flat array
         self.later = (self.counts - 1)[:, None]
         self.forth = (batch / self.counts)[:, None] * tables.into[at][None, :]
         self.back = (batch / self.counts)[:, None] * tables.back[at][None, :]
@@ -158,8 +157,7 @@ class Search:
             np.maximum(times.sum_s, exposed, out=exposed)
             cut = np.argmin(most + np.maximum(exposed, 0.0), axis=2)
             chosen = self.corner + cut
-            whose: Ints = who.take(self.row + cut)
-            found.append((most.take(chosen), exposed.take(chosen), cut, whose))
+            found.append((most.take(chosen), exposed.take(chosen), cut, who[self.m_index, cut]))
         if found:
             self._keep(key, devices, _better(*found))
 

@@ -176,9 +176,11 @@ def fastest(problem: Problem, candidates: Sequence[Priced], limit: int) -> Plan:
 def at_both_depths(problem: Problem, strategy: str, outlines: Sequence[Outline], limit: int) -> Plan:
     """The fastest of the outlines and of their likes, with warm-up 2(P-p)-1 or P-p."""
     pool = priced(problem, strategy, outlines)
-    shared = [outline for outline in outlines if _is_shared(outline)]
-    if shared:
-        pool += priced(problem, strategy, shared, depth="shallow")
+    # Where memory lowers the depth, it does so stage by stage, and P-p may fit at once.
+    lowered = any(_is_lowered(entry.plan) for entry in pool)
+    again = [outline for outline in outlines if lowered or _is_shared(outline)]
+    if again:
+        pool += priced(problem, strategy, again, depth="shallow")
     pool += _recounted_pool(problem, strategy, pool, 2 * limit)
     likely = climbed(problem, strategy, paced(problem, pool, limit), limit)
     return shifted(problem, fastest(problem, likely, 2 * limit), limit)
@@ -214,8 +216,10 @@ def climbed(problem: Problem, strategy: str, likely: Sequence[Priced], limit: in
         current, moved = start, True
         while moved and effort <= MOST_PACED_EFFORT:
             near = [*_near(problem, current.plan), *_recounted(problem, current.plan)]
-            depth: Depth = "shallow" if _shallow(current.plan) == current.plan else "deep"
-            built = [entry for o in near for entry in _built(problem, strategy, o, depth)]
+            depths: tuple[Depth, ...] = ("shallow",) if _shallow(current.plan) == current.plan else ("deep",)
+            if _is_lowered(current.plan):
+                depths = ("deep", "shallow")
+            built = [entry for o in near for depth in depths for entry in _built(problem, strategy, o, depth)]
             effort += sum(entry.effort for entry in built) // BUILT
             for entry in sorted(built, key=lambda entry: entry.price_s):
                 if entry.plan not in out and entry.price_s <= HOPELESS * current.price_s:
@@ -320,6 +324,12 @@ def _shallow(plan: Plan) -> Plan:
         for number, stage in enumerate(plan.stages)
     )
     return plan.model_copy(update={"stages": stages})
+
+
+def _is_lowered(plan: Plan) -> bool:
+    """Whether memory asked for fewer forwards ahead than P-p."""
+    total = len(plan.stages)
+    return any(s.warmup < min(total - n, plan.micro_batches) for n, s in enumerate(plan.stages))
 
 
 def _is_shared(outline: Outline) -> bool:
