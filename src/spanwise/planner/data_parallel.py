@@ -90,7 +90,7 @@ def _weighted(problem: Problem, in_flight: int) -> list[Outline]:
     count = len(problem.cluster.devices)
     if count <= ALL_SUBSETS:
         subsets = all_subsets(tuple(range(count)), problem.kinds)
-        return _of_sets(groups, [used for _, used, rest, _ in subsets if rest == END])
+        return _of_sets(groups, [e.group for e in subsets if e.rest == END])
     tried = dict.fromkeys(_fastest_sets(problem, in_flight))
     best = _of_sets(groups, tried)
     for _ in range(MOST_ROUNDS if best else 0):

@@ -45,12 +45,14 @@ class Extension(NamedTuple):
         group: its devices; none: the state also offers what the one behind does, devices are left out.
         rest: state behind it, ``END`` = nothing.
         ends: whether it may be the last stage although there is a rest.
+        ahead: micro-batches in flight that its memory must hold; 0 = as many as the search asks of all.
     """
 
     key: int
     group: Group
     rest: int = END
     ends: bool = False
+    ahead: int = 0
 
 
 def members(mask: int) -> Group:
@@ -79,6 +81,18 @@ def all_subsets(devices: Group, kinds: Kinds, *, singles: bool = False) -> Itera
         for rest in product(*(range(count + 1) for count in most)):
             if sum(most) > sum(rest) and (not singles or sum(most) == sum(rest) + 1):
                 yield Extension(mask(none, most), members(mask(rest, most)), mask(none, rest))
+
+
+def by_depth(extensions: Iterable[Extension], most: int) -> Iterator[Extension]:
+    """Every state once for each number of stages up to ``most``: memory must hold P-p forwards in stage p of P.
+
+    As the dimension p of Asteroid's dynamic programme.
+    """
+    for extension in extensions:
+        for stages in range(1, most + 1):
+            if (extension.rest == END) == (stages == 1):
+                rest = END if stages == 1 else extension.rest * (most + 1) + stages - 1
+                yield Extension(extension.key * (most + 1) + stages, extension.group, rest, ahead=stages)
 
 
 def subset_pairs(devices: Group, kinds: Kinds, *, singles: bool = False) -> int:

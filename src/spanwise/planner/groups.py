@@ -50,7 +50,7 @@ class Groups:
     cuts: tuple[int, ...]
     micro_batches: tuple[int, ...]
     in_flight: int = 1
-    _times: dict[Mix, StageTimes] = field(default_factory=dict[Mix, StageTimes])
+    _times: dict[tuple[Mix, int], StageTimes] = field(default_factory=dict[tuple[Mix, int], StageTimes])
     _both: dict[int, Floats] = field(default_factory=dict[int, Floats])
     _caps: dict[tuple[int, int, bool], Ints] = field(default_factory=dict[tuple[int, int, bool], Ints])
 
@@ -72,12 +72,15 @@ class Groups:
         """Rows that a replica of every range needs."""
         return self.problem.tables.least_rows(*self.layers)
 
-    def times(self, group: Group) -> StageTimes:
-        """Of a group whose rows are shared so that its slowest replica is as fast as can be."""
-        mix = self.problem.lanes.mix(group)
-        if mix not in self._times:
-            self._times[mix] = self._stage_times(group)
-        return self._times[mix]
+    def times(self, group: Group, ahead: int = 0) -> StageTimes:
+        """Of a group whose rows are shared so that its slowest replica is as fast as can be.
+
+        ``ahead`` in place of ``in_flight``, unless it is 0.
+        """
+        key = (self.problem.lanes.mix(group), ahead)
+        if key not in self._times:
+            self._times[key] = self._stage_times(group, ahead or self.in_flight)
+        return self._times[key]
 
     def fixed_times(self, group: Group, rows: tuple[tuple[int, ...], ...]) -> StageTimes:
         """Of a group with given rows, one tuple for every micro-batch count."""
@@ -86,12 +89,12 @@ class Groups:
         feasible = found.min(axis=2) >= self.least[None]
         for m in range(len(self.micro_batches)):
             for at, device in enumerate(group):
-                cap = self._cap(device, m, synced=len(group) > 1)
+                cap = self._cap(device, m, self.in_flight, synced=len(group) > 1)
                 if cap is not None:
                     feasible[m] &= found[m, :, at] <= cap
         return self._from_rows(group, group, list(found), list(feasible))
 
-    def _stage_times(self, group: Group) -> StageTimes:
+    def _stage_times(self, group: Group, in_flight: int) -> StageTimes:
         alike = by_kind(self.problem.kinds, group)
         leaders = tuple(members[0] for members in alike)
         counts = [len(members) for members in alike]
@@ -104,7 +107,7 @@ class Groups:
                 feasible.append(np.zeros(len(self.least), dtype=bool))
                 continue
             if len(group) == 1:
-                cap, fits = self._cap(group[0], m, synced=False), self.least <= total
+                cap, fits = self._cap(group[0], m, in_flight, synced=False), self.least <= total
                 rows.append(np.full((len(self.least), 1), total, dtype=np.int64))
                 feasible.append(fits if cap is None else (cap >= total) & fits)
                 continue
@@ -112,7 +115,7 @@ class Groups:
             given = np.arange(lot, total + 1, lot)
             seconds = np.stack([self._range_seconds(d)[:, given - 1] for d in leaders], axis=1)
             for at, device in enumerate(leaders):
-                cap = self._cap(device, m, synced=True)
+                cap = self._cap(device, m, in_flight, synced=True)
                 if cap is not None and int(cap.min()) < total:
                     seconds[:, at][given[None, :] > cap[:, None]] = np.inf
             least = self.least if lot == 1 else None
@@ -143,11 +146,11 @@ class Groups:
             self._both[kind] = np.maximum.accumulate(both[last] - both[first], axis=1)
         return self._both[kind]
 
-    def _cap(self, device: int, m: int, *, synced: bool) -> Ints | None:
+    def _cap(self, device: int, m: int, in_flight: int, *, synced: bool) -> Ints | None:
         """Most rows per range by memory; None if memory is ignored."""
-        if not self.in_flight:
+        if not in_flight:
             return None
-        depth = min(self.in_flight, self.micro_batches[m])
+        depth = min(in_flight, self.micro_batches[m])
         key = (self.problem.kinds[device], depth, synced)
         if key not in self._caps:
             first, last = self.layers

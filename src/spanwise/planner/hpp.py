@@ -29,6 +29,7 @@ def hpp(problem: Problem) -> Plan:
     if not outlines:
         outlines = refined_outlines(problem, singles=False, in_flight=0)
     elif _memory_binds(problem, outlines):
+        outlines += refined_outlines(problem, singles=False, deep=True)
         for in_flight in (2, 4):
             outlines += refined_outlines(problem, singles=False, in_flight=in_flight)
     if not problem.first_is_fixed:

@@ -32,12 +32,12 @@ MOST_HEADS = 8  # of a state that are looked at: fewer is faster, more is nearer
 JUMP = 1.5  # ratio of neighbouring link rates that parts clusters
 
 
-def many_devices(groups: Groups, *, singles: bool) -> list[Search]:
+def many_devices(groups: Groups, *, singles: bool, deep: bool = False) -> list[Search]:
     """A search of the best sequences of groups that were met along orders and near them."""
     problem = groups.problem
     known = problem.memo.sequences.get(singles)
     if known is not None:
-        return [Search(groups, chains(problem, known))]
+        return [Search(groups, chains(problem, known, deep=deep))]
     counts = _few_counts(problem)
     most = 1 if singles else problem.job.batch // counts[0]
     rough = Groups(problem, coarse_cuts(problem.tables, ROUGH_CUTS), counts, groups.in_flight)
@@ -61,7 +61,7 @@ def many_devices(groups: Groups, *, singles: bool) -> list[Search]:
             gains = found is not None and sequences.price_s(found) < sequences.price_s(near) * (1 - 1e-6)
             better = found if gains else None
     best = problem.memo.sequences[singles] = sequences.best(KEPT_SEQUENCES, 3)
-    return [Search(groups, chains(problem, best))]
+    return [Search(groups, chains(problem, best, deep=deep))]
 
 
 def _as_order(problem: Problem, sequence: Sequence) -> Group:

@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 
 from spanwise.planner.build import fixed_span
-from spanwise.planner.extensions import Extension, all_subsets, subset_pairs
+from spanwise.planner.extensions import Extension, all_subsets, by_depth, subset_pairs
 from spanwise.planner.grid import all_cuts, coarse_cuts, fine_cuts, nearest
 from spanwise.planner.groups import Groups, StageTimes
 from spanwise.planner.kinds import Group, Mix
@@ -36,6 +36,7 @@ def best_outlines(
     cuts: tuple[int, ...],
     keep: int = KEPT,
     near: Sequence[Outline] = (),
+    deep: bool = False,
 ) -> list[Outline]:
     """The ``keep`` cheapest outlines on a grid of cuts, each the best of its devices, first group and M.
 
@@ -46,31 +47,35 @@ def best_outlines(
         cuts: grid of layer positions.
         keep: how many, about.
         near: build only from their groups, their first stage and their last; from all if empty.
+        deep: P-p micro-batches must fit in stage p of P, in place of ``in_flight`` everywhere.
     """
     groups = Groups(problem, cuts, problem.micro_batch_choices(), in_flight)
     devices = tuple(range(len(problem.cluster.devices)))
     if problem.first_is_fixed:
         return _fixed_outlines(problem, groups, singles, keep, near)
     if _is_exact(problem, cuts, singles):
-        search = Search(groups, _extensions(groups, devices, singles, near))
-        return _outlines([search, *_beside(search, singles)], keep)
-    return _outlines(many_devices(groups, singles=singles), min(keep, KEPT_OF_MANY))
+        extensions = _extensions(groups, devices, singles, near)
+        search = Search(groups, by_depth(extensions, len(devices)) if deep else extensions)
+        return _outlines([search, *_beside(search, singles, deep)], keep)
+    return _outlines(many_devices(groups, singles=singles, deep=deep), min(keep, KEPT_OF_MANY))
 
 
 def refined_outlines(
-    problem: Problem, *, singles: bool, in_flight: int = 1, keep: int = KEPT
+    problem: Problem, *, singles: bool, in_flight: int = 1, keep: int = KEPT, deep: bool = False
 ) -> list[Outline]:
     """On a coarse grid first and then, if that left cuts out, on a fine one around the best of them."""
     layers = len(problem.graph)
     coarse = coarse_cuts(problem.tables)
     if not _is_exact(problem, coarse, singles):
         coarse = coarse_cuts(problem.tables, ORDERED_CUTS)
-    found = best_outlines(problem, singles=singles, in_flight=in_flight, cuts=coarse, keep=keep)
+    found = best_outlines(problem, singles=singles, in_flight=in_flight, cuts=coarse, keep=keep, deep=deep)
     if len(coarse) == layers + 1 or not found:
         return found
     around = [span.stop for outline in found[:8] for span in outline.spans]
     fine = fine_cuts(layers, around)
-    more = best_outlines(problem, singles=singles, in_flight=in_flight, cuts=fine, keep=keep, near=found)
+    more = best_outlines(
+        problem, singles=singles, in_flight=in_flight, cuts=fine, keep=keep, near=found, deep=deep
+    )
     return sorted(found + more, key=lambda o: o.price_s)[:keep]
 
 
@@ -82,13 +87,13 @@ def all_cut_outlines(
     return best_outlines(problem, singles=singles, in_flight=in_flight, cuts=cuts, keep=keep)
 
 
-def _beside(search: Search, singles: bool) -> list[Search]:
+def _beside(search: Search, singles: bool, deep: bool) -> list[Search]:
     """A search of sequences of groups next to the best: of each state only one plan was kept."""
     problem = search.groups.problem
     found = [search.outline(f) for f in search.found()[: 4 * BESIDE]]
     best = list(dict.fromkeys(tuple(span.group for span in outline.spans) for outline in found))[:BESIDE]
     near = dict.fromkeys(s for sequence in best for s in neighbours(problem, sequence, singles=singles))
-    return [Search(search.groups, chains(problem, near))] if near else []
+    return [Search(search.groups, chains(problem, near, deep=deep))] if near else []
 
 
 def _outlines(searches: Sequence[Search], keep: int) -> list[Outline]:

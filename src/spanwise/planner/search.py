@@ -140,8 +140,8 @@ class Search:
 
     def _extend(self, extension: Extension) -> None:
         """Puts a group in front of the best of the remaining state, for all cuts and counts."""
-        key, devices, rest, ends = extension
-        times = self.groups.times(devices)
+        key, devices, rest, ends, ahead = extension
+        times = self.groups.times(devices, ahead)
         whole = self._whole(devices, times) if self.load else times.whole
         found: list[tuple[Floats, Floats, Ints, Ints]] = []
         if (rest == END or ends) and self.tail is None and not self._misses_labels(devices):

@@ -79,15 +79,19 @@ class Sequences:
         return tuple(self.problem.lanes.mix(group) for group in sequence)
 
 
-def chains(problem: Problem, sequences: Iterable[Sequence]) -> Iterator[Extension]:
-    """What a search needs to price all of these, common ends once."""
+def chains(problem: Problem, sequences: Iterable[Sequence], *, deep: bool = False) -> Iterator[Extension]:
+    """What a search needs to price all of these, common ends once.
+
+    ``deep``: memory must hold P-p micro-batches in flight in stage p of P.
+    """
     keys: dict[Key, int] = {(): END}
     for sequence in sequences:
         key = tuple(problem.lanes.mix(group) for group in sequence)
         for first in reversed(range(len(sequence))):
             if key[first:] not in keys:
                 keys[key[first:]] = len(keys)
-                yield Extension(keys[key[first:]], sequence[first], keys[key[first + 1 :]])
+                ahead = len(sequence) - first if deep else 0
+                yield Extension(keys[key[first:]], sequence[first], keys[key[first + 1 :]], ahead=ahead)
 
 
 def neighbours(problem: Problem, sequence: Sequence, *, singles: bool) -> Iterator[Sequence]:
