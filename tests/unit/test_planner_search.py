@@ -179,6 +179,16 @@ def test_there_is_a_plan_whenever_exhaustive_search_has_one(seed: int) -> None:
     assert timeline(tight, make_plan(tight, "hpp")).step_time_s <= 1.05 * best
 
 
+@pytest.mark.parametrize(
+    ("devices", "seed", "best_s"),
+    [(4, 1, 1.449975), (4, 2, 1.93973), (4, 3, 0.692588), (5, 2, 1.561312), (5, 4, 0.50296)],
+)
+def test_plans_of_small_clusters_stay_the_best_known(devices: int, seed: int, best_s: float) -> None:
+    """``best_s`` is what exhaustive search found (``benchmarks/planner/oracle.py``); 8 layers, batch 16."""
+    problem = make_problem(devices, 8, seed)
+    assert timeline(problem, make_plan(problem, "hpp")).step_time_s <= 1.01 * best_s
+
+
 def test_pace_is_nearer_to_the_simulation_than_the_price() -> None:
     """Pipelines of single devices on a LAN, warm-up P-p, where the price is far off."""
     off_pace: list[float] = []

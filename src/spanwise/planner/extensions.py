@@ -84,7 +84,7 @@ def all_subsets(devices: Group, kinds: Kinds, *, singles: bool = False) -> Itera
 
 
 def by_depth(extensions: Iterable[Extension], most: int) -> Iterator[Extension]:
-    """Every state once for each number of stages up to ``most``: memory must hold P-p forwards in stage p of P.
+    """Every state once for each number of stages: memory must hold P-p forwards in stage p of P.
 
     As the dimension p of Asteroid's dynamic programme.
     """

@@ -157,7 +157,9 @@ class Search:
             np.maximum(times.sum_s, exposed, out=exposed)
             cut = np.argmin(most + np.maximum(exposed, 0.0), axis=2)
             chosen = self.corner + cut
-            found.append((most.take(chosen), exposed.take(chosen), cut, who[self.m_index, cut]))
+            kept_most: Floats = np.reshape(most, -1)[chosen]
+            kept_exposed: Floats = np.reshape(exposed, -1)[chosen]
+            found.append((kept_most, kept_exposed, cut, who[self.m_index, cut]))
         if found:
             self._keep(key, devices, _better(*found))
 
