@@ -24,7 +24,7 @@ from spanwise.simulator import simulate
 HOPELESS = 1.15
 SLACK = 0.01  # a plan whose pace is slower than the best's by more is hardly faster when simulated
 # Forwards, backwards and messages that a planner simulates among its finalists, in one plan at least.
-MOST_EFFORT = 6_000
+MOST_EFFORT = 12_000
 # The same of plans whose pace is worked out, which takes about a tenth of the time.
 MOST_PACED_EFFORT = 30_000
 BUILT = 8  # plans are built and priced in the time that the pace of one takes
@@ -146,9 +146,11 @@ def simulated(problem: Problem, candidates: Sequence[Priced], limit: int) -> lis
     done: list[tuple[float, int, Plan]] = []
     reason: InfeasibleError | None = None
     tried, effort = 0, 0
-    most = MOST_EFFORT * (3 if any(candidate.kind[1] for candidate in left) else 1)  # no pace tells of these
-    while left and not (done and (tried >= limit or effort > most)):
+    most = MOST_EFFORT * (2 if any(candidate.kind[1] for candidate in left) else 1)  # no pace tells of these
+    while left and not (done and tried >= limit):
         candidate = min(left, key=lambda c: c.price_s * factor.get(c.kind, 1.0) * c.handicap)
+        if done and effort + candidate.effort > most:
+            break
         left.remove(candidate)
         tried += 1
         effort += candidate.effort
@@ -183,7 +185,7 @@ def at_both_depths(problem: Problem, strategy: str, outlines: Sequence[Outline],
         pool += priced(problem, strategy, again, depth="shallow")
     pool += _recounted_pool(problem, strategy, pool, 2 * limit)
     likely = climbed(problem, strategy, paced(problem, pool, limit), limit)
-    return shifted(problem, fastest(problem, likely, 2 * limit), limit)
+    return shifted(problem, fastest(problem, likely, 3 * limit), limit)
 
 
 def paced(problem: Problem, candidates: Sequence[Priced], limit: int) -> list[Priced]:
@@ -240,7 +242,7 @@ def shifted(problem: Problem, plan: Plan, limit: int) -> Plan:
     pace, first = pace_s(problem, plan), Priced(plan, 0.0)
     is_shared = first.kind[1] > 0
     depth: Depth = "shallow" if _shallow(plan) == plan else "deep"
-    limit = limit if is_shared else max(1, min(limit, MOST_EFFORT // first.effort))
+    limit = limit if is_shared else max(1, min(limit, MOST_EFFORT // (2 * first.effort)))
     tried = [plan]
     moved = True
     while moved:
