@@ -42,7 +42,7 @@ def gaps(axes: Any, rows: list[dict[str, Any]]) -> None:
                 at + aside, LEAST / 2, f"{optimal}/{len(own)}\nbest", color=colour, ha="center", va="top"
             )
     axes.set_yscale("log")
-    axes.set_ylim(LEAST / 1.5, 1000)
+    axes.set_ylim(LEAST / 1.5, 5000)
     axes.set_yticks([0.01, 0.1, 1, 10, 100], ["none", "0.1 %", "1 %", "10 %", "100 %"])
     axes.set_xticks(range(len(FAMILIES)), FAMILIES)
     axes.tick_params(axis="x", pad=32, length=0)
