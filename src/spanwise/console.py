@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spanwise.core.profile import Profile
     from spanwise.core.timeline import Timeline
     from spanwise.planner import Evaluation
+    from spanwise.planner.adapter import Adaptation
     from spanwise.runtime.evaluate import Score
     from spanwise.runtime.processes import WorkerPool
     from spanwise.runtime.session import StepReport
@@ -222,6 +223,16 @@ class RunConsole:
             said = format_seconds(entry.timeline.step_time_s) if entry.timeline else entry.reason
             self._console.print(f"  {entry.strategy:24s} {said}", markup=False)
         self._console.print(f"predicted step time {format_seconds(predicted.step_time_s)}\n")
+
+    def on_change(self, plan: Plan, graph: ModelGraph, record: Adaptation) -> None:
+        """Shows the new plan and why."""
+        self._console.print(
+            f"\nstep {record.step}: {record.reason}; new {record.kind}, predicted gain "
+            f"{record.predicted_gain:.0%}; {format_bytes(record.moved_bytes)} moved in "
+            f"{format_seconds(record.seconds)}",
+            markup=False,
+        )
+        self._console.print(describe_plan(plan, graph), markup=False)
 
     def on_step(self, report: StepReport, step_time_s: float, total_steps: int) -> None:
         """Moves the bar."""

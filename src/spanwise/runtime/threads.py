@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from torch import Tensor
 
 from spanwise.core.errors import PeerError, SpanwiseError
+from spanwise.core.observed import DeviceStep
+from spanwise.lowering import moves
 from spanwise.runtime.device_run import Assignment, DeviceRun, Snapshot
 from spanwise.runtime.emulate import Ledger, PacedTransport, ledger_path
 from spanwise.runtime.executor import StepResult
 from spanwise.runtime.feed import Rows
 from spanwise.runtime.local import LocalFabric
-from spanwise.runtime.session import DeviceSpans, StepGatherer, StepReport, merge_states
+from spanwise.runtime.migrate import Change
+from spanwise.runtime.session import (
+    DeviceSpans,
+    Halt,
+    Horizon,
+    StepGatherer,
+    StepReport,
+    Switched,
+    merge_states,
+)
 from spanwise.runtime.transport import Transport
 
 
@@ -32,62 +45,99 @@ class ThreadSession:
         wrap: Callable[[str, Transport], Transport] = lambda _, transport: transport,
     ) -> None:
         """Builds every device's part; ``wrap`` puts something around its transport, such as a recorder."""
-        self._assignment = assignment
+        self._assignment, self._data, self._wrap = assignment, data, wrap
         self._fabric = LocalFabric()
         self._ledger_path: Path | None = ledger_path() if assignment.emulate else None
-        self._transports: list[Transport] = []
+        self._transports: dict[str, Transport] = {}
         self._runs: dict[str, DeviceRun] = {}
         for device in assignment.plan.devices:
-            transport = self._transport(device, wrap)
-            run = DeviceRun(assignment, device, transport, tensors=tensors, data=data)
-            if isinstance(transport, PacedTransport):
-                transport.on_passed = run.recorder.passed
+            run = DeviceRun(assignment, device, self._transport(device), tensors=tensors, data=data)
             if resume is not None:
                 run.resume(resume.optimizer, resume.options, resume.scheduler)
             run.calibrate()
             self._runs[device] = run
 
-    def run(self, first: int, count: int) -> Iterator[StepReport]:
+    def run(self, first: int, count: int, halt: Halt | None = None) -> Iterator[StepReport]:
         """Starts a thread a device, yields steps as they end."""
-        done: queue.SimpleQueue[tuple[str, StepResult | BaseException | None]] = queue.SimpleQueue()
+        done: queue.SimpleQueue[tuple[str, StepReport | BaseException]] = queue.SimpleQueue()
         gatherer = StepGatherer(tuple(self._runs))
+        horizon = Horizon(first, count, halt)
+        orders: list[queue.SimpleQueue[int]] = []  # of each device: up to which step; -1 = end
 
-        def work(device: str, run: DeviceRun) -> None:
+        def work(device: str, run: DeviceRun, limits: queue.SimpleQueue[int]) -> None:
+            def tell(result: StepResult, seen: DeviceStep | None) -> None:
+                record = result.record
+                observed = () if seen is None else (seen,)
+                part = StepReport(result.step, result.loss, record.start, record.end, observed)
+                done.put((device, part))
+
             try:
-                run.run(first, count, lambda result: done.put((device, result)))
-                done.put((device, None))
+                step = first
+                while (limit := limits.get()) >= 0:
+                    run.run(step, limit - step, tell)
+                    step = max(step, limit)
             except BaseException as error:
                 done.put((device, error))
 
-        threads = [
-            threading.Thread(target=work, args=(device, run), name=f"device-{device}", daemon=True)
-            for device, run in self._runs.items()
-        ]
-        for thread in threads:
-            thread.start()
-        left = len(threads)
+        threads: list[threading.Thread] = []
+        for device, run in self._runs.items():
+            orders.append(queue.SimpleQueue())
+            orders[-1].put(horizon.step)
+            name = f"device-{device}"
+            threads.append(
+                threading.Thread(target=work, args=(device, run, orders[-1]), name=name, daemon=True)
+            )
+            threads[-1].start()
+        step = first
         try:
-            while left:
+            while step < horizon.step:
                 device, result = done.get()
-                if result is None:
-                    left -= 1
-                elif isinstance(result, BaseException):
+                if isinstance(result, BaseException):
                     raise result
-                else:
-                    report = gatherer.add(
-                        device, result.step, result.loss, result.record.start, result.record.end
-                    )
-                    if report is not None:
-                        yield report
+                report = gatherer.add(device, result)
+                if report is None:
+                    continue
+                step = report.step + 1
+                yield report
+                before = horizon.step
+                if horizon.heard(report) > before:
+                    for order in orders:
+                        order.put(horizon.step)
         except BaseException as error:
             reason = str(error) if isinstance(error, SpanwiseError) else f"{type(error).__name__}: {error}"
             self._fabric.fail(f"the run ended on another device: {reason}")
             raise
         finally:
+            for order in orders:
+                order.put(-1)
             for thread in threads:
                 thread.join(10.0)
         if any(thread.is_alive() for thread in threads):  # pragma: no cover - a hung kernel
             raise PeerError("threads: a device did not end within 10 s")
+
+    def switch(self, assignment: Assignment) -> Switched:
+        """Goes on under another plan; all devices send, receive and build at once, a thread each."""
+        start, before = time.monotonic(), self._assignment
+        found = moves(before.plan, assignment.plan, before.graph, before.cluster)
+        devices = tuple(dict.fromkeys((*before.plan.devices, *assignment.plan.devices)))
+        changes = {
+            d: Change(assignment, d, self._transport(d), found, self._runs.get(d), before.plan, self._data)
+            for d in devices
+        }
+        with ThreadPoolExecutor(len(devices), "switch") as pool:
+            futures = {device: pool.submit(change.carry_out) for device, change in changes.items()}
+            try:
+                built = {device: future.result() for device, future in futures.items()}
+            except BaseException as error:
+                self._fabric.fail(f"the change of plans failed on another device: {error}")
+                raise
+        self._runs = {d: run for d in assignment.plan.devices if (run := built[d]) is not None}
+        self._assignment = assignment
+        ready = time.monotonic()
+        for run in self._runs.values():
+            run.calibrate()
+        moved = sum(change.received_bytes for change in changes.values())
+        return Switched(moved, ready - start, time.monotonic() - ready)
 
     def snapshot(self) -> Snapshot:
         """All state after the last step."""
@@ -112,16 +162,16 @@ class ThreadSession:
         """Ends all threads and removes the ledger."""
         for run in self._runs.values():
             run.close()
-        for transport in self._transports:
+        for transport in self._transports.values():
             transport.close()
         if self._ledger_path is not None:
             self._ledger_path.unlink(missing_ok=True)
 
-    def _transport(self, device: str, wrap: Callable[[str, Transport], Transport]) -> Transport:
-        transport: Transport = self._fabric.transport(device)
-        if self._ledger_path is not None:
-            cluster = self._assignment.cluster
-            transport = PacedTransport(transport, device, cluster, Ledger(self._ledger_path, cluster))
-        transport = wrap(device, transport)
-        self._transports.append(transport)
-        return transport
+    def _transport(self, device: str) -> Transport:
+        if device not in self._transports:
+            transport: Transport = self._fabric.transport(device)
+            if self._ledger_path is not None:
+                cluster = self._assignment.cluster
+                transport = PacedTransport(transport, device, cluster, Ledger(self._ledger_path, cluster))
+            self._transports[device] = self._wrap(device, transport)
+        return self._transports[device]

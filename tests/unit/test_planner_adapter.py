@@ -1,0 +1,153 @@
+"""When a run changes its plan, when it keeps it, and when it goes back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from test_planner_estimate import CLUSTER, PIPE, problem
+
+from adapter_cases import shown, slower, thinner
+from planner_cases import make_job
+from spanwise.core.plan import Plan
+from spanwise.core.profile import Profile
+from spanwise.lowering import moves
+from spanwise.planner import Problem, make_plan
+from spanwise.planner.adapter import BAN_STEPS, Adapter, Change, Search, found_in
+from spanwise.planner.replan import candidates, kind_of, replan, same_rows
+from spanwise.planner.trial import timeline
+
+
+def start(task: Problem, last_step: int = 1000) -> Adapter:
+    return Adapter(task, make_plan(task, "hpp"), last_step=last_step, strategy="hpp")
+
+
+def drive(
+    adapter: Adapter, task: Problem, world: Profile, first: int, count: int, *, at: list[int] | None = None
+) -> int:
+    """Steps in that world, searches and changes carried out at once; returns the next step."""
+    for step in range(first, first + count):
+        step_s, seen = shown(task, adapter.plan, world, seed=step)
+        wanted = adapter.observe(step, step_s, seen, float(step))
+        if isinstance(wanted, Search):
+            wanted = adapter.consider(found_in(wanted), step, float(step))
+        if isinstance(wanted, Change):
+            adapter.changed(wanted, step + 1, 0, 0.1)
+            if at is not None:
+                at.append(step)
+    return first + count
+
+
+def test_nothing_drifts_nothing_changes() -> None:
+    task = problem()
+    adapter = start(task)
+    drive(adapter, task, task.profile, 0, 40)
+    assert adapter.records == []
+
+
+def test_a_link_at_a_quarter_leads_to_a_plan_near_the_best_within_three_steps() -> None:
+    task = problem()
+    adapter, at = start(task), list[int]()
+    before = adapter.plan
+    step = drive(adapter, task, task.profile, 0, 10)
+    world = thinner(task.profile, CLUSTER, [*PIPE, *((b, a) for a, b in PIPE)], 4.0)
+    drive(adapter, task, world, step, 12, at=at)
+    truth = Problem(task.graph, world, CLUSTER, task.job)
+    best = timeline(truth, make_plan(truth, "hpp")).step_time_s
+    after = timeline(truth, adapter.plan).step_time_s
+    assert best / after >= 0.9
+    if after < timeline(truth, before).step_time_s:
+        assert at[0] - step <= 3
+        assert adapter.records[0].realised_gain == pytest.approx(adapter.records[0].predicted_gain, abs=0.1)
+        assert not adapter.records[0].undone
+
+
+def test_a_device_at_40_percent_leads_to_other_rows_or_layers() -> None:
+    task = problem()
+    adapter = start(task)
+    device = max(adapter.plan.stages[-1].replicas, key=lambda r: r.rows).device
+    step = drive(adapter, task, task.profile, 0, 8)
+    before = adapter.plan
+    world = slower(task.profile, device, 2.5)
+    drive(adapter, task, world, step, 12)
+    truth = Problem(task.graph, world, CLUSTER, task.job)
+    gain = 1 - timeline(truth, adapter.plan).step_time_s / timeline(truth, before).step_time_s
+    assert adapter.records
+    assert device in adapter.records[0].reason
+    assert gain > 0.05
+    assert gain == pytest.approx(adapter.records[0].predicted_gain, abs=0.1)
+
+
+def test_too_few_steps_left_do_not_pay_for_a_change() -> None:
+    task = problem()
+    adapter = start(task, last_step=14)
+    drive(adapter, task, task.profile, 0, 8)
+    drive(adapter, task, slower(task.profile, adapter.plan.stages[0].devices[0], 2.5), 8, 5)
+    assert adapter.records == []
+
+
+def test_a_change_that_does_not_pay_is_undone_and_not_tried_again() -> None:
+    """The world is not as any measurement says: under the new plan steps take longer."""
+    task = problem()
+    adapter = start(task)
+    first = adapter.plan
+    slow = slower(task.profile, first.stages[0].devices[0], 2.5)
+    begin = drive(adapter, task, task.profile, 0, 6)
+    plans: list[Plan] = []
+    for step in range(begin, begin + 30):
+        step_s, seen = shown(task, adapter.plan, slow, seed=step)
+        worse = step_s if adapter.plan == first else 3 * shown(task, first, slow)[0]
+        wanted = adapter.observe(step, worse, seen, float(step))
+        if isinstance(wanted, Search):
+            wanted = adapter.consider(found_in(wanted), step, float(step))
+        if isinstance(wanted, Change):
+            adapter.changed(wanted, step + 1, 0, 0.1)
+            plans.append(adapter.plan)
+    assert plans[1] == first
+    assert plans[0] not in plans[1:]
+    record, back = adapter.records[:2]
+    assert record.undone
+    assert record.realised_gain is not None
+    assert record.realised_gain < -0.03
+    assert "longer" in back.reason
+    assert BAN_STEPS > 30
+
+
+def test_candidates_come_in_order_and_keep_the_rows_of_a_step() -> None:
+    task = problem()
+    plan = make_plan(task, "hpp")
+    slow = Problem(task.graph, slower(task.profile, plan.stages[0].devices[0], 2.5), CLUSTER, task.job)
+    groups = list(candidates(slow, plan, "hpp"))
+    assert len(groups) == 3
+    assert {c.kind for c in groups[0]} <= {"micro-batches", "rows"}
+    for candidate in (c for group in groups for c in group):
+        assert same_rows(task, plan, candidate.plan)
+        assert candidate.kind == kind_of(plan, candidate.plan)
+        needed = moves(plan, candidate.plan, task.graph, CLUSTER)
+        assert (candidate.moved_bytes == 0) == (not needed)
+        if candidate.kind in ("micro-batches", "rows"):
+            assert not needed
+
+
+def test_uneven_data_devices_keep_their_rows() -> None:
+    """Shares 2 : 1 of 16 rows give 11 and 5; four micro-batches of 3 and 1 would give 12 and 4."""
+    data = CLUSTER.to_data() | {"data": [{"device": "n1", "share": 2}, {"device": "n2", "share": 1}]}
+    cluster = type(CLUSTER).parse(data)
+    task = replace(problem(), cluster=cluster, job=make_job(16))
+    plan = make_plan(task, "hpp")
+    given = [(s.device, s.rows * plan.micro_batches) for s in plan.sources]
+    slow = Problem(task.graph, slower(task.profile, "n1", 3.0), cluster, task.job)
+    found = [c.plan for group in candidates(slow, plan, "hpp") for c in group]
+    assert all([(s.device, s.rows * p.micro_batches) for s in p.sources] == given for p in found)
+
+
+def test_replan_gives_the_faster_plan_or_the_same() -> None:
+    task = problem()
+    plan = make_plan(task, "hpp")
+    assert timeline(task, replan(plan, task.graph, task.profile, CLUSTER, task.job)).step_time_s <= timeline(
+        task, plan
+    ).step_time_s * (1 + 1e-9)
+    slow = slower(task.profile, plan.stages[0].devices[0], 2.5)
+    truth = Problem(task.graph, slow, CLUSTER, task.job)
+    new = replan(plan, task.graph, slow, CLUSTER, task.job)
+    assert timeline(truth, new).step_time_s < timeline(truth, plan).step_time_s
