@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from spanwise.core.cluster import Cluster
-from spanwise.core.observed import Arrival, ComputeTime, Departure, DeviceStep
+from spanwise.core.observed import Arrival, ComputeTime, Departure, DeviceStep, noted
 from spanwise.core.plan import Plan
 from spanwise.core.profile import LinkTimes, Profile
 from spanwise.core.program import Action
@@ -48,6 +48,14 @@ def shown(
         came = span.start_s + blurred(span.seconds) + latency_s(problem.cluster, world, source, target)
         sent[source].append(Departure(target, action.transfer, action.nbytes, span.start_s))
         received[target].append(Arrival(source, action.transfer, came, True))
+    chosen = {
+        (d, p): noted([(x.tag, x.nbytes) for x in sent[d] if x.peer == p])
+        for d in plan.devices
+        for p in plan.devices
+    }
+    for d in plan.devices:
+        sent[d] = [x for x in sent[d] if x.tag in chosen[d, x.peer]]
+        received[d] = [x for x in received[d] if x.tag in chosen[x.peer, d]]
     steps = tuple(DeviceStep(d, tuple(compute[d]), tuple(sent[d]), tuple(received[d])) for d in plan.devices)
     return blurred(step_s), steps
 

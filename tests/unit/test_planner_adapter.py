@@ -14,6 +14,7 @@ from spanwise.core.profile import Profile
 from spanwise.lowering import moves
 from spanwise.planner import Problem, make_plan
 from spanwise.planner.adapter import BAN_STEPS, Adapter, Change, Search, found_in
+from spanwise.planner.explore import FORGET_S, Explorer
 from spanwise.planner.replan import candidates, kind_of, replan, same_rows
 from spanwise.planner.trial import timeline
 
@@ -56,10 +57,10 @@ def test_a_link_at_a_quarter_leads_to_a_plan_near_the_best_within_three_steps() 
     best = timeline(truth, make_plan(truth, "hpp")).step_time_s
     after = timeline(truth, adapter.plan).step_time_s
     assert best / after >= 0.9
-    if after < timeline(truth, before).step_time_s:
-        assert at[0] - step <= 3
-        assert adapter.records[0].realised_gain == pytest.approx(adapter.records[0].predicted_gain, abs=0.1)
-        assert not adapter.records[0].undone
+    assert after < 0.95 * timeline(truth, before).step_time_s
+    assert at[0] - step <= 3
+    assert adapter.records[0].realised_gain == pytest.approx(adapter.records[0].predicted_gain, abs=0.1)
+    assert not adapter.records[0].undone
 
 
 def test_a_device_at_40_percent_leads_to_other_rows_or_layers() -> None:
@@ -78,12 +79,14 @@ def test_a_device_at_40_percent_leads_to_other_rows_or_layers() -> None:
     assert gain == pytest.approx(adapter.records[0].predicted_gain, abs=0.1)
 
 
-def test_too_few_steps_left_do_not_pay_for_a_change() -> None:
+def test_a_change_must_pay_for_itself_in_the_steps_that_are_left() -> None:
     task = problem()
-    adapter = start(task, last_step=14)
-    drive(adapter, task, task.profile, 0, 8)
-    drive(adapter, task, slower(task.profile, adapter.plan.stages[0].devices[0], 2.5), 8, 5)
-    assert adapter.records == []
+    for last_step, pays in ((20, False), (100_000, True)):
+        adapter = start(task, last_step)
+        adapter._setup_s = 100.0  # what a change was seen to take
+        drive(adapter, task, task.profile, 0, 8)
+        drive(adapter, task, slower(task.profile, adapter.plan.stages[0].devices[0], 2.5), 8, 5)
+        assert bool(adapter.records) == pays
 
 
 def test_a_change_that_does_not_pay_is_undone_and_not_tried_again() -> None:
@@ -151,3 +154,45 @@ def test_replan_gives_the_faster_plan_or_the_same() -> None:
     truth = Problem(task.graph, slow, CLUSTER, task.job)
     new = replan(plan, task.graph, slow, CLUSTER, task.job)
     assert timeline(truth, new).step_time_s < timeline(truth, plan).step_time_s
+
+
+def test_a_link_that_nobody_uses_any_more_is_probed_and_used_again_when_it_is_back() -> None:
+    task = problem()
+    adapter = start(task)
+    both = [*PIPE, *((b, a) for a, b in PIPE)]
+    step = drive(adapter, task, task.profile, 0, 8)
+    assert adapter.look(float(step)) == ()  # nothing has slowed down
+    step = drive(adapter, task, thinner(task.profile, CLUSTER, both, 4.0), step, 10)
+    assert {device[0] for device in adapter.plan.devices} == {"n"}, (
+        "the plan for the slow link leaves it alone"
+    )
+    changes = len(adapter.records)
+    rate = CLUSTER.route("n1", "s1").bandwidth_bytes_per_s
+
+    def probe(now_s: float, factor: float) -> None:
+        looks = adapter.look(now_s)
+        assert {(a[0], b[0]) for look in looks for a, b in (look.link,)} == {("n", "s"), ("s", "n")}
+        for look in looks:
+            adapter.looked(look.link, [(n, 0.01 + factor * n / rate) for n in look.sizes])
+
+    probe(step, 4.0)  # still slow
+    assert adapter.look(step + 0.1) == ()  # not all the time
+    step = drive(adapter, task, task.profile, step, 6)
+    assert len(adapter.records) == changes
+    probe(step, 1.0)
+    drive(adapter, task, task.profile, step, 10)
+    assert len(adapter.records) == changes + 1
+    assert adapter.records[-1].realised_gain == pytest.approx(adapter.records[-1].predicted_gain, abs=0.1)
+
+
+def test_a_slow_idle_device_gets_a_second_chance() -> None:
+    task = problem()
+    explorer = Explorer(task.profile, CLUSTER)
+    slow = slower(task.profile, "s2", 4.0)
+    assert explorer.forgotten(slow, ("n1",), 0.0) == ()
+    assert explorer.forgotten(slow, ("n1",), FORGET_S) == ("s2",)
+    assert explorer.forget(slow, ("s2",)) == task.profile
+    assert explorer.forgotten(slow, ("n1", "s2"), FORGET_S + 1) == ()  # it is used
+    assert explorer.forgotten(slow, ("n1",), FORGET_S + 2) == ()
+    assert explorer.forgotten(slow, ("n1",), 2 * FORGET_S + 3) == ()
+    assert explorer.forgotten(slow, ("n1",), 3 * FORGET_S + 3) == ("s2",)

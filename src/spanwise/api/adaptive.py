@@ -14,7 +14,7 @@ from spanwise.planner import Problem
 from spanwise.planner.adapter import Adaptation, Adapter, Change, Search, found_in
 from spanwise.planner.replan import Candidate
 from spanwise.runtime.device_run import Assignment
-from spanwise.runtime.session import StepReport, Switched
+from spanwise.runtime.session import Probe, StepReport, Switched
 
 OnChange = Callable[[Assignment, Adaptation], None]
 
@@ -52,6 +52,16 @@ class Adapting:
     def wants_halt(self) -> bool:
         """Whether there is a plan to go over to."""
         return self._change is not None
+
+    def wanted_probes(self) -> tuple[Probe, ...]:
+        """Links that slowed down and carry nothing, from time to time."""
+        if self._change is not None:
+            return ()
+        return tuple(Probe(*look.link, look.sizes) for look in self.adapter.look(time.monotonic()))
+
+    def probed(self, probe: Probe, samples: tuple[tuple[int, float], ...]) -> None:
+        """Takes a probe in."""
+        self.adapter.looked((probe.source, probe.target), samples)
 
     def next_assignment(self) -> Assignment | None:
         """The run under the plan to go over to."""

@@ -15,7 +15,8 @@ from spanwise.core.observed import DeviceStep
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.lowering import lower
-from spanwise.planner.estimate import Drift, Estimator, Expected
+from spanwise.planner.estimate import Drift, Estimator, Expected, Link
+from spanwise.planner.explore import Explorer, Look
 from spanwise.planner.problem import Memo, Problem
 from spanwise.planner.replan import Candidate, Kind, candidates, shape
 from spanwise.simulator import simulate
@@ -109,6 +110,7 @@ class Adapter:
         self._searching: tuple[Search, float] | None = None
         self._trial: _Trial | None = None
         self._setup_s = SETUP_S
+        self._explorer = Explorer(problem.profile, problem.cluster)
         self._bans: dict[Plan, tuple[int, int]] = {}  # shape of a plan: until which step, how often
 
     @property
@@ -130,17 +132,27 @@ class Adapter:
             undo = self._judge(step, step_s, drift)
             if undo is not None:
                 return undo
+        forgotten = self._explorer.forgotten(self.profile, self.plan.devices, now_s)
+        if drift is None and forgotten:
+            drift = Drift(f"{', '.join(forgotten)} may be as fast as at first again", False, True)
         if self._searching is not None or drift is None or self._last_step - step < HOLD_STEPS:
             return None
         waits = step < self._hold_until or now_s < self._quiet_until_s
         if waits and not (drift.big and drift.conditions):
             return None
-        search = Search(
-            replace(self._problem, profile=self._fitted(), memo=Memo()),
-            self.plan, self._strategy, drift,
-        )  # fmt: skip
+        profile = self._explorer.forget(self._fitted(), forgotten)
+        problem = replace(self._problem, profile=profile, memo=Memo())
+        search = Search(problem, self.plan, self._strategy, drift)
         self._searching = (search, now_s)
         return search
+
+    def look(self, now_s: float) -> tuple[Look, ...]:
+        """Links to probe now; ``looked`` takes the results."""
+        return self._explorer.look(self._estimator, now_s)
+
+    def looked(self, link: Link, samples: Sequence[tuple[int, float]]) -> None:
+        """(bytes, round-trip seconds) of a probe."""
+        self._estimator.probed(link, samples)
 
     def consider(self, found: Sequence[Candidate], step: int, now_s: float) -> Change | None:
         """What a search came to; ``step`` is the newest that was observed."""
@@ -182,7 +194,7 @@ class Adapter:
         """Compares steps after a change with those before; a Change back if it does not pay."""
         trial = self._trial
         assert trial is not None
-        if drift is not None and drift.conditions:
+        if drift is not None and drift.conditions and drift.big:
             self._trial = None  # the comparison would be of conditions, not of plans
             return None
         trial.seen.append(step_s)

@@ -12,7 +12,6 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from statistics import median
 
 from spanwise.core.cluster import Cluster
@@ -51,22 +50,30 @@ class Expected:
 
     @classmethod
     def of(cls, timeline: Timeline) -> Expected:
-        """From a simulated Timeline with spans."""
+        """From a simulated Timeline with spans: its last step, as the first begins with empty links.
+
+        Of messages only those count that devices would report of a step, see ``core.observed.noted``.
+        """
+        last = max((span.step for span in timeline.spans), default=0)
         compute: dict[tuple[str, str, int], list[float]] = {}
-        carried: dict[Link, tuple[float, float]] = {}
+        carried: dict[Link, list[tuple[float, float, float]]] = {}  # size, bytes in all, seconds
         for span in timeline.spans:
             source, arrow, target = span.lane.partition(">")
-            if not arrow and span.kind not in ("wait", "step", "lost"):
-                key = (source, span.kind, Action.parse(span.action).stage)
-                compute.setdefault(key, []).append(span.seconds)
-            elif arrow:
-                action = Action.parse(span.action)
-                edge = (
-                    ring_edge_bytes(len(action.members), action.nbytes) if action.members else action.nbytes
-                )
-                nbytes, seconds = carried.get((source, target), (0.0, 0.0))
-                carried[source, target] = (nbytes + edge, seconds + span.seconds)
-        rates = {link: n / s for link, (n, s) in carried.items() if s > 0}
+            if span.step != last or span.kind in ("wait", "step", "lost"):
+                continue
+            action = Action.parse(span.action)
+            if not arrow:
+                compute.setdefault((source, span.kind, action.stage), []).append(span.seconds)
+                continue
+            count, nbytes = len(action.members), float(action.nbytes)
+            sizes = (nbytes / count, ring_edge_bytes(count, nbytes)) if count else (nbytes, nbytes)
+            carried.setdefault((source, target), []).append((*sizes, span.seconds))
+        rates: dict[Link, float] = {}
+        for link, found in carried.items():
+            least = max(size for size, _, _ in found) / 2
+            large = [(nbytes, seconds) for size, nbytes, seconds in found if size >= least]
+            if (seconds := sum(s for _, s in large)) > 0:
+                rates[link] = sum(n for n, _ in large) / seconds
         return cls(timeline.step_time_s, {key: median(found) for key, found in compute.items()}, rates)
 
 
@@ -214,6 +221,7 @@ class Estimator:
         self._step = Tracker(STEP_BAND)
         self._devices: dict[str, Tracker] = {}
         self._links: dict[Link, Tracker] = {}
+        self._shown: set[Link] = set()  # by messages of the run, not by probes
 
     def add(self, step_s: float, observed: Sequence[DeviceStep]) -> Ratios:
         """Takes a step in."""
@@ -222,9 +230,35 @@ class Estimator:
         self._step.add(found.step)
         for device, ratio in found.devices.items():
             self._devices.setdefault(device, Tracker(DEVICE_BAND)).add(ratio)
+        self._shown.update(found.links)
         for link, ratio in found.links.items():
             self._links.setdefault(link, Tracker(LINK_BAND)).add(ratio)
         return found
+
+    def probed(self, link: Link, samples: Sequence[tuple[int, float]]) -> None:
+        """Takes in a probe of a link that carried nothing: (bytes, round-trip seconds).
+
+        It counts as two steps, as it was alone on the link and has no compute in it.
+        """
+        small, large = min(n for n, _ in samples), max(n for n, _ in samples)
+        if small == large:
+            return
+        least = {size: min(s for n, s in samples if n == size) for size in (small, large)}
+        awaited_s = (large - small) / self.rate(link)
+        for other in self._links.keys() - self._shown - {link}:
+            if self.pipe(other) == self.pipe(link):
+                del self._links[other]  # an earlier probe: this one is newer
+        tracker = self._links.setdefault(link, Tracker(LINK_BAND))
+        for _ in range(2):
+            tracker.add(max(least[large] - least[small], _SHORTEST_S) / awaited_s)
+
+    def rate(self, link: Link) -> float:
+        """Bytes per second of a link as believed."""
+        return self._routes.route(*link).bandwidth_bytes_per_s
+
+    def unseen(self, link: Link) -> bool:
+        """Whether no message of the run has shown anything of this link or its pipe."""
+        return self.pipe(link) not in {self.pipe(seen) for seen in self._shown}
 
     @property
     def step_ratio(self) -> float:
@@ -261,27 +295,23 @@ class Estimator:
     def fitted(self) -> Profile:
         """The profile with devices and links as they showed themselves.
 
-        A pair that was not seen takes the ratio of the pairs that share its pipe between sites, of the least
-        slowed one: that is how fast the pipe still is. Other pairs stay as they were.
+        A pair that was not seen has the rate of the fastest one that shares its pipe between sites: so much
+        the pipe carries. Other pairs stay as they were.
         """
         devices = tuple(self._device(entry) for entry in self.profile.devices)
-        ratios = {link: tracker.ratio for link, tracker in self._links.items()}
+        shown = {link: self.rate(link) / tracker.ratio for link, tracker in self._links.items()}
         pipes: dict[str, float] = {}
-        for (a, b), ratio in ratios.items():
-            for name in self._pipes(a, b):
-                pipes[name] = min(pipes.get(name, math.inf), ratio)
-        known = {(x.source, x.target): x for x in self.profile.links}
-        links = dict(known)
-        for a, b in chain(self._latency_s):
-            ratio = ratios.get((a, b))
-            if ratio is None:
-                ratio = max((pipes[name] for name in self._pipes(a, b) if name in pipes), default=None)
-            if ratio is not None:
-                route = self._routes.route(a, b)
+        for link, rate in shown.items():
+            pipes[self.pipe(link)] = max(pipes.get(self.pipe(link), 0.0), rate)
+        links = {(entry.source, entry.target): entry for entry in self.profile.links}
+        for a, b in self._latency_s:
+            rate = shown.get((a, b))
+            if rate is None and self.pipe((a, b)) in pipes:
+                rate = min(pipes[self.pipe((a, b))], self._beside_pipe((a, b)))
+            if rate is not None:
                 links[a, b] = LinkTimes(
-                    source=a, target=b, latency_s=route.latency_s,
-                    bandwidth_bytes_per_s=route.bandwidth_bytes_per_s / ratio,
-                )  # fmt: skip
+                    source=a, target=b, latency_s=self._latency_s[a, b], bandwidth_bytes_per_s=rate
+                )
         return self.profile.model_copy(update={"devices": devices, "links": tuple(links.values())})
 
     def _device(self, entry: DeviceTimes) -> DeviceTimes:
@@ -290,7 +320,13 @@ class Estimator:
             return entry
         return entry.model_copy(update={"factor": entry.factor * tracker.ratio})
 
-    def _pipes(self, source: str, target: str) -> list[str]:
-        """Names of the links between sites that a message passes; ports are each device's own."""
-        resources = self._cluster.route(source, target).resources
-        return [name for name, _ in resources if name.startswith("link:")]
+    def pipe(self, link: Link) -> str:
+        """What a link shares with the others between two sites; inside a site it is the link's own."""
+        found = self._cluster.route(*link).resources
+        own = f"pair:{link[0]}>{link[1]}"
+        return next((name for name, _ in found if name.startswith("link:")), own)
+
+    def _beside_pipe(self, link: Link) -> float:
+        """The least capacity on the way that is not the pipe: ports of the two devices."""
+        found = self._cluster.route(*link).resources
+        return min((rate for name, rate in found if not name.startswith("link:")), default=math.inf)

@@ -31,8 +31,9 @@ from spanwise.runtime.feed import Rows, read_rows
 from spanwise.runtime.link_probe import PROBE_SIZES
 from spanwise.runtime.session import (
     DeviceSpans,
-    Halt,
+    Guide,
     Horizon,
+    Probe,
     StepGatherer,
     StepReport,
     Switched,
@@ -197,6 +198,7 @@ class ProcessSession:
         self._pool, self._coordinator, self._assignment = pool, pool.coordinator, assignment
         self._devices, self._data = assignment.plan.devices, data
         self._known = set(self._devices)  # those that know job, graph and operations
+        self._probes: dict[str, Probe] = {}  # under way, by the device that measures
         self._fed: set[str] = set()  # those that have got rows of live data
         for device in self._devices:
             self._set_up(device, tensors, resume)
@@ -237,9 +239,9 @@ class ProcessSession:
         # Sorted by name on arrival, so numbers keep the order.
         return {f"data/{i:03d}": torch.as_tensor(t).contiguous() for i, t in enumerate((*inputs, *labels))}
 
-    def run(self, first: int, count: int, halt: Halt | None = None) -> Iterator[StepReport]:
+    def run(self, first: int, count: int, guide: Guide | None = None) -> Iterator[StepReport]:
         """Tells all workers to run, yields steps as they end."""
-        horizon = Horizon(first, count, halt)
+        horizon = Horizon(first, count, guide)
         self._order(first, horizon.step)
         gatherer = StepGatherer(self._devices)
         patience = 4 * self._assignment.job.transfer_timeout_s + 60.0
@@ -247,6 +249,9 @@ class ProcessSession:
         try:
             while step < horizon.step:
                 device, frame = self._coordinator.next_event(patience, f"step of {self._devices}")
+                if guide is not None and frame.kind == "probed" and frame.head["samples"]:
+                    samples = tuple((int(n), float(t)) for n, t in frame.head["samples"])
+                    guide.probed(self._probes.pop(device), samples)
                 if frame.kind != "step":
                     continue
                 report = gatherer.add(device, self._part(device, frame.head))
@@ -254,6 +259,8 @@ class ProcessSession:
                     continue
                 step = report.step + 1
                 yield report
+                for probe in guide.wanted_probes() if guide is not None else ():
+                    self._ask(probe)
                 before = horizon.step
                 self._order(before, horizon.heard(report))
         except GeneratorExit:
@@ -265,6 +272,16 @@ class ProcessSession:
     def _order(self, first: int, stop: int) -> None:
         for device in self._devices if stop > first else ():
             self._coordinator.tell(device, "run", first=first, count=stop - first)
+
+    def _ask(self, probe: Probe) -> None:
+        """Both ends measure the link once they have ended the steps that they know of."""
+        patience = 4 * self._assignment.job.transfer_timeout_s
+        ends = ((probe.source, probe.target, True), (probe.target, probe.source, False))
+        for device, peer, first in ends:
+            self._coordinator.tell(
+                device, "probe", peer=peer, first=first, sizes=probe.sizes, timeout_s=patience
+            )
+        self._probes[probe.source] = probe
 
     def _part(self, device: str, head: dict[str, Any]) -> StepReport:
         shift = self._pool.clock_offset_s(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,7 +41,29 @@ class Switched:
     calibration_s: float = 0.0
 
 
-Halt = Callable[[], bool]
+@dataclass(frozen=True)
+class Probe:
+    """A link to be measured between two steps, by messages of these sizes there and a byte back."""
+
+    source: str
+    target: str
+    sizes: tuple[int, ...]
+
+
+class Guide(Protocol):
+    """Who follows a run: may halt it between two steps, and ask for a link to be measured there."""
+
+    def wants_halt(self) -> bool:
+        """Whether steps that devices do not know of yet should not be begun."""
+        ...
+
+    def wanted_probes(self) -> tuple[Probe, ...]:
+        """Links to measure, each as soon as its two devices have ended the steps that they know of."""
+        ...
+
+    def probed(self, probe: Probe, samples: tuple[tuple[int, float], ...]) -> None:
+        """(bytes, round-trip seconds) of a probe."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,11 +78,11 @@ class DeviceSpans:
 class Session(Protocol):
     """Devices that hold a plan's parts."""
 
-    def run(self, first: int, count: int, halt: Halt | None = None) -> Iterator[StepReport]:
+    def run(self, first: int, count: int, guide: Guide | None = None) -> Iterator[StepReport]:
         """Runs steps and yields each as its last device ends it; raises what went wrong, for all devices.
 
-        With ``halt``, devices know of a few steps at a time only. It is asked after every report; once it is
-        true the steps they know of are run to their end, and no others.
+        With a ``guide``, devices know of a few steps at a time only. It is asked after every report; once it
+        wants a halt, the steps they know of are run to their end, and no others.
         """
         ...
 
@@ -112,22 +134,22 @@ class StepGatherer:
 class Horizon:
     """Up to which step devices may go before they hear again; all hear the same.
 
-    Without ``halt`` that is the last step. With it, they know of as many steps as take ``AHEAD_S`` and of two
-    at least: enough that no device ever waits for word, few enough that a halt comes soon.
+    Without a ``guide`` that is the last step. With one, they know of as many steps as take ``AHEAD_S`` and of
+    two at least: enough that no device ever waits for word, few enough that a halt comes soon.
     """
 
     AHEAD_S = 0.25
     MOST = 32
 
-    def __init__(self, first: int, count: int, halt: Halt | None) -> None:
-        self._last, self._halt = first + count, halt
-        self.step = self._last if halt is None else min(self._last, first + 2)
+    def __init__(self, first: int, count: int, guide: Guide | None) -> None:
+        self._last, self._guide = first + count, guide
+        self.step = self._last if guide is None else min(self._last, first + 2)
 
     def heard(self, report: StepReport) -> int:
         """Takes a report in; the step to go up to from now on, not included."""
-        if self._halt is None:
+        if self._guide is None:
             return self.step
-        if self._halt():
+        if self._guide.wants_halt():
             self._last = self.step
         ahead = min(self.MOST, max(2, math.ceil(self.AHEAD_S / max(report.end - report.start, 1e-6))))
         self.step = max(self.step, min(self._last, report.step + 1 + ahead))

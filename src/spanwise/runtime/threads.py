@@ -18,12 +18,14 @@ from spanwise.runtime.device_run import Assignment, DeviceRun, Snapshot
 from spanwise.runtime.emulate import Ledger, PacedTransport, ledger_path
 from spanwise.runtime.executor import StepResult
 from spanwise.runtime.feed import Rows
+from spanwise.runtime.link_probe import probe_link
 from spanwise.runtime.local import LocalFabric
 from spanwise.runtime.migrate import Change
 from spanwise.runtime.session import (
     DeviceSpans,
-    Halt,
+    Guide,
     Horizon,
+    Probe,
     StepGatherer,
     StepReport,
     Switched,
@@ -57,11 +59,11 @@ class ThreadSession:
             run.calibrate()
             self._runs[device] = run
 
-    def run(self, first: int, count: int, halt: Halt | None = None) -> Iterator[StepReport]:
+    def run(self, first: int, count: int, guide: Guide | None = None) -> Iterator[StepReport]:
         """Starts a thread a device, yields steps as they end."""
         done: queue.SimpleQueue[tuple[str, StepReport | BaseException]] = queue.SimpleQueue()
         gatherer = StepGatherer(tuple(self._runs))
-        horizon = Horizon(first, count, halt)
+        horizon = Horizon(first, count, guide)
         orders: list[queue.SimpleQueue[int]] = []  # of each device: up to which step; -1 = end
 
         def work(device: str, run: DeviceRun, limits: queue.SimpleQueue[int]) -> None:
@@ -99,6 +101,9 @@ class ThreadSession:
                     continue
                 step = report.step + 1
                 yield report
+                if guide is not None:
+                    for probe in guide.wanted_probes():
+                        guide.probed(probe, self._probe(probe))
                 before = horizon.step
                 if horizon.heard(report) > before:
                     for order in orders:
@@ -114,6 +119,16 @@ class ThreadSession:
                 thread.join(10.0)
         if any(thread.is_alive() for thread in threads):  # pragma: no cover - a hung kernel
             raise PeerError("threads: a device did not end within 10 s")
+
+    def _probe(self, probe: Probe) -> tuple[tuple[int, float], ...]:
+        """Measures a link beside the steps: threads here have no queue of orders to stand in."""
+        ends = ((probe.source, probe.target, True), (probe.target, probe.source, False))
+        with ThreadPoolExecutor(2, "probe") as pool:
+            futures = [
+                pool.submit(probe_link, self._transport(a), b, first=first, sizes=probe.sizes)
+                for a, b, first in ends
+            ]
+            return tuple(futures[0].result())
 
     def switch(self, assignment: Assignment) -> Switched:
         """Goes on under another plan; all devices send, receive and build at once, a thread each."""

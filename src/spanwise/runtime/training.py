@@ -17,7 +17,7 @@ from spanwise.runtime.device_run import Assignment, Snapshot
 from spanwise.runtime.evaluate import Score, evaluate
 from spanwise.runtime.feed import Rows
 from spanwise.runtime.measure import step_times
-from spanwise.runtime.session import Session, StepReport, Switched
+from spanwise.runtime.session import Guide, Session, StepReport, Switched
 
 
 class Progress(Protocol):
@@ -42,15 +42,11 @@ class Silent:
         """Nothing."""
 
 
-class Steering(Protocol):
+class Steering(Guide, Protocol):
     """Watches a run and may change its plan between two steps."""
 
     def observe(self, report: StepReport, step_time_s: float) -> None:
         """A step is done."""
-        ...
-
-    def wants_halt(self) -> bool:
-        """Whether steps that have not been begun should wait."""
         ...
 
     def next_assignment(self) -> Assignment | None:
@@ -115,10 +111,9 @@ def train(
     reports: list[StepReport] = []
     score: Score | None = None
     step = since = start
-    halt = None if steering is None else steering.wants_halt
     while step < last:
         stop = min(last, _next(step, per_epoch), _next(step, every) if every else last)
-        for report in session.run(step, stop - step, halt):
+        for report in session.run(step, stop - step, steering):
             _check_finite(session, report, folder)
             reports.append(report)
             seconds = step_times(reports[-2:], skip=0)[-1]

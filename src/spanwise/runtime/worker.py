@@ -33,7 +33,7 @@ from spanwise.runtime.emulate import Ledger, PacedTransport
 from spanwise.runtime.executor import StepResult
 from spanwise.runtime.feed import Rows
 from spanwise.runtime.imports import build, data_sets
-from spanwise.runtime.link_probe import probe_link
+from spanwise.runtime.link_probe import TIMEOUT_S, probe_link
 from spanwise.runtime.memory import MemoryWatch
 from spanwise.runtime.message_probe import message_cpu_s
 from spanwise.runtime.migrate import Change
@@ -249,8 +249,9 @@ class _Worker:
         assert self.transport is not None
         head = frame.head
         samples = probe_link(
-            self.transport, head["peer"], first=bool(head["first"]), sizes=tuple(head["sizes"])
-        )
+            self.transport, head["peer"], first=bool(head["first"]), sizes=tuple(head["sizes"]),
+            timeout_s=float(head.get("timeout_s", TIMEOUT_S)),
+        )  # fmt: skip
         self.channel.send("probed", samples=samples)
 
     def _on_exchange(self, frame: Frame) -> None:
