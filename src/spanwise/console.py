@@ -164,9 +164,22 @@ def show_outcome(summary: dict[str, Any], report: Path) -> None:
         f"step time: predicted {format_seconds(predicted)}, measured {format_seconds(measured)} ({error}); "
         f"{summary['throughput_samples_per_s']:.0f} samples/s"
     )
+    for change in summary["adaptations"]:
+        console.print(_adaptation(change), markup=False)
     if summary["accuracy"] is not None:
         console.print(f"test accuracy {summary['accuracy']:.1%}, test loss {summary['test_loss']:.3f}")
     console.print(f"report: {report}", markup=False)
+
+
+def _adaptation(change: dict[str, Any]) -> str:
+    realised = change["realised_gain"]
+    gained = "not known" if realised is None else f"{realised:+.0%}"
+    return (
+        f"step {change['step']}: {change['reason']}; new {change['kind']}, "
+        f"{format_bytes(change['moved_bytes'])} moved in {format_seconds(change['seconds'])}; "
+        f"gain predicted {change['predicted_gain']:+.0%}, realised {gained}"
+        f"{', undone' if change['undone'] else ''}"
+    )
 
 
 class RunConsole:
@@ -225,13 +238,8 @@ class RunConsole:
         self._console.print(f"predicted step time {format_seconds(predicted.step_time_s)}\n")
 
     def on_change(self, plan: Plan, graph: ModelGraph, record: Adaptation) -> None:
-        """Shows the new plan and why."""
-        self._console.print(
-            f"\nstep {record.step}: {record.reason}; new {record.kind}, predicted gain "
-            f"{record.predicted_gain:.0%}; {format_bytes(record.moved_bytes)} moved in "
-            f"{format_seconds(record.seconds)}",
-            markup=False,
-        )
+        """Shows the new plan and why; what it gives is not known yet."""
+        self._console.print(f"\n{_adaptation(record.to_data())}", markup=False)
         self._console.print(describe_plan(plan, graph), markup=False)
 
     def on_step(self, report: StepReport, step_time_s: float, total_steps: int) -> None:
