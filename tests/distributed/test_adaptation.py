@@ -27,6 +27,7 @@ from spanwise.core.faults import Fault
 from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan, Replica, Stage
+from spanwise.core.profile import Profile
 from spanwise.lowering import move_bytes, moves
 from spanwise.profiler.trace import Traced
 from spanwise.runtime import migrate
@@ -239,8 +240,7 @@ def test_running_statistics_of_a_new_holder_are_the_mean_of_the_old_ones() -> No
 def test_a_peer_that_sends_nothing_is_named_within_the_deadline() -> None:
     found, source = works(PLAIN), of(PLAIN)[1]
     needed = moves(found[0].plan, found[1].plan, source.graph, EVERYWHERE)
-    job = PLAIN.job(transfer_timeout_s=0.2)
-    found = [replace(work, job=job) for work in found]
+    hurried = replace(found[1], job=PLAIN.job(transfer_timeout_s=0.2))
     session = ThreadSession(found[0], dict(source.parameters), PLAIN.data())
     list(session.run(0, 1))
     mute = needed[0].source
@@ -255,7 +255,7 @@ def test_a_peer_that_sends_nothing_is_named_within_the_deadline() -> None:
 
     session._transports[mute] = Mute(session._transports[mute])
     with pytest.raises(PeerError, match=f"'{mute}': nothing within 0.2 s|failed on another device"):
-        session.switch(found[1])
+        session.switch(hurried)
     session.close()
 
 
@@ -284,7 +284,7 @@ DRIFTING = Cluster.parse(
             {"between": ["north", "south"], "bandwidth": "20 Mbit/s", "latency": "1 ms"},
         ],
         "data": "everywhere",
-        "emulation": {"core_share": 0.2},
+        "emulation": {"core_share": 0.05},
     }
 )  # fmt: skip
 
@@ -314,14 +314,12 @@ def test_a_run_whose_device_slows_down_changes_its_plan_and_ends_with_the_same_p
         drifting_job(30), DRIFTING,
         TrainOptions(
             run=tmp_path / "adapted", strategy="hpp", backend="threads", adapt=True,
-            faults=(Fault.of(f"slow:{busy}*6@6"),),
+            times=Profile.load(plain.folder.profile), faults=(Fault.of(f"slow:{busy}*6@6"),),
         ),
     )  # fmt: skip
     records = adapted.summary["adaptations"]
-    assert records, "a device at a sixth of its speed must lead to another plan"
-    assert records[0]["step"] > 6
-    assert busy in records[0]["reason"]
-    assert adapted.plan != plain.plan
+    after = [record for record in records if record["step"] > 6]
+    assert any(busy in record["reason"] for record in after), "a sixth of its speed must lead to another plan"
     written = [m for m in adapted.folder.read_metrics() if m["event"] == "adaptation"]
     assert {m["step"] for m in written} == {r["step"] for r in records}
     a, b = plain.model.state_dict(), adapted.model.state_dict()

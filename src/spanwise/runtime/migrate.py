@@ -146,10 +146,9 @@ def _named(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _send(transport: Transport, target: str, payload: bytes) -> list[Pending]:
     whole = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     length = torch.tensor([len(payload)], dtype=torch.int64)
-    pieces = whole.split(_PIECE_BYTES)
     return [
         transport.send(target, _TAG, [length]),
-        *(transport.send(target, _TAG + 1 + i, [piece]) for i, piece in enumerate(pieces)),
+        *(transport.send(target, _TAG + 1 + i, [piece]) for i, piece in enumerate(_pieces(whole))),
     ]
 
 
@@ -164,6 +163,11 @@ def _receive(transport: Transport, source: str, most_bytes: int, timeout_s: floa
             device=source,
         )
     whole = torch.empty(size, dtype=torch.uint8)
-    for index, piece in enumerate(whole.split(_PIECE_BYTES)):
+    for index, piece in enumerate(_pieces(whole)):
         transport.recv(source, _TAG + 1 + index, [piece]).wait(timeout_s)
     return whole.numpy().tobytes()
+
+
+def _pieces(whole: Tensor) -> list[Tensor]:
+    """Views of a flat tensor, one after the other."""
+    return [whole[first : first + _PIECE_BYTES] for first in range(0, len(whole), _PIECE_BYTES)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +32,9 @@ from spanwise.runtime.session import (
     merge_states,
 )
 from spanwise.runtime.transport import Transport
+
+_END = -1
+_Done = tuple[str, StepReport | BaseException]
 
 
 class ThreadSession:
@@ -61,64 +64,51 @@ class ThreadSession:
 
     def run(self, first: int, count: int, guide: Guide | None = None) -> Iterator[StepReport]:
         """Starts a thread a device, yields steps as they end."""
-        done: queue.SimpleQueue[tuple[str, StepReport | BaseException]] = queue.SimpleQueue()
-        gatherer = StepGatherer(tuple(self._runs))
+        done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
         horizon = Horizon(first, count, guide)
-        orders: list[queue.SimpleQueue[int]] = []  # of each device: up to which step; -1 = end
-
-        def work(device: str, run: DeviceRun, limits: queue.SimpleQueue[int]) -> None:
-            def tell(result: StepResult, seen: DeviceStep | None) -> None:
-                record = result.record
-                observed = () if seen is None else (seen,)
-                part = StepReport(result.step, result.loss, record.start, record.end, observed)
-                done.put((device, part))
-
-            try:
-                step = first
-                while (limit := limits.get()) >= 0:
-                    run.run(step, limit - step, tell)
-                    step = max(step, limit)
-            except BaseException as error:
-                done.put((device, error))
-
+        limits = {device: queue.SimpleQueue[int]() for device in self._runs}
         threads: list[threading.Thread] = []
         for device, run in self._runs.items():
-            orders.append(queue.SimpleQueue())
-            orders[-1].put(horizon.step)
-            name = f"device-{device}"
-            threads.append(
-                threading.Thread(target=work, args=(device, run, orders[-1]), name=name, daemon=True)
-            )
+            limits[device].put(horizon.step)
+            work = (device, run, first, limits[device], done)
+            threads.append(threading.Thread(target=_work, args=work, name=f"device-{device}", daemon=True))
             threads[-1].start()
-        step = first
         try:
-            while step < horizon.step:
-                device, result = done.get()
-                if isinstance(result, BaseException):
-                    raise result
-                report = gatherer.add(device, result)
-                if report is None:
-                    continue
-                step = report.step + 1
-                yield report
-                if guide is not None:
-                    for probe in guide.wanted_probes():
-                        guide.probed(probe, self._probe(probe))
-                before = horizon.step
-                if horizon.heard(report) > before:
-                    for order in orders:
-                        order.put(horizon.step)
+            yield from self._gathered(first, horizon, guide, limits, done)
         except BaseException as error:
             reason = str(error) if isinstance(error, SpanwiseError) else f"{type(error).__name__}: {error}"
             self._fabric.fail(f"the run ended on another device: {reason}")
             raise
         finally:
-            for order in orders:
-                order.put(-1)
+            for limit in limits.values():
+                limit.put(_END)
             for thread in threads:
                 thread.join(10.0)
         if any(thread.is_alive() for thread in threads):  # pragma: no cover - a hung kernel
             raise PeerError("threads: a device did not end within 10 s")
+
+    def _gathered(
+        self, first: int, horizon: Horizon, guide: Guide | None,
+        limits: Mapping[str, queue.SimpleQueue[int]], done: queue.SimpleQueue[_Done],
+    ) -> Iterator[StepReport]:  # fmt: skip
+        """Reports of whole steps; hands steps out as far as the horizon goes."""
+        gatherer, step = StepGatherer(tuple(self._runs)), first
+        while step < horizon.step:
+            device, result = done.get()
+            if isinstance(result, BaseException):
+                raise result
+            report = gatherer.add(device, result)
+            if report is None:
+                continue
+            step = report.step + 1
+            yield report
+            if guide is not None:
+                for probe in guide.wanted_probes():
+                    guide.probed(probe, self._probe(probe))
+            before = horizon.step
+            if horizon.heard(report) > before:
+                for limit in limits.values():
+                    limit.put(horizon.step)
 
     def _probe(self, probe: Probe) -> tuple[tuple[int, float], ...]:
         """Measures a link beside the steps: threads here have no queue of orders to stand in."""
@@ -190,3 +180,21 @@ class ThreadSession:
                 transport = PacedTransport(transport, device, cluster, Ledger(self._ledger_path, cluster))
             self._transports[device] = self._wrap(device, transport)
         return self._transports[device]
+
+
+def _work(
+    device: str, run: DeviceRun, step: int, limits: queue.SimpleQueue[int], done: queue.SimpleQueue[_Done]
+) -> None:
+    """One device: goes on up to each step that it is told, until it is told to end."""
+
+    def tell(result: StepResult, seen: DeviceStep | None) -> None:
+        record = result.record
+        observed = () if seen is None else (seen,)
+        done.put((device, StepReport(result.step, result.loss, record.start, record.end, observed)))
+
+    try:
+        while (limit := limits.get()) != _END:
+            run.run(step, limit - step, tell)
+            step = limit
+    except BaseException as error:
+        done.put((device, error))
