@@ -23,6 +23,12 @@ def start(task: Problem, last_step: int = 1000) -> Adapter:
     return Adapter(task, make_plan(task, "hpp"), last_step=last_step, strategy="hpp")
 
 
+def result(adapter: Adapter, search: Search, step: int) -> Change | None:
+    """All of a search at once."""
+    found = [candidate for group in found_in(search) for candidate in group]
+    return adapter.consider(found, step, float(step), last=True)
+
+
 def drive(
     adapter: Adapter, task: Problem, world: Profile, first: int, count: int, *, at: list[int] | None = None
 ) -> int:
@@ -31,7 +37,7 @@ def drive(
         step_s, seen = shown(task, adapter.plan, world, seed=step)
         wanted = adapter.observe(step, step_s, seen, float(step))
         if isinstance(wanted, Search):
-            wanted = adapter.consider(found_in(wanted), step, float(step))
+            wanted = result(adapter, wanted, step)
         if isinstance(wanted, Change):
             adapter.changed(wanted, step + 1, 0, 0.1)
             if at is not None:
@@ -102,7 +108,7 @@ def test_a_change_that_does_not_pay_is_undone_and_not_tried_again() -> None:
         worse = step_s if adapter.plan == first else 3 * shown(task, first, slow)[0]
         wanted = adapter.observe(step, worse, seen, float(step))
         if isinstance(wanted, Search):
-            wanted = adapter.consider(found_in(wanted), step, float(step))
+            wanted = result(adapter, wanted, step)
         if isinstance(wanted, Change):
             adapter.changed(wanted, step + 1, 0, 0.1)
             plans.append(adapter.plan)
@@ -196,3 +202,27 @@ def test_a_slow_idle_device_gets_a_second_chance() -> None:
     assert explorer.forgotten(slow, ("n1",), FORGET_S + 2) == ()
     assert explorer.forgotten(slow, ("n1",), 2 * FORGET_S + 3) == ()
     assert explorer.forgotten(slow, ("n1",), 3 * FORGET_S + 3) == ("s2",)
+
+
+def test_a_small_change_comes_first_and_a_better_plan_may_follow() -> None:
+    task = problem()
+    adapter = start(task)
+    first = adapter.plan
+    step = drive(adapter, task, task.profile, 0, 8)
+    slow = slower(task.profile, first.stages[0].devices[0], 2.5)
+    while True:
+        wanted = adapter.observe(step, *shown(task, adapter.plan, slow), float(step))
+        step += 1
+        if isinstance(wanted, Search):
+            break
+    small, whole = list(found_in(wanted))
+    assert {c.kind for c in small} <= {"micro-batches", "rows", "borders"}
+    one = adapter.consider(small, step, float(step), last=False)
+    assert one is not None
+    adapter.changed(one, step + 1, 0, 0.1)
+    running = timeline(wanted.problem, adapter.plan).step_time_s
+    two = adapter.consider(whole, step, float(step), last=True)
+    best = min(timeline(wanted.problem, c.plan).step_time_s for c in whole)
+    assert (two is not None) == (best < 0.95 * running)
+    if two is not None:
+        assert two.kind == kind_of(adapter.plan, two.plan)

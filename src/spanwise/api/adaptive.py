@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ class Adapting:
         self.adapter = Adapter(problem, assignment.plan, last_step=last_step, strategy=strategy)
         self._change: Change | None = None
         self._thread: threading.Thread | None = None
-        self._found: list[Candidate] | None = None
+        self._found: queue.SimpleQueue[tuple[list[Candidate], bool]] = queue.SimpleQueue()
         self._written: dict[int, Adaptation] = {}
 
     def observe(self, report: StepReport, step_time_s: float) -> None:
@@ -44,9 +45,8 @@ class Adapting:
             self._change = wanted
         elif wanted is not None:
             self._search(wanted)
-        elif self._found is not None:
-            found, self._found, self._thread = self._found, None, None
-            self._change = self.adapter.consider(found, report.step, now)
+        else:
+            self._consider(report.step, now)
         self._write()
 
     def wants_halt(self) -> bool:
@@ -87,12 +87,19 @@ class Adapting:
     def _search(self, search: Search) -> None:
         def work() -> None:
             try:
-                self._found = found_in(search)
+                for number, found in enumerate(found_in(search)):
+                    self._found.put((found, number > 0))
             except SpanwiseError:  # no plan for these numbers: the one that runs stays
-                self._found = []
+                self._found.put(([], True))
 
         self._thread = threading.Thread(target=work, name="replan", daemon=True)
         self._thread.start()
+
+    def _consider(self, step: int, now_s: float) -> None:
+        """Takes in what a search has found by now."""
+        while self._change is None and not self._found.empty():
+            found, last = self._found.get()
+            self._change = self.adapter.consider(found, step, now_s, last=last)
 
     def _write(self) -> None:
         """Appends records that are new or have changed; of one step the last line counts."""

@@ -7,8 +7,9 @@ follow the bandwidth, is that of SpanTrain (Big Data Research 2025).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from statistics import median
 
 from spanwise.core.observed import DeviceStep
@@ -18,7 +19,7 @@ from spanwise.lowering import lower
 from spanwise.planner.estimate import Drift, Estimator, Expected, Link
 from spanwise.planner.explore import Explorer, Look
 from spanwise.planner.problem import Memo, Problem
-from spanwise.planner.replan import Candidate, Kind, candidates, shape
+from spanwise.planner.replan import Candidate, Kind, candidate, candidates, shape
 from spanwise.simulator import simulate
 
 LEAST_GAIN = 0.05  # predicted, of the step time
@@ -89,9 +90,14 @@ class _Trial:
     seen: list[float] = field(default_factory=list[float])
 
 
-def found_in(search: Search) -> list[Candidate]:
-    """All candidates of a search, those that move nothing first. Takes seconds: not for a training thread."""
-    return [c for group in candidates(search.problem, search.plan, search.strategy) for c in group]
+def found_in(search: Search) -> Iterator[list[Candidate]]:
+    """Candidates of a search: changes of the plan that runs first, then plans from the ground up.
+
+    Takes seconds in all: not for a training thread.
+    """
+    groups = candidates(search.problem, search.plan, search.strategy)
+    yield [c for group in islice(groups, 2) for c in group]
+    yield [c for group in groups for c in group]
 
 
 class Adapter:
@@ -154,24 +160,35 @@ class Adapter:
         """(bytes, round-trip seconds) of a probe."""
         self._estimator.probed(link, samples)
 
-    def consider(self, found: Sequence[Candidate], step: int, now_s: float) -> Change | None:
-        """What a search came to; ``step`` is the newest that was observed."""
+    def consider(self, found: Sequence[Candidate], step: int, now_s: float, *, last: bool) -> Change | None:
+        """What a search has come to so far; ``step`` is the newest that was observed.
+
+        Args:
+            found: the next of ``found_in``.
+            step: the newest that was observed.
+            now_s: the caller's clock.
+            last: whether nothing more comes of this search.
+        """
         assert self._searching is not None
-        (search, since_s), self._searching = self._searching, None
-        self._quiet_until_s = now_s + (now_s - since_s) / SEARCH_SHARE
-        measured_s = median(self._times[-3:])
-        expected = self._expected(search.problem.profile)
-        predicted_s = expected.step_s
-        self._bias = measured_s / predicted_s if predicted_s else 1.0
-        self._estimator = self._follow(search.problem.profile)
-        left = self._last_step - step - 1
+        search, since_s = self._searching
+        if last:
+            self._searching = None
+            self._quiet_until_s = now_s + (now_s - since_s) / SEARCH_SHARE
+        predicted_s = self._expected(search.problem.profile).step_s
+        if self._estimator.profile is not search.problem.profile:
+            self._bias = median(self._times[-3:]) / predicted_s if predicted_s else 1.0
+            self._estimator = self._follow(search.problem.profile)
+        if search.plan is not self.plan:  # a small change was made meanwhile
+            anew = [candidate(search.problem, self.plan, c.plan) for c in found]
+            found = [c for c in anew if c is not None]
+        measured_s, left = self._bias * predicted_s, self._last_step - step - 1
         best, most = None, 0.0
-        for candidate in found:
-            gain = 1 - candidate.step_s / predicted_s if predicted_s else 0.0
+        for entry in found:
+            gain = 1 - entry.step_s / predicted_s if predicted_s else 0.0
             # Measured over predicted stays what it is: both plans are as much slower as they are predicted.
-            saved_s = gain * measured_s * left - candidate.move_s - self._setup_s
-            if gain > LEAST_GAIN and saved_s > most and not self._banned(candidate.plan, step):
-                best, most = Change(candidate.plan, search.drift.reason, candidate.kind, gain), saved_s
+            saved_s = gain * measured_s * left - entry.move_s - self._setup_s
+            if gain > LEAST_GAIN and saved_s > most and not self._banned(entry.plan, step):
+                best, most = Change(entry.plan, search.drift.reason, entry.kind, gain), saved_s
         return best
 
     def changed(self, change: Change, step: int, moved_bytes: int, seconds: float) -> Adaptation:

@@ -236,19 +236,22 @@ def _tried(problem: Problem, plan: Plan, plans: Sequence[Plan]) -> list[Candidat
         best = simulated(problem, pool, FINALISTS)
     except InfeasibleError:
         return []
+    found = [candidate(problem, plan, new) for new in best]
+    return [entry for entry in found if entry is not None]
+
+
+def candidate(problem: Problem, plan: Plan, new: Plan) -> Candidate | None:
+    """A simulated plan as a change of the one that runs; none if its state cannot get to its devices."""
+    try:
+        needed = moves(plan, new, problem.graph, problem.cluster)
+    except PlanError:
+        return None
     routes = Routes(problem.cluster, problem.profile.links)
-    out: list[Candidate] = []
-    for found in best:
-        try:
-            needed = moves(plan, found, problem.graph, problem.cluster)
-        except PlanError:
-            continue
-        sizes = [(move, move_bytes(move, problem.graph, problem.copies)) for move in needed]
-        loads: dict[str, float] = {}
-        for move, nbytes in sizes:
-            for name, rate in routes.route(move.source, move.target).resources:
-                loads[name] = loads.get(name, 0.0) + nbytes / rate
-        total, busiest = sum(nbytes for _, nbytes in sizes), max(loads.values(), default=0.0)
-        seconds = timeline(problem, found).step_time_s
-        out.append(Candidate(found, kind_of(plan, found), seconds, total, busiest))
-    return out
+    total, loads = 0, dict[str, float]()
+    for move in needed:
+        nbytes = move_bytes(move, problem.graph, problem.copies)
+        total += nbytes
+        for name, rate in routes.route(move.source, move.target).resources:
+            loads[name] = loads.get(name, 0.0) + nbytes / rate
+    seconds = timeline(problem, new).step_time_s
+    return Candidate(new, kind_of(plan, new), seconds, total, max(loads.values(), default=0.0))

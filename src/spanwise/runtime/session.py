@@ -138,7 +138,7 @@ class Horizon:
     two at least: enough that no device ever waits for word, few enough that a halt comes soon.
     """
 
-    AHEAD_S = 0.25
+    AHEAD_S = 0.1
     MOST = 32
 
     def __init__(self, first: int, count: int, guide: Guide | None) -> None:
