@@ -256,14 +256,10 @@ class Estimator:
         """Bytes per second of a link as believed."""
         return self._routes.route(*link).bandwidth_bytes_per_s
 
-    def unseen(self, link: Link) -> bool:
-        """Whether no message of the run has shown anything of this link or its pipe."""
-        return self.pipe(link) not in {self.pipe(seen) for seen in self._shown}
-
     @property
-    def step_ratio(self) -> float:
-        """Measured over expected step time."""
-        return self._step.ratio
+    def shown_pipes(self) -> frozenset[str]:
+        """What messages of the run have shown something of; see ``pipe``."""
+        return frozenset(self.pipe(link) for link in self._shown)
 
     def drift(self) -> Drift | None:
         """What has moved, if anything has."""

@@ -50,13 +50,14 @@ class Explorer:
         """What to probe now: a link, and its way back if that has slowed down too; pipes take turns."""
         if now_s - self._looked_s < PROBE_EVERY_S or not estimator.profile.links:
             return ()
+        self._looked_s = now_s
         due: dict[str, Link] = {}
+        shown = estimator.shown_pipes
         for link, first in self._rates.items():
-            if estimator.rate(link) * LINK_BAND < first and estimator.unseen(link):
+            if estimator.rate(link) * LINK_BAND < first and estimator.pipe(link) not in shown:
                 due.setdefault(estimator.pipe(link), link)
         if not due:
             return ()
-        self._looked_s = now_s
         self._turn += 1
         link = tuple(due.values())[self._turn % len(due)]
         back = (link[1], link[0])

@@ -69,18 +69,24 @@ class Change:
 
     def _exchange(self, state: Snapshot) -> dict[str, dict[str, Tensor]]:
         """Sends what others lack; returns what was received, by the device that sent it."""
-        timeout_s = self.assignment.job.transfer_timeout_s
-        given = [m for m in self.moves if m.source == self.device]
-        sent = [p for move in given for p in _send(self.transport, move.target, _pack(state, move))]
+        timeout_s, graph = self.assignment.job.transfer_timeout_s, self.assignment.graph
+        sent = [
+            (move.target, pending)
+            for move in self.moves
+            if move.source == self.device
+            for pending in _send(self.transport, move.target, _pack(state, move))
+        ]
         parts: dict[str, dict[str, Tensor]] = {}
         for move in self.moves:
             if move.target == self.device:
-                most = move_bytes(move, self.assignment.graph, _MOST_COPIES) + _SLACK_BYTES
+                most = move_bytes(move, graph, _MOST_COPIES) + _SLACK_BYTES
                 payload = _receive(self.transport, move.source, most, timeout_s)
                 self.received_bytes += len(payload)
                 parts[move.source] = _unpacked(payload, move)
-        for pending in sent:
-            pending.wait(timeout_s)
+        for target, pending in sent:
+            # The target takes its senders in turn, and each piece of theirs within the deadline.
+            before = sum(move_bytes(m, graph, _MOST_COPIES) for m in self.moves if m.target == target)
+            pending.wait(timeout_s * (2 + before // _PIECE_BYTES))
         return parts
 
     def _inherit(self, state: Snapshot, parts: dict[str, dict[str, Tensor]]) -> None:

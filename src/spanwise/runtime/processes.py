@@ -21,7 +21,8 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.errors import PeerError, SpanwiseError
 from spanwise.core.job import LIVE
 from spanwise.core.observed import DeviceStep
-from spanwise.lowering import moves
+from spanwise.cost import optimizer_copies
+from spanwise.lowering import Move, move_bytes, moves
 from spanwise.runtime import orders
 from spanwise.runtime.control import listen
 from spanwise.runtime.coordinator import Coordinator
@@ -307,12 +308,19 @@ class ProcessSession:
             payload = safetensors.torch.save(rows) if rows else b""
             self._coordinator.tell(device, "switch", payload, **head, **change)
         self._known.update(devices)
-        frames = self._coordinator.gather("switched", devices, _SETUP_S)
+        frames = self._coordinator.gather("switched", devices, _SETUP_S + self._moving_s(found))
         self._assignment, self._devices = assignment, assignment.plan.devices
         ready = time.monotonic()
         self._calibrate()
         moved = sum(int(frame.head["received_bytes"]) for frame in frames.values())
         return Switched(moved, ready - start, time.monotonic() - ready)
+
+    def _moving_s(self, found: Sequence[Move]) -> float:
+        """At most so long: all bytes one after the other over the slowest of their links, eight times."""
+        a = self._assignment
+        rates = [a.cluster.route(m.source, m.target).bandwidth_bytes_per_s for m in found]
+        nbytes = sum(move_bytes(m, a.graph, optimizer_copies(a.job.optimizer)) for m in found)
+        return 8 * nbytes / min(rates, default=1.0)
 
     def snapshot(self) -> Snapshot:
         """Collects every parameter once, from the first device that holds it."""
