@@ -150,6 +150,17 @@ def test_uneven_data_devices_keep_their_rows() -> None:
     assert all([(s.device, s.rows * p.micro_batches) for s in p.sources] == given for p in found)
 
 
+def test_private_data_stays_where_it_is() -> None:
+    data = CLUSTER.to_data() | {"data": ["n1", "n2"]}
+    cluster = type(CLUSTER).parse(data)
+    task = replace(problem(), cluster=cluster, job=make_job(16, private=True, share_labels=True))
+    plan = make_plan(task, "hpp")
+    slow = Problem(task.graph, slower(task.profile, plan.stages[-1].devices[0], 3.0), cluster, task.job)
+    found = [c.plan for group in candidates(slow, plan, "hpp") for c in group]
+    assert found
+    assert all(p.stages[0].replicas == p.sources for p in found)
+
+
 def test_replan_gives_the_faster_plan_or_the_same() -> None:
     task = problem()
     plan = make_plan(task, "hpp")

@@ -141,6 +141,19 @@ def test_the_time_of_a_link_is_known_only_where_somebody_waited() -> None:
     assert ratio((0.0, 0.5, False)) is None
 
 
+def test_what_is_hardly_at_work_decides_nothing() -> None:
+    """A link that is busy for a hundredth of the step may look slow by the wake-up of a thread alone."""
+    task = problem()
+    sent = (Departure("s1", 0, 100_000, 0.0),)
+    found: dict[float, bool] = {}
+    for step_s in (0.5, 5.0):
+        estimator = Estimator(task.profile, CLUSTER, Expected(step_s, {}, {("n1", "s1"): 1e7}))
+        came = (Arrival("n1", 0, 0.04 + 0.005, True),)
+        ratios = estimator.add(step_s, (DeviceStep("n1", sent=sent), DeviceStep("s1", received=came)))
+        found[step_s] = ("n1", "s1") in ratios.links
+    assert found == {0.5: True, 5.0: False}
+
+
 def test_both_ends_choose_the_same_messages() -> None:
     sizes = [(tag, 1000 if tag % 2 else 10) for tag in range(200)]
     chosen = noted(sizes)

@@ -30,6 +30,7 @@ DEVICE_BAND = 1.15
 LINK_BAND = 1.2
 BIG = 1.5  # beyond this two steps are enough
 CALM_WEIGHT = 0.3  # of the newest step in the smoothed ratio
+LEAST_SHARE = 0.05  # of the step time: a device or link that is at work for less decides nothing
 LEAST_COMPUTE_S = 1e-4  # below it a step says nothing about a device
 LEAST_LINK_S = 2e-3  # the same for a link: wake-ups of threads take up to a millisecond
 LEAST_MESSAGE_BYTES = 4096
@@ -41,12 +42,13 @@ class Expected:
     """What a simulation says that devices will show.
 
     ``compute_s`` by device, kind of compute and stage; ``rates`` are bytes per second of each link while it
-    carries a message, shared as it is with others.
+    carries a message, shared as it is with others. Seconds are those of one of ``micro_batches``.
     """
 
     step_s: float
     compute_s: Mapping[tuple[str, str, int], float]
     rates: Mapping[Link, float]
+    micro_batches: int = 1
 
     @classmethod
     def of(cls, timeline: Timeline) -> Expected:
@@ -74,7 +76,8 @@ class Expected:
             large = [(nbytes, seconds) for size, nbytes, seconds in found if size >= least]
             if (seconds := sum(s for _, s in large)) > 0:
                 rates[link] = sum(n for n, _ in large) / seconds
-        return cls(timeline.step_time_s, {key: median(found) for key, found in compute.items()}, rates)
+        count = max((len(found) for found in compute.values()), default=1)
+        return cls(timeline.step_time_s, {key: median(found) for key, found in compute.items()}, rates, count)
 
 
 @dataclass(frozen=True)
@@ -97,14 +100,16 @@ def ratios(
             for entry in seen.compute
             if (seen.device, entry.kind, entry.stage) in expected.compute_s
         ]
-        awaited = sum(s for _, s in pairs)
-        if awaited >= LEAST_COMPUTE_S:
-            devices[seen.device] = sum(s for s, _ in pairs) / awaited
+        awaited, seconds = sum(s for _, s in pairs), sum(s for s, _ in pairs)
+        # What is compared is one micro-batch; at stake are all of the step.
+        counted = max(awaited, seconds) * expected.micro_batches
+        if awaited >= LEAST_COMPUTE_S and counted >= LEAST_SHARE * expected.step_s:
+            devices[seen.device] = seconds / awaited
     links: dict[Link, float] = {}
     for link, (nbytes, seconds) in _carried(observed, latency_s).items():
         if link in expected.rates:
             awaited = nbytes / expected.rates[link]
-            if max(awaited, seconds) >= LEAST_LINK_S:
+            if max(awaited, seconds) >= max(LEAST_LINK_S, LEAST_SHARE * expected.step_s):
                 links[link] = max(seconds, _SHORTEST_S) / awaited
     return Ratios(step_s / expected.step_s if expected.step_s else 1.0, devices, links)
 

@@ -20,7 +20,7 @@ from spanwise.core.profile import Profile
 from spanwise.core.routes import Routes
 from spanwise.lowering import move_bytes, moves
 from spanwise.planner import make_plan
-from spanwise.planner.build import Depth, build
+from spanwise.planner.build import Depth, build, fixed_span
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.price import price
 from spanwise.planner.problem import Problem, largest_remainder
@@ -163,8 +163,7 @@ def _other_micro_batches(problem: Problem, plan: Plan) -> Iterator[Plan]:
 def _other_rows(problem: Problem, plan: Plan) -> Iterator[Plan]:
     """The same layers on the same devices, rows by how fast they are now."""
     for count in _counts(problem, plan):
-        spans = [_span(problem, plan, i, s.start, s.stop) for i, s in enumerate(plan.stages)]
-        yield from _built(problem, plan, Outline(count, tuple(spans)))
+        yield from _built(problem, plan, Outline(count, _spans(problem, plan, _edges(plan), count)))
 
 
 def _other_borders(problem: Problem, start: Plan, plan: Plan) -> Iterator[Plan]:
@@ -175,9 +174,9 @@ def _other_borders(problem: Problem, start: Plan, plan: Plan) -> Iterator[Plan]:
         while moved and left > 0:
             moved = False
             for edges in _near(best, reach):
-                spans = [_span(problem, best, i, a, b) for i, (a, b) in enumerate(pairwise(edges))]
+                spans = _spans(problem, best, edges, best.micro_batches)
                 left -= 1
-                found = next(_built(problem, plan, Outline(best.micro_batches, tuple(spans))), None)
+                found = next(_built(problem, plan, Outline(best.micro_batches, spans)), None)
                 cost = float("inf") if found is None else price(problem, found).step_time_s
                 if found is not None and cost < least:
                     best, least, moved = found, cost, True
@@ -189,7 +188,7 @@ def _other_borders(problem: Problem, start: Plan, plan: Plan) -> Iterator[Plan]:
 
 def _near(plan: Plan, reach: int) -> Iterator[list[int]]:
     """Edges of the stages with one border, or all borders from one on, ``reach`` layers further."""
-    edges = [0, *(stage.stop for stage in plan.stages)]
+    edges = _edges(plan)
     for first in range(1, len(edges) - 1):
         for width in {1, len(edges) - 1 - first}:
             for step in (-reach, reach):
@@ -198,13 +197,20 @@ def _near(plan: Plan, reach: int) -> Iterator[list[int]]:
                     yield new
 
 
-def _span(problem: Problem, plan: Plan, index: int, start: int, stop: int) -> Span:
-    """A stage on the devices of one of the plan's; rows are worked out anew unless data must stay."""
+def _spans(problem: Problem, plan: Plan, edges: Sequence[int], micro_batches: int) -> tuple[Span, ...]:
+    """Stages on the devices of the plan's; rows are worked out anew unless data must stay."""
     last = len(plan.stages) - 1
-    fixed = (index == 0 and problem.first_is_fixed) or (index == last and problem.last_is_fixed)
-    replicas = plan.stages[index].replicas
-    group = _group(problem, replicas)
-    return Span(start, stop, group, tuple(r.rows for r in replicas) if fixed else None)
+    out: list[Span] = []
+    for index, (start, stop) in enumerate(pairwise(edges)):
+        if (index == 0 and problem.first_is_fixed) or (index == last and problem.last_is_fixed):
+            out.append(fixed_span(problem, start, stop, micro_batches))
+        else:
+            out.append(Span(start, stop, _group(problem, plan.stages[index].replicas)))
+    return tuple(out)
+
+
+def _edges(plan: Plan) -> list[int]:
+    return [0, *(stage.stop for stage in plan.stages)]
 
 
 def _group(problem: Problem, replicas: Sequence[Replica]) -> tuple[int, ...]:
