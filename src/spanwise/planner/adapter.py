@@ -71,12 +71,13 @@ class Search:
 
 @dataclass(frozen=True)
 class Change:
-    """A plan to go over to at the next boundary, and why."""
+    """A plan to go over to at the next boundary, why, and how long moving should take."""
 
     plan: Plan
     reason: str
     kind: Kind
     predicted_gain: float
+    move_s: float = 0.0
     undoes: bool = False
 
 
@@ -182,25 +183,27 @@ class Adapter:
             anew = [candidate(search.problem, self.plan, c.plan) for c in found]
             found = [c for c in anew if c is not None]
         measured_s, left = self._bias * predicted_s, self._last_step - step - 1
-        best, most = None, 0.0
+        best: Change | None = None
+        most = 0.0
         for entry in found:
             gain = 1 - entry.step_s / predicted_s if predicted_s else 0.0
             # Measured over predicted stays what it is: both plans are as much slower as they are predicted.
             saved_s = gain * measured_s * left - entry.move_s - self._setup_s
             if gain > LEAST_GAIN and saved_s > most and not self._banned(entry.plan, step):
-                best, most = Change(entry.plan, search.drift.reason, entry.kind, gain), saved_s
+                best = Change(entry.plan, search.drift.reason, entry.kind, gain, entry.move_s)
+                most = saved_s
         return best
 
     def changed(self, change: Change, step: int, moved_bytes: int, seconds: float) -> Adaptation:
         """The change was carried out; ``step`` is the first under the new plan."""
         record = Adaptation(step, change.reason, change.kind, change.predicted_gain, moved_bytes, seconds)
-        self._setup_s = seconds
         before, before_s = self.plan, median(self._times[-3:])
         self.plan = change.plan
         if change.undoes:
             self._trial = None
         else:
             self._trial = _Trial(record, before, before_s)
+            self._setup_s = max(0.0, seconds - change.move_s)
         self.records.append(record)
         self._estimator = self._follow(self._estimator.profile)
         self._times, self._rest = [before_s], SETTLE_STEPS - 1
