@@ -32,7 +32,7 @@ from spanwise.profiler.trace import Traced
 from spanwise.runtime import migrate
 from spanwise.runtime.device_run import Assignment, Snapshot
 from spanwise.runtime.processes import ProcessSession, WorkerPool
-from spanwise.runtime.session import Session
+from spanwise.runtime.session import Probe, Session
 from spanwise.runtime.threads import ThreadSession
 from spanwise.runtime.transport import Pending, Tensors, Transport
 from spanwise.zoo import mobilenet_v2
@@ -256,6 +256,41 @@ def test_a_peer_that_sends_nothing_is_named_within_the_deadline() -> None:
     with pytest.raises(PeerError, match=f"'{mute}': nothing within 0.2 s|failed on another device"):
         session.switch(hurried)
     session.close()
+
+
+class Looking:
+    """A guide that asks once for a link to a device that has no part in the plan, and never halts."""
+
+    def __init__(self) -> None:
+        sizes = (1000, 50_000)
+        self.wanted = [(Probe("a", "d", sizes), Probe("d", "a", sizes))]
+        self.found: dict[tuple[str, str], tuple[tuple[int, float], ...]] = {}
+
+    def wants_halt(self) -> bool:
+        return False
+
+    def wanted_probes(self) -> tuple[Probe, ...]:
+        return self.wanted.pop() if self.wanted else ()
+
+    def probed(self, probe: Probe, samples: tuple[tuple[int, float], ...]) -> None:
+        self.found[probe.source, probe.target] = samples
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_a_link_is_probed_between_two_steps_and_the_run_goes_on(pool: WorkerPool, kind: str) -> None:
+    work, source, guide = works(PLAIN)[0], of(PLAIN)[1], Looking()
+    tensors = dict(source.parameters)
+    session: Session = (
+        ThreadSession(work, tensors, PLAIN.data())
+        if kind == "threads"
+        else ProcessSession(pool, work, tensors, PLAIN.data())
+    )
+    losses = [report.loss for report in session.run(0, STEPS, guide)]
+    snapshot = session.snapshot()
+    session.close()
+    assert [n for n, _ in guide.found["a", "d"]] == [1000, 50_000]
+    assert all(seconds > 0 for _, seconds in guide.found["a", "d"])
+    assert distance(PLAIN, snapshot, losses) < 1e-9
 
 
 def test_the_same_rows_make_up_a_step_under_every_plan() -> None:

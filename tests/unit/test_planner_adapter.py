@@ -9,6 +9,7 @@ from test_planner_estimate import CLUSTER, PIPE, problem
 
 from adapter_cases import shown, slower, thinner
 from planner_cases import make_job
+from spanwise.core.errors import InputError
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.lowering import moves
@@ -171,6 +172,16 @@ def test_replan_gives_the_faster_plan_or_the_same() -> None:
     truth = Problem(task.graph, slow, CLUSTER, task.job)
     new = replan(plan, task.graph, slow, CLUSTER, task.job)
     assert timeline(truth, new).step_time_s < timeline(truth, plan).step_time_s
+
+
+def test_replan_without_a_device_of_the_plan_is_refused() -> None:
+    task = problem()
+    plan = make_plan(task, "hpp")
+    gone = plan.devices[-1]
+    data = CLUSTER.to_data()
+    data |= {"devices": [d for d in data["devices"] if d["id"] != gone], "data": "everywhere"}
+    with pytest.raises(InputError, match=f"device '{gone}' is not in cluster"):
+        replan(plan, task.graph, task.profile, type(CLUSTER).parse(data), task.job)
 
 
 def test_a_link_that_nobody_uses_any_more_is_probed_and_used_again_when_it_is_back() -> None:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Literal
 
 from spanwise.core.cluster import Cluster
-from spanwise.core.errors import InfeasibleError, PlanError
+from spanwise.core.errors import InfeasibleError, InputError, PlanError
 from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan, Replica
@@ -57,7 +57,7 @@ def replan(
         plan: what runs.
         graph: its model.
         profile: layer times, device factors and measured links as they are now.
-        cluster: devices and links as they are now; it must have the plan's data devices.
+        cluster: devices and links as they are now; it must have the plan's devices.
         job: the job that runs.
         strategy: who makes plans from the ground up.
 
@@ -66,8 +66,15 @@ def replan(
         faster. Of plans within a per cent of each other the one that changes least.
 
     Raises:
-        InfeasibleError: not even the plan itself can run there.
+        InputError: a device of the plan is not in the cluster; what it alone holds cannot be moved.
+        InfeasibleError: neither the plan itself nor any change of it can run there.
     """
+    missing = [device for device in plan.devices if device not in cluster.ids]
+    if missing:
+        raise InputError(
+            f"plan '{plan.strategy}': device '{missing[0]}' is not in cluster '{cluster.name}', so its state "
+            "cannot move; make a new plan and resume from a checkpoint"
+        )
     problem = Problem(graph=graph, profile=profile, cluster=cluster, job=job)
     found = [c for group in candidates(problem, plan, strategy) for c in group]
     try:
