@@ -16,7 +16,7 @@ from spanwise.core.observed import DeviceStep
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.lowering import lower
-from spanwise.planner.estimate import Drift, Estimator, Expected, Link
+from spanwise.planner.estimate import KEPT, Drift, Estimator, Expected, Link, newest
 from spanwise.planner.explore import Explorer, Look
 from spanwise.planner.problem import Memo, Problem
 from spanwise.planner.replan import Candidate, Kind, candidate, candidates, shape
@@ -24,8 +24,8 @@ from spanwise.simulator import simulate
 
 LEAST_GAIN = 0.05  # predicted, of the step time
 LOSS = 0.03  # realised: a change that makes steps this much longer is undone
-HOLD_STEPS = 5  # after a change, before the next
-JUDGED_STEPS = 3  # of those after a change, without the first, that say what it gave
+HOLD_STEPS, HOLD_S = 5, 2.0  # after a change, before the next
+JUDGED_STEPS, JUDGED_S = 3, 0.5  # under a plan, without the first, say how fast it is
 BAN_STEPS = 50  # an undone plan is not tried again for so long, twice as long the next time
 SETTLE_STEPS = 2  # at the start and after a change: first passes grow heaps and connections
 SETUP_S = 0.2  # of a change, until one was measured
@@ -112,12 +112,13 @@ class Adapter:
         self._estimator = self._follow(problem.profile)
         self._times: list[float] = []  # of the steps under this plan, settled ones only
         self._rest = SETTLE_STEPS
-        self._hold_until = 0
+        self._hold_until, self._hold_until_s = 0, 0.0
         self._quiet_until_s = 0.0
         self._searching: tuple[Search, float] | None = None
         self._trial: _Trial | None = None
         self._setup_s = SETUP_S
         self._explorer = Explorer(problem.profile, problem.cluster)
+        self._now_s = 0.0
         self._bans: dict[Plan, tuple[int, int]] = {}  # shape of a plan: until which step, how often
 
     @property
@@ -134,6 +135,7 @@ class Adapter:
             return None
         self._estimator.add(step_s, observed)
         self._times.append(step_s)
+        self._now_s = now_s
         drift = self._estimator.drift()
         if self._trial is not None:
             undo = self._judge(step, step_s, drift)
@@ -144,8 +146,8 @@ class Adapter:
             drift = Drift(f"{', '.join(forgotten)} may be as fast as at first again", False, True)
         if self._searching is not None or drift is None or self._last_step - step < HOLD_STEPS:
             return None
-        waits = step < self._hold_until or now_s < self._quiet_until_s
-        if waits and not (drift.big and drift.conditions):
+        held = step < self._hold_until or now_s < max(self._hold_until_s, self._quiet_until_s)
+        if self._trial is not None or (held and not (drift.big and drift.conditions)):
             return None
         profile = self._explorer.forget(self._fitted(), forgotten)
         problem = replace(self._problem, profile=profile, memo=Memo())
@@ -177,7 +179,7 @@ class Adapter:
             self._quiet_until_s = now_s + (now_s - since_s) / SEARCH_SHARE
         predicted_s = self._expected(search.problem.profile).step_s
         if self._estimator.profile is not search.problem.profile:
-            self._bias = median(self._times[-3:]) / predicted_s if predicted_s else 1.0
+            self._bias = self._pace_s / predicted_s if predicted_s else 1.0
             self._estimator = self._follow(search.problem.profile)
         if search.plan is not self.plan:  # a small change was made meanwhile
             anew = [candidate(search.problem, self.plan, c.plan) for c in found]
@@ -197,7 +199,7 @@ class Adapter:
     def changed(self, change: Change, step: int, moved_bytes: int, seconds: float) -> Adaptation:
         """The change was carried out; ``step`` is the first under the new plan."""
         record = Adaptation(step, change.reason, change.kind, change.predicted_gain, moved_bytes, seconds)
-        before, before_s = self.plan, median(self._times[-3:])
+        before, before_s = self.plan, self._pace_s
         self.plan = change.plan
         if change.undoes:
             self._trial = None
@@ -207,20 +209,25 @@ class Adapter:
         self.records.append(record)
         self._estimator = self._follow(self._estimator.profile)
         self._times, self._rest = [before_s], SETTLE_STEPS - 1
-        self._hold_until = step + HOLD_STEPS
+        self._hold_until, self._hold_until_s = step + HOLD_STEPS, self._now_s + seconds + HOLD_S
         return record
+
+    @property
+    def _pace_s(self) -> float:
+        """How long a step takes now."""
+        entries = [(seconds, seconds) for seconds in self._times[-KEPT:]]
+        return median(newest(entries, JUDGED_STEPS, JUDGED_S) or self._times)
 
     def _judge(self, step: int, step_s: float, drift: Drift | None) -> Change | None:
         """Compares steps after a change with those before; a Change back if it does not pay."""
         trial = self._trial
         assert trial is not None
-        if drift is not None and drift.conditions and drift.big:
-            self._trial = None  # the comparison would be of conditions, not of plans
-            return None
         trial.seen.append(step_s)
-        if len(trial.seen) < JUDGED_STEPS:
+        if len(trial.seen) < JUDGED_STEPS or sum(trial.seen) < JUDGED_S:
             return None
         self._trial = None
+        if drift is not None and drift.conditions and drift.big:
+            return None  # the comparison would be of conditions, not of plans
         realised = 1 - median(trial.seen) / trial.before_s
         worse = realised < -LOSS
         record = replace(trial.record, realised_gain=realised, undone=worse)

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import TypeVar
 
 from spanwise.core.cluster import Cluster
 from spanwise.core.observed import Arrival, Departure, DeviceStep
@@ -23,12 +24,18 @@ from spanwise.core.timeline import Timeline
 from spanwise.cost import ring_edge_bytes
 
 Link = tuple[str, str]
+T = TypeVar("T")
 
-WINDOW = 3  # steps that must agree before something has moved
+# What must agree before something has moved: so many steps, and so many seconds of them, as steps of a few
+# milliseconds all lie within one hiccup of a machine.
+WINDOW, WINDOW_S = 3, 1.0
+BIG_WINDOW, BIG_WINDOW_S = 2, 0.5
+AGREE = 0.75  # of these steps must be out of the band
+KEPT = 64  # steps
 STEP_BAND = 1.15  # measured over predicted step time
 DEVICE_BAND = 1.15
 LINK_BAND = 1.2
-BIG = 1.5  # beyond this two steps are enough
+BIG = 1.5  # beyond this the shorter time is enough
 CALM_WEIGHT = 0.3  # of the newest step in the smoothed ratio
 LEAST_SHARE = 0.05  # of the step time: a device or link that is at work for less decides nothing
 LEAST_COMPUTE_S = 1e-4  # below it a step says nothing about a device
@@ -166,18 +173,29 @@ class Drift:
     conditions: bool  # a device or link did, not only the step time
 
 
+def newest(entries: Sequence[tuple[float, T]], steps: int, seconds: float) -> list[T]:
+    """Of (seconds, entry) the newest that span so many steps and seconds; empty if all are too few."""
+    spanned, out = 0.0, list[T]()
+    for length_s, entry in reversed(entries):
+        out.append(entry)
+        spanned += length_s
+        if len(out) >= steps and spanned >= seconds:
+            return out[::-1]
+    return []
+
+
 class Tracker:
     """Ratios of the last steps of one kind: smoothed while calm, their median once they have moved."""
 
     def __init__(self, band: float) -> None:
         self._band = band
-        self._last: deque[float] = deque(maxlen=WINDOW)
+        self._last: deque[tuple[float, float]] = deque(maxlen=KEPT)  # seconds and log ratio
         self._smooth: float | None = None
 
-    def add(self, ratio: float) -> None:
-        """Takes the newest step in."""
+    def add(self, ratio: float, seconds: float) -> None:
+        """Takes the newest step in, which took so long."""
         value = math.log(max(ratio, 1e-6))
-        self._last.append(value)
+        self._last.append((seconds, value))
         if self._smooth is None:
             self._smooth = value
         else:
@@ -185,13 +203,13 @@ class Tracker:
 
     @property
     def big(self) -> bool:
-        """Whether the last two steps are far out, both to the same side."""
-        return self._beyond(BIG, 2)
+        """Whether the newest steps are far out, all to the same side."""
+        return self._beyond(BIG, self._short)
 
     @property
     def moved(self) -> bool:
-        """Whether the last steps are all out of the band, to the same side."""
-        return self.big or self._beyond(self._band, WINDOW)
+        """Whether the newest steps are out of the band, all to the same side."""
+        return self.big or self._beyond(self._band, self._long)
 
     @property
     def ratio(self) -> float:
@@ -200,13 +218,20 @@ class Tracker:
             return 1.0
         if not self.moved:
             return math.exp(self._smooth)
-        return math.exp(median(list(self._last)[-2:] if self.big else self._last))
+        return math.exp(median(self._short if self.big else self._long))
 
-    def _beyond(self, band: float, steps: int) -> bool:
-        last = list(self._last)[-steps:]
-        if len(last) < steps:
-            return False
-        return min(last) > math.log(band) or max(last) < -math.log(band)
+    @property
+    def _short(self) -> list[float]:
+        return newest(self._last, BIG_WINDOW, BIG_WINDOW_S)
+
+    @property
+    def _long(self) -> list[float]:
+        return newest(self._last, WINDOW, WINDOW_S)
+
+    def _beyond(self, band: float, last: Sequence[float]) -> bool:
+        above = sum(value > math.log(band) for value in last)
+        below = sum(value < -math.log(band) for value in last)
+        return bool(last) and max(above, below) >= AGREE * len(last)
 
 
 class Estimator:
@@ -222,7 +247,7 @@ class Estimator:
             for b in cluster.ids
             if a != b and cluster.connected(a, b)
         }
-        self._recent: deque[tuple[float, Sequence[DeviceStep]]] = deque(maxlen=WINDOW)
+        self._recent: deque[tuple[float, Sequence[DeviceStep]]] = deque(maxlen=KEPT)
         self._step = Tracker(STEP_BAND)
         self._devices: dict[str, Tracker] = {}
         self._links: dict[Link, Tracker] = {}
@@ -232,12 +257,12 @@ class Estimator:
         """Takes a step in."""
         found = ratios(self.expected, step_s, observed, self._latency_s)
         self._recent.append((step_s, observed))
-        self._step.add(found.step)
+        self._step.add(found.step, step_s)
         for device, ratio in found.devices.items():
-            self._devices.setdefault(device, Tracker(DEVICE_BAND)).add(ratio)
+            self._devices.setdefault(device, Tracker(DEVICE_BAND)).add(ratio, step_s)
         self._shown.update(found.links)
         for link, ratio in found.links.items():
-            self._links.setdefault(link, Tracker(LINK_BAND)).add(ratio)
+            self._links.setdefault(link, Tracker(LINK_BAND)).add(ratio, step_s)
         return found
 
     def probed(self, link: Link, samples: Sequence[tuple[int, float]]) -> None:
@@ -255,7 +280,7 @@ class Estimator:
                 del self._links[other]  # an earlier probe: this one is newer
         tracker = self._links.setdefault(link, Tracker(LINK_BAND))
         for _ in range(2):
-            tracker.add(max(least[large] - least[small], _SHORTEST_S) / awaited_s)
+            tracker.add(max(least[large] - least[small], _SHORTEST_S) / awaited_s, BIG_WINDOW_S)
 
     def rate(self, link: Link) -> float:
         """Bytes per second of a link as believed."""
@@ -287,9 +312,10 @@ class Estimator:
         goes away when the steps are held against a simulation that knows of the first.
         """
         drift = self.drift()
-        steps = list(self._recent)[-2:] if drift is not None and drift.big else list(self._recent)
+        span = (BIG_WINDOW, BIG_WINDOW_S) if drift is not None and drift.big else (WINDOW, WINDOW_S)
+        recent = [(step_s, (step_s, observed)) for step_s, observed in self._recent]
         estimator = Estimator(profile, self._cluster, expected)
-        for step_s, observed in steps:
+        for step_s, observed in newest(recent, *span) or self._recent:
             estimator.add(step_s, observed)
         return estimator
 
