@@ -13,7 +13,8 @@ from spanwise.core.observed import MOST_MESSAGES, Arrival, Departure, DeviceStep
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.planner import Problem
-from spanwise.planner.estimate import Estimator, Expected, Tracker
+from spanwise.planner.estimate import Estimator, Tracker
+from spanwise.planner.ratios import Expected
 
 CLUSTER = Cluster.parse(
     {

@@ -16,9 +16,10 @@ from spanwise.core.observed import DeviceStep
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.lowering import lower
-from spanwise.planner.estimate import KEPT, Drift, Estimator, Expected, Link, newest
+from spanwise.planner.estimate import KEPT, Drift, Estimator, newest
 from spanwise.planner.explore import Explorer, Look
 from spanwise.planner.problem import Memo, Problem
+from spanwise.planner.ratios import Expected, Link
 from spanwise.planner.replan import Candidate, Kind, candidate, candidates, shape
 from spanwise.simulator import simulate
 

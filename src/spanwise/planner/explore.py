@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from spanwise.core.cluster import Cluster
 from spanwise.core.profile import Profile
 from spanwise.core.routes import Routes
-from spanwise.planner.estimate import DEVICE_BAND, LINK_BAND, Estimator, Link
+from spanwise.planner.estimate import DEVICE_BAND, LINK_BAND, Estimator
+from spanwise.planner.ratios import Link
 
 PROBE_EVERY_S = 1.5
 PROBE_S = 0.01  # bytes of a probe: so long at the link's first rate
