@@ -358,7 +358,7 @@ def test_a_run_follows_what_drifts_and_ends_with_the_same_parameters(
     tmp_path: Path, sizes: tuple[int, ...], world: dict[str, Any], fault: str, reason: str
 ) -> None:
     """On the portable emulation, on threads: everything from the measurement to the migration is real."""
-    task = drifting_job(32, *sizes)
+    task = drifting_job(44, *sizes)
     plain = run_job(
         task, machines(emulated=False, **world),
         TrainOptions(run=tmp_path / "plain", strategy="single", backend="threads"),

@@ -67,7 +67,7 @@ class Search:
     problem: Problem
     plan: Plan
     strategy: str
-    drift: Drift
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -144,15 +144,18 @@ class Adapter:
                 return undo
         forgotten = self._explorer.forgotten(self.profile, self.plan.devices, now_s)
         if drift is None and forgotten:
-            drift = Drift(f"{', '.join(forgotten)} may be as fast as at first again", False, True)
+            drift = Drift(big=False, conditions=True)
         if self._searching is not None or drift is None or self._last_step - step < HOLD_STEPS:
             return None
         held = step < self._hold_until or now_s < max(self._hold_until_s, self._quiet_until_s)
         if self._trial is not None or (held and not (drift.big and drift.conditions)):
             return None
-        profile = self._explorer.forget(self._fitted(), forgotten)
+        fitted = self._fitted()
+        reasons = [self._estimator.changes(fitted)] if self._estimator.drift() is not None else []
+        reasons += [f"{device} may be as fast as at first again" for device in forgotten]
+        profile = self._explorer.forget(fitted, forgotten)
         problem = replace(self._problem, profile=profile, memo=Memo())
-        search = Search(problem, self.plan, self._strategy, drift)
+        search = Search(problem, self.plan, self._strategy, "; ".join(reasons))
         self._searching = (search, now_s)
         return search
 
@@ -193,7 +196,7 @@ class Adapter:
             # Measured over predicted stays what it is: both plans are as much slower as they are predicted.
             saved_s = gain * measured_s * left - entry.move_s - self._setup_s
             if gain > LEAST_GAIN and saved_s > most and not self._banned(entry.plan, step):
-                best = Change(entry.plan, search.drift.reason, entry.kind, gain, entry.move_s)
+                best = Change(entry.plan, search.reason, entry.kind, gain, entry.move_s)
                 most = saved_s
         return best
 

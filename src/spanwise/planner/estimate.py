@@ -1,4 +1,4 @@
-"""How fast devices and links are now: ratios over the last steps, smoothed, and the profile that fits them."""
+"""How fast devices and links are now: ratios over the last steps, and the profile that fits them."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ CALM_WEIGHT = 0.3  # of the newest step in the smoothed ratio
 
 @dataclass(frozen=True)
 class Drift:
-    """Something has moved for good: what, and whether so far that it should be acted on at once."""
+    """Something has moved for good: whether far, and whether a device or link, not the step time alone."""
 
-    reason: str
     big: bool
-    conditions: bool  # a device or link did, not only the step time
+    conditions: bool
 
 
 def newest(entries: Sequence[tuple[float, T]], steps: int, seconds: float) -> list[T]:
@@ -158,18 +157,21 @@ class Estimator:
         return frozenset(self.pipe(link) for link in self._shown)
 
     def drift(self) -> Drift | None:
-        """What has moved, if anything has."""
-        moved = [f"{d} takes {t.ratio:.2f} times as long" for d, t in self._devices.items() if t.moved]
-        moved += [
-            f"{a}>{b} has {1 / t.ratio:.2f} of its rate" for (a, b), t in self._links.items() if t.moved
-        ]
+        """Whether something has moved."""
         trackers = [*self._devices.values(), *self._links.values()]
-        if moved:
-            return Drift("; ".join(moved), any(t.big for t in trackers), True)
-        if self._step.moved:
-            reason = f"steps take {self._step.ratio:.2f} times as long as predicted"
-            return Drift(reason, self._step.big, False)
-        return None
+        if any(tracker.moved for tracker in trackers):
+            return Drift(any(tracker.big for tracker in trackers), conditions=True)
+        return Drift(self._step.big, conditions=False) if self._step.moved else None
+
+    def changes(self, profile: Profile) -> str:
+        """What of the devices and links that were seen is out of the band in a fitted profile, in words."""
+        old = {entry.device: entry.factor for entry in self.profile.devices}
+        longer = {e.device: e.factor / old[e.device] for e in profile.devices if e.device in self._devices}
+        routes = Routes(self._cluster, profile.links)
+        rates = {link: routes.route(*link).bandwidth_bytes_per_s / self.rate(link) for link in self._links}
+        found = [f"{d} takes {r:.2f} times as long" for d, r in longer.items() if _out(r, DEVICE_BAND)]
+        found += [f"{a}>{b} has {r:.2f} of its rate" for (a, b), r in rates.items() if _out(r, LINK_BAND)]
+        return "; ".join(found) or f"steps take {self._step.ratio:.2f} times as long as predicted"
 
     def again(self, profile: Profile, expected: Expected) -> Estimator:
         """The last steps once more, against another expectation; those since it moved, if it has.
@@ -223,3 +225,7 @@ class Estimator:
         """The least capacity on the way that is not the pipe: ports of the two devices."""
         found = self._cluster.route(*link).resources
         return min((rate for name, rate in found if not name.startswith("link:")), default=math.inf)
+
+
+def _out(ratio: float, band: float) -> bool:
+    return ratio > band or ratio < 1 / band
