@@ -294,11 +294,21 @@ def _pass_s(passes: list[Pass]) -> float:
 def _layer_times(
     passes: list[list[Pass]], halved: list[list[Pass]] | None, layer: int, overhead: tuple[float, float]
 ) -> LayerTimes:
-    """``halved`` is None for a layer where nothing of the backward can wait."""
+    """``halved`` is None for a layer where nothing of the backward can wait.
+
+    What its forward takes longer, as it prepares for halves, counts with the input half.
+    """
     backward = tuple(_net([p.backward[layer] for p in at], overhead[1]) for at in passes)
     into, weight = backward, (0.0,) * len(passes)
     if halved is not None:
-        into = tuple(_net([p.backward[layer] for p in at], overhead[1]) for at in halved)
+        later = (
+            max(0.0, median(p.forward[layer] for p in by) - median(p.forward[layer] for p in at))
+            for at, by in zip(passes, halved, strict=True)
+        )
+        into = tuple(
+            extra + _net([p.backward[layer] for p in at], overhead[1])
+            for extra, at in zip(later, halved, strict=True)
+        )
         weight = tuple(median(p.weight[layer] for p in at) for at in halved)
     return LayerTimes(
         forward_s=tuple(_net([p.forward[layer] for p in at], overhead[0]) for at in passes),
