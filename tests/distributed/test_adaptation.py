@@ -259,11 +259,14 @@ def test_a_peer_that_sends_nothing_is_named_within_the_deadline() -> None:
 
 
 class Looking:
-    """A guide that asks once for a link to a device that has no part in the plan, and never halts."""
+    """A guide that asks for a link to a device that has no part in the plan, and never halts.
+
+    It asks again before the first answer can have come.
+    """
 
     def __init__(self) -> None:
         sizes = (1000, 50_000)
-        self.wanted = [(Probe("a", "d", sizes), Probe("d", "a", sizes))]
+        self.wanted = [(Probe("a", "d", sizes), Probe("d", "a", sizes)), (Probe("a", "d", sizes),)]
         self.found: dict[tuple[str, str], tuple[tuple[int, float], ...]] = {}
 
     def wants_halt(self) -> bool:

@@ -202,7 +202,6 @@ class ProcessSession:
         self._pool, self._coordinator, self._assignment = pool, pool.coordinator, assignment
         self._devices, self._data = assignment.plan.devices, data
         self._known = set(self._devices)  # those that know job, graph and operations
-        self._probes: dict[str, Probe] = {}  # under way, by the device that measures
         self._fed: set[str] = set()  # those that have got rows of live data
         for device in self._devices:
             self._set_up(device, tensors, resume)
@@ -255,7 +254,8 @@ class ProcessSession:
                 device, frame = self._coordinator.next_event(patience, f"step of {self._devices}")
                 if guide is not None and frame.kind == "probed" and frame.head["samples"]:
                     samples = tuple((int(n), float(t)) for n, t in frame.head["samples"])
-                    guide.probed(self._probes.pop(device), samples)
+                    sizes = tuple(n for n, _ in samples)
+                    guide.probed(Probe(device, str(frame.head["peer"]), sizes), samples)
                 if frame.kind != "step":
                     continue
                 report = gatherer.add(device, self._part(device, frame.head))
@@ -285,7 +285,6 @@ class ProcessSession:
             self._coordinator.tell(
                 device, "probe", peer=peer, first=first, sizes=probe.sizes, timeout_s=patience
             )
-        self._probes[probe.source] = probe
 
     def _part(self, device: str, head: dict[str, Any]) -> StepReport:
         shift = self._pool.clock_offset_s(device)

@@ -252,7 +252,7 @@ class _Worker:
             self.transport, head["peer"], first=bool(head["first"]), sizes=tuple(head["sizes"]),
             timeout_s=float(head.get("timeout_s", TIMEOUT_S)),
         )  # fmt: skip
-        self.channel.send("probed", samples=samples)
+        self.channel.send("probed", peer=head["peer"], samples=samples)
 
     def _on_exchange(self, frame: Frame) -> None:
         """Measures what a message costs this device, while all devices send to their next."""
