@@ -12,8 +12,8 @@ from spanwise.core.timeline import Timeline
 from spanwise.core.units import format_bytes
 from spanwise.lowering import lower
 from spanwise.planner.bubble import zero_bubble_variants
-from spanwise.planner.build import Depth, build
-from spanwise.planner.feasible import ShortageError, closest
+from spanwise.planner.build import Depth, build, fitted, warmup
+from spanwise.planner.feasible import ShortageError, closest, shortage
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.price import price
 from spanwise.planner.problem import Problem
@@ -186,6 +186,7 @@ def at_both_depths(problem: Problem, strategy: str, outlines: Sequence[Outline],
     shallow = [Priced(_shallow(plan), 0.0) for plan in best if len(plan.stages) > 1]
     winner = fastest(problem, [Priced(best[0], 0.0), *shallow], 1 + len(shallow))
     winner = shifted(problem, winner, limit)
+    winner = recomputed(problem, list(dict.fromkeys((winner, *best))))
     winner = halved(problem, list(dict.fromkeys((winner, *ranked))))
     if winner.schedule == "zero_bubble":
         winner = shifted(problem, winner, limit // 2)
@@ -205,6 +206,25 @@ def halved(problem: Problem, plans: Sequence[Plan]) -> Plan:
             first[variant] = plan
     best = _paying(problem, plans[0], list(first))
     return _paying(problem, best, list(zero_bubble_variants(problem, first.get(best, best))))
+
+
+def recomputed(problem: Problem, plans: Sequence[Plan]) -> Plan:
+    """The fastest of the plans at warm-up depth 2(P-p)-1 with layers run again, if that pays, else the first.
+
+    Only those whose depth memory does not allow otherwise.
+    """
+    variants: list[Plan] = []
+    for plan in plans:
+        total, count = len(plan.stages), plan.micro_batches
+        deep = [
+            stage.model_copy(update={"warmup": warmup("deep", number, total, count), "recompute": ()})
+            for number, stage in enumerate(plan.stages)
+        ]
+        if shortage(problem, tuple(deep), plan.schedule, count) is not None:
+            stages, short = fitted(problem, deep, plan.schedule, count, recompute=True)
+            if short is None and stages != plan.stages:
+                variants.append(plan.model_copy(update={"stages": stages}))
+    return _paying(problem, plans[0], variants)
 
 
 def segmented(problem: Problem, plan: Plan) -> Plan:

@@ -134,6 +134,7 @@ class Engine:
                 self.memory.add(lane.name, self.costs.saved[lane.name, action.stage], now)
                 return self._compute(lane, action, self.costs.compute_s(lane.name, action), now)
             case "backward" | "backward_input" | "backward_weight":
+                self.memory.add(lane.name, self.costs.again(action), now)
                 return self._compute(lane, action, self.costs.compute_s(lane.name, action), now)
             case "send":
                 self._send(lane, action, now)
@@ -191,9 +192,10 @@ class Engine:
         key = (lane.name, action.stage)
         match action.kind:
             case "backward":
-                self.memory.add(lane.name, -self.costs.saved[key], now)
+                self.memory.add(lane.name, -self.costs.saved[key] - self.costs.again(action), now)
             case "backward_input":
-                self.memory.add(lane.name, self.costs.deferred(action) - self.costs.saved[key], now)
+                kept = self.costs.saved[key] + self.costs.again(action)
+                self.memory.add(lane.name, self.costs.deferred(action) - kept, now)
             case "backward_weight":
                 self.memory.add(lane.name, -self.costs.deferred(action), now)
             case _:

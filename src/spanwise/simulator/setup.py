@@ -11,7 +11,15 @@ from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.core.program import Action, Program
 from spanwise.core.routes import Routes
-from spanwise.cost import deferred_bytes, ring_edge_bytes, ring_rounds, saved_bytes, state_bytes
+from spanwise.cost import (
+    again_bytes,
+    again_s,
+    deferred_bytes,
+    kept_bytes,
+    ring_edge_bytes,
+    ring_rounds,
+    state_bytes,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +51,7 @@ class Costs:
         for index, stage in enumerate(plan.stages):
             for replica in stage.replicas:
                 key = (replica.device, index)
-                self.saved[key] = saved_bytes(graph, stage.start, stage.stop, replica.rows)
+                self.saved[key] = kept_bytes(graph, stage.start, stage.stop, replica.rows, stage.recompute)
         self.update: dict[str, float] = {}
         self.message: dict[str, tuple[float, float]] = {}  # seconds of one, and per byte
         self.base: dict[str, int] = {}
@@ -74,20 +82,29 @@ class Costs:
         start, stop = self._layers(action)
         return deferred_bytes(self.graph, start, stop, action.rows[1] - action.rows[0])
 
+    def again(self, action: Action) -> int:
+        """Bytes that a backward holds above what the forward kept, for the layers that it runs again."""
+        stage, rows = self.plan.stages[action.stage], action.rows[1] - action.rows[0]
+        if not stage.recompute or action.kind == "backward_weight":
+            return 0
+        in_halves = action.kind == "backward_input"
+        return again_bytes(self.graph, stage.stop, rows, stage.recompute, in_halves=in_halves)
+
     def _layers(self, action: Action) -> tuple[int, int]:
         stage = self.plan.stages[action.stage]
         return action.layers or (stage.start, stage.stop)
 
     def _find_compute(self, device: str, action: Action) -> float:
         where = (device, *self._layers(action), action.rows[1] - action.rows[0])
+        again = again_s(self.profile, self.plan.stages[action.stage], device, where[-1])
         match action.kind:
             case "forward":
                 return self.profile.forward_s(*where)
             case "backward":
-                return self.profile.backward_s(*where)
+                return self.profile.backward_s(*where) + again
             case _:
                 into, weight = self.profile.halves_s(*where)
-                return into if action.kind == "backward_input" else weight
+                return into + again if action.kind == "backward_input" else weight
 
     def messages_s(self, device: str, action: Action) -> float:
         """Compute that a device spends on the messages of an action; of a ring, those of all its rounds."""
