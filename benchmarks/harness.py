@@ -17,13 +17,18 @@ from spanwise.api.run import environment
 from spanwise.lab import reason_against
 
 
-def options(description: str) -> argparse.Namespace:
+def parser(description: str) -> argparse.ArgumentParser:
     """``--short`` for a run of a minute or two, ``--out`` for where raw results go."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--short", action="store_true", help="fewer repeats; results are not kept")
-    parser.add_argument("--out", type=Path, default=None, help="raw JSON file")
-    parser.add_argument("--redraw", action="store_true", help="only the picture again, from the raw file")
-    return parser.parse_args()
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--short", action="store_true", help="fewer repeats; results are not kept")
+    found.add_argument("--out", type=Path, default=None, help="raw JSON file")
+    found.add_argument("--redraw", action="store_true", help="only the picture again, from the raw file")
+    return found
+
+
+def options(description: str) -> argparse.Namespace:
+    """The options that every benchmark has."""
+    return parser(description).parse_args()
 
 
 def need_lab(args: argparse.Namespace) -> None:

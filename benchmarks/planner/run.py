@@ -1,8 +1,8 @@
-"""Planning: seconds of import and of `spanwise plan` on a cached profile, and of comparing all strategies."""
+"""Planning: seconds of commands and of comparing all strategies, from 3 devices to 2,000."""
 
 from __future__ import annotations
 
-import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -12,15 +12,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from cases import large, unlike
 from harness import keep, options, summary
 
-from spanwise.core.cluster import Cluster
-from spanwise.core.job import Job
-from spanwise.core.model import Layer, ModelGraph, Parameter, TensorSpec
-from spanwise.core.profile import DeviceTimes, LayerTimes, Profile, TimeTable
 from spanwise.planner import Problem, compare
+from spanwise.planner.hpp import hpp
 
 JOB = Path(__file__).resolve().parents[2] / "examples" / "digits.toml"
+LAYERS = 60
+SIZES = ((3, 20), (4, 50), (6, 50), (8, 60), (16, 60))  # unlike devices on two sites
+LARGE = (200, 2000)  # devices of six kinds in ten sites, 60 layers
 
 
 def command_s(command: list[str], repeats: int) -> dict[str, float]:
@@ -33,92 +34,44 @@ def command_s(command: list[str], repeats: int) -> dict[str, float]:
     return summary(seconds)
 
 
-def chain(layers: int, seed: int) -> ModelGraph:
-    """A convolutional-network-like chain: cuts shrink, weights grow."""
-    rng = random.Random(seed)
-    built: list[Layer] = []
-    for index in range(layers):
-        cut = TensorSpec(
-            name=f"a{index}", shape=(int(30_000 / (1 + index)) + 64,), dtype="float32", item_bytes=4
-        )
-        flops = rng.uniform(2e6, 1e7)
-        weights = Parameter(name=f"w{index}", shape=(1,), bytes=int(4000 * (1 + index) ** 1.5))
-        built.append(
-            Layer(
-                name=f"layer{index}", ops=(index, index + 1), forward_flops=flops, backward_flops=2 * flops,
-                parameters=(weights,), outputs=(cut,) if index + 1 < layers else (),
-                saved_bytes=cut.row_bytes,
-            )
-        )  # fmt: skip
-    image = TensorSpec(name="x", shape=(3, 32, 32), dtype="float32", item_bytes=4, differentiable=False)
-    label = TensorSpec(name="y", shape=(), dtype="int64", item_bytes=8, differentiable=False)
-    return ModelGraph(
-        name="chain", source_digest="chain", layers=tuple(built), inputs=(image,), labels=(label,)
-    )
-
-
-def problem(devices: int, layers: int, seed: int) -> Problem:
-    """Unlike devices on two sites."""
-    rng = random.Random(seed)
-    graph = chain(layers, seed)
-    rows = (1, 4, 16, 64)
-    table = TimeTable(
-        rows=rows,
-        layers=tuple(
-            LayerTimes(
-                forward_s=tuple(1e-4 + r * x.forward_flops / 2e10 for r in rows),
-                backward_s=tuple(2e-4 + r * x.backward_flops / 2e10 for r in rows),
-            )
-            for x in graph.layers
-        ),
-        provenance="analytic",
-    )
-    ids = [f"d{i}" for i in range(devices)]
-    speeds = [rng.choice((1.0, 0.5, 0.25, 0.1)) for _ in ids]
-    cluster = Cluster.parse(
-        {
-            "name": "planned",
-            "devices": [
-                {"id": d, "site": f"s{i % 2}", "speed": v, "memory": "4 GiB"}
-                for i, (d, v) in enumerate(zip(ids, speeds, strict=True))
-            ],
-            "links": [
-                {"between": ["s0", "s1"], "bandwidth": "50 Mbit/s", "latency": "10 ms"},
-                {"between": ["s0", "s0"], "bandwidth": "500 Mbit/s", "latency": "1 ms"},
-                {"between": ["s1", "s1"], "bandwidth": "500 Mbit/s", "latency": "1 ms"},
-            ],
-            "data": [ids[0]],
-        }
-    )
-    times = Profile(
-        graph_digest=graph.digest,
-        tables=(table,),
-        devices=tuple(DeviceTimes(device=d, factor=1 / v) for d, v in zip(ids, speeds, strict=True)),
-    )
-    job = Job.parse({"model": "live", "data": "live", "batch": 128})
-    return Problem(graph=graph, profile=times, cluster=cluster, job=job)
-
-
-def compare_s(devices: int, layers: int, repeats: int) -> dict[str, Any]:
-    """Seconds of planning and simulating every strategy."""
-    seconds: list[float] = []
+def planning(problems: list[Problem], again: list[Problem]) -> dict[str, Any]:
+    """Seconds of all strategies with their simulations, and of ``hpp`` alone: wall and of the processor."""
+    wall: list[float] = []
+    cpu: list[float] = []
+    alone: list[float] = []
     best: list[str] = []
-    for seed in range(repeats):
-        task = problem(devices, layers, seed)
-        start = time.perf_counter()
-        found = compare(task)
-        seconds.append(time.perf_counter() - start)
-        winner = min(
-            (e for e in found if e.timeline), key=lambda e: e.timeline.step_time_s if e.timeline else 0
-        )
-        best.append(winner.strategy)
-    return {"seconds": summary(seconds), "best": best}
+    for task, other in zip(problems, again, strict=True):
+        start, used = time.perf_counter(), time.process_time()
+        found = [e for e in compare(task) if e.timeline is not None]
+        wall.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - used)
+        best.append(min(found, key=lambda e: e.timeline.step_time_s if e.timeline else 0.0).strategy)
+        used = time.process_time()
+        hpp(other)
+        alone.append(time.process_time() - used)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "seconds": summary(wall), "cpu_seconds": summary(cpu), "hpp_cpu_seconds": summary(alone),
+        "best": best, "peak_bytes_so_far": peak,
+    }  # fmt: skip
+
+
+def times(short: bool) -> dict[str, dict[str, Any]]:
+    """By devices x layers, small ones first, as the peak of memory is that so far."""
+    repeats = 2 if short else 5
+    out: dict[str, dict[str, Any]] = {}
+    for devices, layers in SIZES[:2] if short else SIZES:
+        tasks = [[unlike(devices, layers, seed) for seed in range(repeats)] for _ in range(2)]
+        out[f"{devices} x {layers}"] = {"devices": devices, "layers": layers, **planning(*tasks)}
+    for devices in () if short else LARGE:
+        tasks = [[large(devices, LAYERS, seed) for seed in range(3)] for _ in range(2)]
+        out[f"{devices} x {LAYERS}"] = {"devices": devices, "layers": LAYERS, **planning(*tasks)}
+    return out
 
 
 def main() -> None:
     args = options(__doc__ or "")
-    repeats = 3 if args.short else 7
-    sizes = [(3, 20), (4, 50)] if args.short else [(3, 20), (4, 50), (6, 50), (8, 60), (16, 60)]
+    repeats = 2 if args.short else 7
     spanwise = str(Path(sys.executable).with_name("spanwise"))
     with tempfile.TemporaryDirectory() as cache:
         plan = [spanwise, "plan", str(JOB), "--cache", cache]
@@ -127,7 +80,7 @@ def main() -> None:
             "import_spanwise_s": command_s([sys.executable, "-c", "import spanwise"], repeats),
             "python_alone_s": command_s([sys.executable, "-c", "pass"], repeats),
             "plan_on_cached_profile_s": command_s(plan, repeats),
-            "compare": {f"{d} devices x {n} layers": compare_s(d, n, repeats) for d, n in sizes},
+            "compare": times(args.short),
         }
     keep(args, Path(__file__).parent, "planner", result)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from spanwise.api import Trainer, load_cluster, load_job, plan, profile, report, simulate, train
+    from spanwise.api import Trainer, load_cluster, load_job, plan, profile, replan, report, simulate, train
     from spanwise.core.cluster import Cluster, Device, Link
     from spanwise.core.defaults import default_cluster
     from spanwise.core.errors import SpanwiseError
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Trainer": "api", "load_cluster": "api", "load_job": "api", "plan": "api", "profile": "api",
-    "report": "api", "simulate": "api", "train": "api",
+    "replan": "api", "report": "api", "simulate": "api", "train": "api",
     "Cluster": "core.cluster", "Device": "core.cluster", "Link": "core.cluster",
     "default_cluster": "core.defaults", "SpanwiseError": "core.errors", "Job": "core.job",
     "ModelGraph": "core.model", "Plan": "core.plan", "Profile": "core.profile", "Timeline": "core.timeline",
@@ -52,6 +52,7 @@ __all__ = [
     "load_job",
     "plan",
     "profile",
+    "replan",
     "report",
     "simulate",
     "train",

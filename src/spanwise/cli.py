@@ -192,17 +192,25 @@ def train(
     in_lab: Annotated[
         bool, typer.Option("--lab", help="Emulate by namespaces, shaped links and CPU shares; needs root.")
     ] = False,
+    adapt: Annotated[
+        bool, typer.Option("--adapt", help="Change the plan when devices or links drift.")
+    ] = False,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option("--fault", help="slow:D*F@STEP or slow:A>B*F@STEP on a portably emulated cluster."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train: profile, plan, predict, run exactly that plan, report."""
     from spanwise import api
     from spanwise.console import RunConsole, show_outcome
+    from spanwise.core.faults import Fault
     from spanwise.runtime.control import parse_endpoint
 
     task, machines = api.load_job(job, tuple(sets or ())), api.load_cluster(cluster)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"adapt": adapt, "faults": tuple(map(Fault.of, fault or ()))}
     if listen is not None:
-        options = {
+        options |= {
             "spawn": False,
             "listen": parse_endpoint(listen),
             "token": _token(token_file, make=True),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from spanwise.core.profile import Profile
     from spanwise.core.timeline import Timeline
     from spanwise.planner import Evaluation, WhatIf
+    from spanwise.planner.adapter import Adaptation
     from spanwise.runtime.evaluate import Score
     from spanwise.runtime.processes import WorkerPool
     from spanwise.runtime.session import StepReport
@@ -210,9 +211,22 @@ def show_outcome(summary: dict[str, Any], report: Path) -> None:
         f"step time: predicted {format_seconds(predicted)}, measured {format_seconds(measured)} ({error}); "
         f"{summary['throughput_samples_per_s']:.0f} samples/s"
     )
+    for change in summary["adaptations"]:
+        console.print(_adaptation(change), markup=False)
     if summary["accuracy"] is not None:
         console.print(f"test accuracy {summary['accuracy']:.1%}, test loss {summary['test_loss']:.3f}")
     console.print(f"report: {report}", markup=False)
+
+
+def _adaptation(change: dict[str, Any]) -> str:
+    realised = change["realised_gain"]
+    gained = "not known" if realised is None else f"{realised:+.0%}"
+    return (
+        f"step {change['step']}: {change['reason']}; new {change['kind']}, "
+        f"{format_bytes(change['moved_bytes'])} moved in {format_seconds(change['seconds'])}; "
+        f"gain predicted {change['predicted_gain']:+.0%}, realised {gained}"
+        f"{', undone' if change['undone'] else ''}"
+    )
 
 
 class RunConsole:
@@ -269,6 +283,11 @@ class RunConsole:
             said = format_seconds(entry.timeline.step_time_s) if entry.timeline else entry.reason
             self._console.print(f"  {entry.strategy:24s} {said}", markup=False)
         self._console.print(f"predicted step time {format_seconds(predicted.step_time_s)}\n")
+
+    def on_change(self, plan: Plan, graph: ModelGraph, record: Adaptation) -> None:
+        """Shows the new plan and why; what it gives is not known yet."""
+        self._console.print(f"\n{_adaptation(record.to_data())}", markup=False)
+        self._console.print(describe_plan(plan, graph), markup=False)
 
     def on_step(self, report: StepReport, step_time_s: float, total_steps: int) -> None:
         """Moves the bar."""

@@ -30,11 +30,11 @@ def test_auto_does_not_consider_them() -> None:
 
 def published_round_s(problem: Problem, plan: Plan) -> float:
     """Section 3 of the method spec, term by term."""
-    profile, links, rows, m = problem.profile, problem.links.routes, plan.micro_batch_rows, plan.micro_batches
+    profile, links, rows, m = problem.profile, problem.links, plan.micro_batch_rows, plan.micro_batches
     index = {d: i for i, d in enumerate(problem.cluster.ids)}
 
     def slowest(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[float, float]:
-        found = [links[index[x]][index[y]] for x, y in [*product(a, b), *product(b, a)] if x != y]
+        found = [links.route(index[x], index[y]) for x, y in [*product(a, b), *product(b, a)] if x != y]
         assert all(route is not None for route in found)
         known = [route for route in found if route is not None]
         return min(r.bandwidth_bytes_per_s for r in known), max(r.latency_s for r in known)

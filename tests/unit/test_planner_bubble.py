@@ -11,8 +11,9 @@ from spanwise.core.profile import Profile
 from spanwise.planner import Problem, make_plan
 from spanwise.planner.bubble import zero_bubble_variants
 from spanwise.planner.feasible import kept, memory_bytes
+from spanwise.planner.finish import halved, segmented
 from spanwise.planner.outline import Outline, Span
-from spanwise.planner.trial import halved, priced, segmented, timeline
+from spanwise.planner.trial import priced, timeline
 
 LAYERS = 12
 

@@ -7,11 +7,12 @@ import pytest
 from planner_cases import fastest_of_all, make_cluster, make_graph, make_job, make_problem, make_profile
 from spanwise.core.cluster import Cluster
 from spanwise.planner import STRATEGIES, Problem, compare, make_plan
+from spanwise.planner.extensions import Extension, all_subsets, along
 from spanwise.planner.groups import Groups
-from spanwise.planner.lanes import Group
-from spanwise.planner.orders import link_clusters, neighbours, starting_orders
+from spanwise.planner.orders import link_clusters, starting_orders
 from spanwise.planner.outlines import best_outlines
-from spanwise.planner.search import Search, all_subsets, runs_of
+from spanwise.planner.search import Search
+from spanwise.planner.sequences import neighbours
 from spanwise.planner.trial import timeline
 
 SEEDS = range(7)
@@ -93,17 +94,17 @@ def test_many_devices_are_searched_by_order() -> None:
 
 def best_single(problem: Problem) -> float:
     groups = Groups(problem, (0, len(problem.graph)), problem.micro_batch_choices())
-    devices: Group = tuple(range(len(problem.cluster.devices)))
-    return Search(groups, ((1 << d, 1 << d) for d in devices)).found()[0].price_s
+    devices = range(len(problem.cluster.devices))
+    return Search(groups, [Extension(d + 1, (d,)) for d in devices]).found()[0].price_s
 
 
 def test_an_order_is_a_part_of_all_subsets() -> None:
     """The order search only ever sees plans that the exact one sees too."""
     problem = make_problem(4, 6, 2)
     groups = Groups(problem, tuple(range(7)), problem.micro_batch_choices())
-    exact = Search(groups, all_subsets((0, 1, 2, 3))).found()[0].price_s
-    along = Search(groups, runs_of((2, 0, 3, 1), 4)).found()[0].price_s
-    assert exact <= along * (1 + 1e-12)
+    exact = Search(groups, all_subsets((0, 1, 2, 3), problem.kinds)).found()[0].price_s
+    ordered = Search(groups, along((2, 0, 3, 1), problem.kinds, 4)).found()[0].price_s
+    assert exact <= ordered * (1 + 1e-12)
 
 
 def test_link_clusters_are_sites() -> None:
@@ -111,13 +112,29 @@ def test_link_clusters_are_sites() -> None:
     assert link_clusters(make_problem(4, 5, 0)) == [(0, 1, 2, 3)]
 
 
-def test_starts_and_moves_are_permutations() -> None:
+def test_starts_are_permutations() -> None:
     orders = list(starting_orders(many(6)))
     assert len(orders) == len(set(orders)) >= 6
-    for order in (*orders, *neighbours(orders[0])):
-        assert sorted(order) == list(range(6))
-    assert (1, 0, 2) in set(neighbours((0, 1, 2)))
-    assert (1, 2, 0) in set(neighbours((0, 1, 2)))
+    assert all(sorted(order) == list(range(6)) for order in orders)
+
+
+def test_moves_keep_every_device_in_one_group() -> None:
+    problem = many(9)  # three kinds in each of three sites, d0 has the data
+    sequence = ((0, 1), (4,), (8,))
+    found = list(neighbours(problem, sequence, singles=False))
+    for near in found:
+        used = [d for group in near for d in group]
+        assert len(used) == len(set(used))
+        assert all(group and group == tuple(sorted(group)) for group in near)
+    for near in (
+        ((1,), (4,), (8,)),
+        ((0, 1), (4, 8)),
+        ((0, 1, 4), (8,)),
+        ((0, 1), (8,)),
+        ((1, 4), (0,), (8,)),
+    ):
+        assert near in found
+    assert all(len(group) == 1 for near in neighbours(problem, ((0,), (4,)), singles=True) for group in near)
 
 
 def test_message_overhead_makes_fewer_messages_win() -> None:

@@ -49,7 +49,7 @@ def test_routes_are_those_of_the_simulator(seed: int) -> None:
     costs = Costs(lower(plan, graph), plan, graph, profile, where, 0, ())
     same: dict[str, int] = {}
     for (i, a), (j, b) in permutations(enumerate(where.ids), 2):
-        way, route = costs.way(a, b), problem.links.routes[i][j]
+        way, route = costs.way(a, b), problem.links.route(i, j)
         assert route is not None
         assert route.latency_s == way.latency_s
         assert [rate for _, rate in route.resources] == [costs.capacities[r] for r in way.resources]

@@ -12,7 +12,7 @@ from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.cost import again_s, stage_bytes
 from spanwise.lowering import lower
-from spanwise.planner import STRATEGIES, Problem, build, compare, make_plan, trial
+from spanwise.planner import STRATEGIES, Problem, build, compare, finish, make_plan
 from spanwise.planner.build import fitted
 from spanwise.planner.feasible import memory_bytes, shortage
 from spanwise.planner.outline import Outline, Span
@@ -105,14 +105,14 @@ def test_running_again_keeps_more_forwards_ahead_where_that_is_faster() -> None:
     plan = build.build(tight, "x", outline)
     assert not any(stage.recompute for stage in plan.stages)
     assert plan.stages[0].warmup < deep.stages[0].warmup
-    found = trial.recomputed(tight, [plan])
+    found = finish.recomputed(tight, [plan])
     assert any(stage.recompute for stage in found.stages)
     assert timeline(tight, found).step_time_s < timeline(tight, plan).step_time_s
     assert shortage(tight, found.stages, "1f1b", 32) is None
     ample = problem(f"{needs(loose, deep)} B", 3, bandwidth="400 Mbit/s", batch=32)
     shallow = deep.model_copy(update={"stages": lowered})
     for whole in (deep, shallow):
-        assert trial.recomputed(ample, [whole]) == whole
+        assert finish.recomputed(ample, [whole]) == whole
 
 
 def test_all_strategies_stay_within_budgets_that_bind() -> None:

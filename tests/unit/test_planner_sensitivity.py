@@ -71,7 +71,7 @@ def test_a_link_is_doubled_both_ways_with_what_was_measured_over_it() -> None:
     assert wan.resources == {"link:plant>far", "link:far>plant"}
     assert wan.problem.cluster.route("server", "cam").bandwidth_bytes_per_s == 2.5e7
     assert [x.bandwidth_bytes_per_s for x in wan.problem.profile.links] == [2.2e7, 1e8]
-    assert wan.problem.links.routes[0][3].bandwidth_bytes_per_s == 2.2e7  # type: ignore[union-attr]
+    assert wan.problem.links.route(0, 3).bandwidth_bytes_per_s == 2.2e7  # type: ignore[union-attr]
 
 
 def test_what_was_measured_does_not_outgrow_what_else_is_on_the_way() -> None:

@@ -73,6 +73,19 @@ def simulate(
     return predict(chosen, graph, times, cluster, job, steps=steps, faults=faults)
 
 
+def replan(
+    running: Plan, graph: ModelGraph, times: Profile, cluster: Cluster, *, job: Job, strategy: str = "hpp"
+) -> Plan:
+    """The plan to go over to where devices and links are now as ``times`` and ``cluster`` say.
+
+    Raises:
+        InfeasibleError: neither the running plan nor any change of it can run there.
+    """
+    from spanwise.planner.replan import replan as find
+
+    return find(running, graph, times, cluster, job, strategy=strategy)
+
+
 def train(
     job: Job,
     cluster: Cluster | None = None,

@@ -15,12 +15,14 @@ import psutil
 import torch
 
 import spanwise
+from spanwise.api.adaptive import Adapting
 from spanwise.api.in_lab import meet_in_lab, profile_in_lab
 from spanwise.api.planning import choose, predict
 from spanwise.api.prepare import Prepared, prepare
 from spanwise.api.times import profile_devices, profile_prepared
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InputError, PlanError
+from spanwise.core.faults import Fault
 from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
 from spanwise.core.noun import write_whole
@@ -38,13 +40,15 @@ from spanwise.runtime.processes import Meeting, ProcessSession, WorkerPool
 from spanwise.runtime.session import Session
 from spanwise.runtime.threads import ThreadSession
 from spanwise.runtime.training import Evaluation as Examination
-from spanwise.runtime.training import Progress, Silent, Trained, train
+from spanwise.runtime.training import Progress, Silent, Trained, total_steps, train
 
 if TYPE_CHECKING:
     from spanwise.lab import Lab
     from spanwise.planner import Evaluation
+    from spanwise.planner.adapter import Adaptation
 
 Backend = Literal["processes", "threads"]
+_GROUND_UP = "hpp"  # makes new plans for a run that ``auto`` has planned: it covers what the others find
 
 
 class Watcher(Progress, Protocol):
@@ -64,6 +68,10 @@ class Watcher(Progress, Protocol):
         """Workers may join now, or have joined."""
         ...
 
+    def on_change(self, plan: Plan, graph: ModelGraph, record: Adaptation) -> None:
+        """The run goes on under another plan."""
+        ...
+
 
 class Quiet(Silent):
     """Tells nothing."""
@@ -79,6 +87,9 @@ class Quiet(Silent):
     def on_meeting(self, pool: WorkerPool) -> None:
         """Nothing."""
 
+    def on_change(self, plan: Plan, graph: ModelGraph, record: Adaptation) -> None:
+        """Nothing."""
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -86,7 +97,8 @@ class TrainOptions:
 
     ``plan``, ``prepared`` and ``times`` are taken as they are in place of what the run would make itself.
     ``listen`` and ``token`` are for workers that are started by hand (``spawn = False``). With ``lab`` every
-    worker runs as its device of that lab, which must be up.
+    worker runs as its device of that lab, which must be up. With ``adapt`` the run changes its plan when
+    devices or links drift. ``faults`` of the kind ``slow`` are what a portably emulated cluster suffers.
     """
 
     run: Path = Path("runs/latest")
@@ -103,6 +115,8 @@ class TrainOptions:
     token: str = ""
     join_timeout_s: float = 120.0
     lab: Lab | None = None
+    adapt: bool = False
+    faults: tuple[Fault, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,6 +158,7 @@ class _Run:
         self.prepared, self.folder, self.watcher = prepared, folder, watcher
         self.pool: WorkerPool | None = None
         self.session: Session | None = None
+        self.steering: Adapting | None = None
 
     def go(self) -> Outcome:
         graph = self.prepared.traced.graph
@@ -158,6 +173,8 @@ class _Run:
         start, snapshot = (0, None) if resume is None else resume
         with self._eased():
             self.session = self._session(assignment, snapshot)
+        if self.options.adapt:
+            self.steering = self._steering(assignment, times)
         self.watcher.on_stage("training")
         began = time.monotonic()
         trained = train(
@@ -167,15 +184,35 @@ class _Run:
             self.folder,
             start=start,
             progress=self.watcher,
+            steering=self.steering,
         )
-        measured = measured_timeline(self.session.spans(), trained.reports, assignment.program)
+        if self.steering is not None and self.steering.adapter.records:
+            times = self.steering.adapter.profile
+            assignment = trained.assignment
+            predicted = predict(assignment.plan, graph, times, self.cluster, self.job)
+            self._write_plan(assignment, times, predicted)
+        reports = [report for report in trained.reports if report.step >= trained.since]
+        measured = measured_timeline(self.session.spans(), reports, assignment.program)
         measured.save(self.folder.measured)
         summary = self._summary(assignment, predicted, measured, trained, time.monotonic() - began)
         self.folder.write_json(self.folder.summary, summary)
         write_report(self.folder)
-        return Outcome(self.folder, plan, predicted, measured, summary, self.prepared.model, evaluations)
+        return Outcome(
+            self.folder, assignment.plan, predicted, measured, summary, self.prepared.model, evaluations
+        )
+
+    def _steering(self, assignment: Assignment, times: Profile) -> Adapting:
+        problem = Problem(graph=assignment.graph, profile=times, cluster=self.cluster, job=self.job)
+        strategy = self.options.strategy
+        return Adapting(
+            problem, assignment, self.folder, last_step=total_steps(assignment),
+            strategy=_GROUND_UP if strategy == "auto" else strategy,
+            on_change=lambda a, record: self.watcher.on_change(a.plan, a.graph, record),
+        )  # fmt: skip
 
     def close(self) -> None:
+        if self.steering is not None:
+            self.steering.close()
         if self.session is not None:
             self.session.close()
         if self.pool is not None:
@@ -223,10 +260,19 @@ class _Run:
         program = lower(plan, graph, clip=self.job.clip_norm is not None)
         assignment = Assignment(
             self.job, self.cluster, graph, self.prepared.traced.ops, plan, program,
-            len(self.prepared.train), self._emulates,
+            len(self.prepared.train), self._emulates, self.options.adapt, self._faults(),
         )  # fmt: skip
         _ = assignment.sampler  # data too short for a batch: now, not on a worker
         return assignment
+
+    def _faults(self) -> tuple[Fault, ...]:
+        for fault in self.options.faults:
+            if fault.kind != "slow" or not self._emulates:
+                raise InputError(
+                    f"fault {fault}: a run suffers 'slow' faults only, on a portably emulated cluster; "
+                    "simulate others, or change the lab"
+                )
+        return self.options.faults
 
     def _eased(self) -> AbstractContextManager[None]:
         """Starting workers and building stages is not what a lab slows down."""
@@ -242,7 +288,7 @@ class _Run:
             return ThreadSession(assignment, tensors, data, resume=snapshot)
         if self.pool is None:
             self.watcher.on_stage("starting workers")
-            self.pool = self._meet(assignment.plan.devices)
+            self.pool = self._meet(self.cluster.ids if self.options.adapt else assignment.plan.devices)
         return ProcessSession(self.pool, assignment, tensors, data, resume=snapshot)
 
     @property
@@ -272,12 +318,16 @@ class _Run:
         self.job.save(folder.job)
         self.cluster.save(folder.cluster)
         assignment.graph.save(folder.graph)
+        write_whole(folder.ops, assignment.ops.to_json() + "\n")
+        self._write_plan(assignment, times, predicted)
+        folder.write_json(folder.env, environment())
+
+    def _write_plan(self, assignment: Assignment, times: Profile, predicted: Timeline) -> None:
+        folder = self.folder
         times.save(folder.profile)
         assignment.plan.save(folder.plan)
-        write_whole(folder.ops, assignment.ops.to_json() + "\n")
         write_whole(folder.program, str(assignment.program))
         predicted.save(folder.simulated)
-        folder.write_json(folder.env, environment())
 
     def _summary(
         self,
@@ -300,6 +350,7 @@ class _Run:
             "loss": trained.reports[-1].loss if trained.reports else None,
             "test_loss": score.loss if score else None,
             "accuracy": score.accuracy if score else None,
+            "adaptations": [r.to_data() for r in self.steering.adapter.records] if self.steering else [],
             **summarize(predicted, measured),
         }
 

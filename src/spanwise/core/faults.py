@@ -1,8 +1,9 @@
-"""Faults as values: what goes wrong in a simulated run."""
+"""Faults as values: what goes wrong in a simulated run, and what slows down in an emulated one."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -58,3 +59,26 @@ class Fault(Noun):
             )
         data = {key: value for key, value in match.groupdict().items() if value is not None}
         return cls.parse(data)
+
+
+def slowdown(faults: Iterable[Fault], device: str, step: int) -> float:
+    """Factor on a device's compute by ``slow`` faults that have begun."""
+    factor = 1.0
+    for fault in faults:
+        if fault.kind == "slow" and fault.peer is None and fault.device == device and step >= fault.step:
+            factor *= fault.factor
+    return factor
+
+
+def stretch(faults: Iterable[Fault], source: str, target: str, step: int) -> float | None:
+    """Factor on bytes and latency of messages by ``slow`` faults of a link; None when it is cut.
+
+    More bytes, as if parts were lost and sent again: a slow link also takes more of what it shares.
+    """
+    factor = 1.0
+    for fault in faults:
+        if (fault.device, fault.peer) == (source, target) and step >= fault.step:
+            if fault.kind == "cut":
+                return None
+            factor *= fault.factor
+    return factor

@@ -161,7 +161,7 @@ class _Programme:
         at = np.array(self.cuts)
         begin, end = np.triu_indices(side, 1)
         start, stop = at[begin], at[end]
-        both = (tables.forward + tables.backward)[list(group), :, 1 : total + 1]
+        both = tables.both[list(group), :, 1 : total + 1]
         # Differences of prefix sums can fall by rounding; the rows must never make time shorter.
         seconds = np.maximum.accumulate(np.moveaxis(both[:, stop] - both[:, start], 0, 1), axis=2)
         caps = [tables.row_cap(d, start, stop, in_flight=depth, synced=len(group) > 1) for d in group]

@@ -94,8 +94,8 @@ def _wires(problem: Problem, stages: tuple[Stage, ...]) -> tuple[Wire, ...]:
         for ends in ((a, b), (b, a))
         if a != b and problem.cluster.connected(*ends)
     }
-    found = [(a, b, problem.cluster.precision(a, b)) for a, b in sorted(pairs)]
-    return tuple(Wire(source=a, target=b, precision=p) for a, b, p in found if p != "full")
+    found = (Wire(source=a, target=b, precision=problem.cluster.precision(a, b)) for a, b in sorted(pairs))
+    return tuple(wire for wire in found if wire.precision != "full")
 
 
 def _shares(problem: Problem, span: Span, rows: int, ahead: int) -> Shares:
@@ -106,8 +106,8 @@ def _shares(problem: Problem, span: Span, rows: int, ahead: int) -> Shares:
         return ((group[0], float(rows)),)
     tables = problem.tables
     start, stop = np.array([span.start]), np.array([span.stop])
-    both = tables.forward + tables.backward
-    seconds = (both[:, span.stop] - both[:, span.start])[list(group), 1 : rows + 1][None]
+    upto, before = (tables.both[list(group), edge, 1 : rows + 1] for edge in (span.stop, span.start))
+    seconds = (upto - before)[None]
     for in_flight in (ahead, 1, 0):  # 0: nothing fits, then the fastest rows tell by how much
         limited = np.array(seconds)
         if in_flight:

@@ -115,7 +115,7 @@ def _most_rate(problem: Problem, senders: Group, receivers: Group) -> float:
     The capacities of any set of resources of which every route uses one add up to such a limit. A small
     set is found greedily: next comes the resource with least capacity for each route that it adds.
     """
-    routes = [problem.links.routes[a][b] for a in senders for b in receivers]
+    routes = [problem.links.route(a, b) for a in senders for b in receivers]
     found: list[Route] = [route for route in routes if route is not None]
     left: dict[str, set[int]] = {}
     rates: dict[str, float] = {}

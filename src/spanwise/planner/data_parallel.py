@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.planner.build import fixed_span
+from spanwise.planner.extensions import END, Extension, all_subsets
+from spanwise.planner.finish import segmented
 from spanwise.planner.groups import Groups
-from spanwise.planner.lanes import Group
+from spanwise.planner.kinds import Group, by_kind
+from spanwise.planner.orders import link_clusters
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.problem import Problem, largest_remainder
-from spanwise.planner.search import Search, mask_of, members
-from spanwise.planner.trial import Priced, fastest, priced, segmented
+from spanwise.planner.search import Search
+from spanwise.planner.trial import Priced, fastest, priced
 
 FINALISTS = 4
 MOST_SETS = 32
 MOST_PRICED = 64
-ALL_SUBSETS = 8  # devices; beyond it devices are left out one after the other
+ALL_SUBSETS = 8  # devices; beyond it the fastest few, then one device fewer or more as long as that helps
+MOST_ROUNDS = 24
+EVERY_SIZE = (
+    16  # up to here sets of every size are tried, beyond it about so many from one doubling to the next
+)
 
 
 def data_parallel(problem: Problem) -> Plan:
@@ -78,23 +89,55 @@ def weighted_outlines(problem: Problem, in_flight: int) -> list[Outline]:
 def _weighted(problem: Problem, in_flight: int) -> list[Outline]:
     groups = Groups(problem, (0, len(problem.graph)), problem.micro_batch_choices(), in_flight)
     count = len(problem.cluster.devices)
-    whole = mask_of(range(count))
     if count <= ALL_SUBSETS:
-        search = Search(groups, ((s, s) for s in range(1, whole + 1)))
-        return [search.outline(f) for f in search.found()]
-    best: list[Outline] = []
-    slowness = (problem.tables.forward + problem.tables.backward)[:, -1, -1]
-    current = whole
-    while current:
-        masks = [current, *(current & ~(1 << d) for d in members(current) if current != 1 << d)]
-        search = Search(groups, ((s, s) for s in masks))
-        found = search.found()
-        best += [search.outline(f) for f in found]
-        smaller = [f for f in found if f.used != current]
-        # Nothing found: a device would be left without a row, or is short of memory. The slowest goes first.
-        slowest = max(members(current), key=lambda d: float(slowness[d]))
-        current = smaller[0].used if smaller else current & ~(1 << slowest)
-    return sorted(best, key=lambda o: o.price_s)
+        subsets = all_subsets(tuple(range(count)), problem.kinds)
+        return _of_sets(groups, [e.group for e in subsets if e.rest == END])
+    tried = dict.fromkeys(_fastest_sets(problem, in_flight))
+    best = _of_sets(groups, tried)
+    for _ in range(MOST_ROUNDS if best else 0):
+        near = [s for s in _one_apart(problem, best[0].spans[0].group) if s not in tried]
+        tried.update(dict.fromkeys(near))
+        found = _of_sets(groups, near)
+        closer = bool(found) and found[0].price_s < best[0].price_s
+        best = sorted(best + found, key=lambda o: o.price_s)
+        if not closer:
+            break
+    return best
+
+
+def _of_sets(groups: Groups, sets: Iterable[Group]) -> list[Outline]:
+    search = Search(groups, [Extension(number, used) for number, used in enumerate(sets, 1)])
+    return [search.outline(f) for f in search.found()]
+
+
+def _fastest_sets(problem: Problem, in_flight: int) -> Iterator[Group]:
+    """Every device alone; the fastest few of every link cluster, and of the first few clusters together."""
+    tables, layers = problem.tables, np.array([len(problem.graph)])
+    yield from ((own[0],) for own in by_kind(problem.kinds, range(len(problem.kinds))))
+    slowness, none = tables.both[:, -1, -1], np.array([0])
+    least = problem.least_rows(0, len(problem.graph))
+
+    def able(device: int) -> bool:
+        cap = tables.row_cap(device, none, layers, in_flight=in_flight, synced=True)
+        return not in_flight or int(cap[0]) >= least
+
+    clusters = link_clusters(problem)
+    together = [tuple(d for c in clusters[: i + 1] for d in c) for i in range(1, len(clusters))]
+    for cluster in (*clusters, *together):
+        fit = sorted((d for d in cluster if able(d)), key=lambda d: (float(slowness[d]), problem.kinds[d], d))
+        for size in range(2, min(len(fit), problem.job.batch // least) + 1):
+            if size <= EVERY_SIZE or size % (size // EVERY_SIZE) == 0:
+                yield tuple(sorted(fit[:size]))
+
+
+def _one_apart(problem: Problem, group: Group) -> Iterator[Group]:
+    """One device of a kind fewer, or one more."""
+    others = [d for d in range(len(problem.kinds)) if d not in set(group)]
+    if len(group) > 1:
+        for own in by_kind(problem.kinds, group):
+            yield tuple(d for d in group if d != own[-1])
+    for own in by_kind(problem.kinds, others):
+        yield tuple(sorted((*group, own[0])))
 
 
 def _over_sources(problem: Problem, strategy: str) -> Plan:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from spanwise.core.plan import Plan
 from spanwise.planner.outline import Outline, Span
+from spanwise.planner.pace import pace_s
 from spanwise.planner.pipeline import one_source
 from spanwise.planner.problem import Problem
-from spanwise.planner.trial import fastest, priced
+from spanwise.planner.trial import Priced, fastest, priced
 
 FINALISTS = 3
 
@@ -33,4 +34,5 @@ def gpipe(problem: Problem) -> Plan:
     if problem.last_is_fixed and spans[-1].group != spans[0].group:
         spans = (Span(0, layers, spans[0].group),)
     outlines = [Outline(m, spans) for m in reversed(problem.micro_batch_choices())]
-    return fastest(problem, priced(problem, "gpipe", outlines, schedule="gpipe"), FINALISTS)
+    found = priced(problem, "gpipe", outlines, schedule="gpipe")
+    return fastest(problem, [Priced(c.plan, pace_s(problem, c.plan)) for c in found], FINALISTS)

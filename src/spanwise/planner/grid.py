@@ -23,7 +23,7 @@ def coarse_cuts(tables: Tables, most: int = MOST_CUTS) -> tuple[int, ...]:
     the model (by time and by bytes of parameters) and a neighbouring cut lets fewer bytes through.
     """
     rows = tables.forward.shape[2] - 1
-    time = (tables.forward + tables.backward)[0, :, max(1, rows // 4)]
+    time = tables.both[0, :, max(1, rows // 4)]
     weight = time / max(float(time[-1]), 1e-12)
     size = tables.parameters[0] / max(float(tables.parameters[0, -1]), 1.0)
     amount = weight + 0.25 * size

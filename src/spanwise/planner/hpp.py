@@ -7,14 +7,16 @@ abstracts; the search over sets of devices instead of one device order is our ow
 
 from __future__ import annotations
 
+from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.planner.build import warmup
 from spanwise.planner.data_parallel import weighted_outlines
+from spanwise.planner.finish import at_both_depths
 from spanwise.planner.outline import Outline
 from spanwise.planner.outlines import refined_outlines
-from spanwise.planner.pipeline import pipeline_outlines
+from spanwise.planner.pipeline import pipeline, pipeline_outlines
 from spanwise.planner.problem import Problem
-from spanwise.planner.trial import at_both_depths, priced
+from spanwise.planner.trial import priced, timeline
 
 FINALISTS = 16
 
@@ -29,11 +31,24 @@ def hpp(problem: Problem) -> Plan:
     if not outlines:
         outlines = refined_outlines(problem, singles=False, in_flight=0)
     elif _memory_binds(problem, outlines):
+        outlines += refined_outlines(problem, singles=False, deep=True)
         for in_flight in (0, 2, 4):  # 0: layers may run again
             outlines += refined_outlines(problem, singles=False, in_flight=in_flight)
     if not problem.first_is_fixed:
-        outlines += weighted_outlines(problem, 1)[:4] + pipeline_outlines(problem)[:4]
-    return at_both_depths(problem, "hpp", sorted(outlines, key=lambda o: o.price_s), FINALISTS)
+        outlines += weighted_outlines(problem, 1)[:4] + pipeline_outlines(problem)[:FINALISTS]
+    found = at_both_depths(problem, "hpp", sorted(outlines, key=lambda o: o.price_s), FINALISTS)
+    rival = _pipeline(problem)
+    if rival is None or timeline(problem, found).step_time_s <= timeline(problem, rival).step_time_s:
+        return found
+    return rival.model_copy(update={"strategy": "hpp"})
+
+
+def _pipeline(problem: Problem) -> Plan | None:
+    """What the search over single devices comes to: it is the narrower one, and so at times the luckier."""
+    try:
+        return pipeline(problem)
+    except InfeasibleError:
+        return None
 
 
 def _memory_binds(problem: Problem, outlines: list[Outline]) -> bool:

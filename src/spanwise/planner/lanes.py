@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from spanwise.planner.kinds import Group, Kinds, Mix, mix_of
 from spanwise.planner.links import Lane, Links, Shares
 from spanwise.planner.rows import min_max_rows
 from spanwise.planner.tables import Tables
 
-Group = tuple[int, ...]  # device indices in file order
 Ways = tuple[Lane, Lane]
 
 
 @dataclass(slots=True)
 class Lanes:
-    """Lanes between groups, worked out when first asked for.
+    """Lanes between groups, worked out when first asked for, once for all groups of equal devices.
 
     Typical rows of a group are those that balance the time of the whole model over a whole batch.
     ``sources`` is empty where every device has the data: then rows start out where they are computed first.
@@ -23,17 +23,23 @@ class Lanes:
     tables: Tables
     links: Links
     sources: Shares
+    kinds: Kinds
+    _mixes: dict[Group, Mix] = field(default_factory=dict[Group, Mix])
     _shares: dict[Group, Shares] = field(default_factory=dict[Group, Shares])
-    _between: dict[tuple[Group, Group], Ways | None] = field(
-        default_factory=dict[tuple[Group, Group], "Ways | None"]
-    )
-    _inputs: dict[Group, Lane | None] = field(default_factory=dict[Group, "Lane | None"])
+    _between: dict[object, Ways | None] = field(default_factory=dict[object, "Ways | None"])
+    _inputs: dict[Mix, Lane | None] = field(default_factory=dict[Mix, "Lane | None"])
+
+    def mix(self, group: Group) -> Mix:
+        """How many devices of each kind; of groups of one mix one is as good as the other."""
+        if group not in self._mixes:
+            self._mixes[group] = mix_of(self.kinds, group)
+        return self._mixes[group]
 
     def shares(self, group: Group) -> Shares:
         """Fractions of a micro-batch."""
         if group not in self._shares:
             order = self.links.in_order(group)
-            whole = (self.tables.forward + self.tables.backward)[list(order), -1, 1:]
+            whole = self.tables.both[list(order), -1, 1:]
             total = whole.shape[1]
             rows, _ = min_max_rows(whole[None], total)
             counts = [max(int(y), 1) / total for y in rows[0]]
@@ -42,17 +48,19 @@ class Lanes:
 
     def between(self, before: Group, after: Group) -> Ways | None:
         """Forward and backward messages of two consecutive stages; None without links both ways."""
-        key = (before, after)
+        apart = set(before).isdisjoint(after)  # rows that stay on a device that both have cost nothing
+        key = (self.mix(before), self.mix(after)) if apart else (before, after)
         if key not in self._between:
             self._between[key] = self._ways(before, after)
         return self._between[key]
 
     def inputs(self, first: Group) -> Lane | None:
         """Raw data to a first stage, in the replica order that moves least."""
-        if first not in self._inputs:
+        key = self.mix(first)
+        if key not in self._inputs:
             shares = self.links.aligned(self.shares(first), self.sources)
-            self._inputs[first] = self.links.lane(self.sources or shares, shares)
-        return self._inputs[first]
+            self._inputs[key] = self.links.lane(self.sources or shares, shares)
+        return self._inputs[key]
 
     def gets_labels(self, last: Group) -> bool:
         """Whether the data devices reach every device of a last stage; true where they are not given."""
@@ -61,7 +69,7 @@ class Lanes:
     @property
     def misses_labels(self) -> bool:
         """Whether a first stage, where it is the source, may have no link to the last."""
-        everyone = tuple(range(len(self.links.routes)))
+        everyone = tuple(range(len(self.links)))
         return not self.sources and not self.links.reach(everyone, everyone)
 
     def _ways(self, before: Group, after: Group) -> Ways | None:

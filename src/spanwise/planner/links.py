@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise, permutations
 
 import numpy as np
@@ -13,6 +14,7 @@ from spanwise.core.cluster import Cluster, Route
 from spanwise.core.profile import LinkTimes
 from spanwise.core.routes import Routes
 from spanwise.cost import ring_edge_bytes, ring_rounds
+from spanwise.planner.kinds import Kinds, by_kind, link_kinds
 
 Floats = NDArray[np.float64]
 NO_LINK_S = 1e30
@@ -39,41 +41,79 @@ class Lane:
     senders: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Links:
-    """Routes between all pairs of devices, by index in file order; ``None`` where no link leads."""
+    """Routes between pairs of devices, by index in file order, looked up when first asked for.
 
-    routes: tuple[tuple[Route | None, ...], ...]
+    Links of a large cluster are given by pairs of sites: to list them by pairs of devices would be millions.
+
+    Attributes:
+        kinds: of every device; those of one kind have equal links.
+        site_order: of every device, in which order its site is first named.
+    """
+
+    kinds: Kinds
     site_order: tuple[int, ...]
+    _cluster: Cluster
+    _found: Routes
+    _ids: tuple[str, ...]
+    _routes: dict[tuple[int, int], Route | None] = field(
+        default_factory=dict[tuple[int, int], "Route | None"]
+    )
+    _linked_kinds: dict[tuple[int, int], bool] = field(default_factory=dict[tuple[int, int], bool])
 
     @classmethod
     def of(cls, cluster: Cluster, measured: Sequence[LinkTimes] = ()) -> Links:
-        """Looks every pair up once.
+        """Measured links replace the numbers of the cluster file, but keep what the file says is shared.
 
-        Measured links replace the numbers of the cluster file, but keep what the file says is shared, as the
-        simulator has it (``simulator/setup.py``).
+        So has the simulator (``simulator/setup.py``).
         """
-        ids = cluster.ids
-        routes = Routes(cluster, measured)
         sites = {site: i for i, site in enumerate(dict.fromkeys(d.site for d in cluster.devices))}
-
-        def route(a: str, b: str) -> Route | None:
-            return routes.route(a, b) if cluster.connected(a, b) else None
-
         return cls(
-            tuple(tuple(route(a, b) for b in ids) for a in ids),
-            tuple(sites[device.site] for device in cluster.devices),
+            kinds=link_kinds(cluster, measured),
+            site_order=tuple(sites[device.site] for device in cluster.devices),
+            _cluster=cluster,
+            _found=Routes(cluster, measured),
+            _ids=cluster.ids,
         )
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def route(self, source: int, target: int) -> Route | None:
+        """The way from one device to another; none where no link leads."""
+        key = (source, target)
+        if key not in self._routes:
+            a, b = self._ids[source], self._ids[target]
+            self._routes[key] = self._found.route(a, b) if self._cluster.connected(a, b) else None
+        return self._routes[key]
 
     def joined(self, group: tuple[int, ...], other: tuple[int, ...]) -> bool:
         """Whether every device of one group reaches every device of the other, both ways."""
-        return all(
-            self.routes[a][b] is not None and self.routes[b][a] is not None for a in group for b in other
-        )
+        return self.reach(group, other) and self.reach(other, group)
 
     def reach(self, group: tuple[int, ...], other: tuple[int, ...]) -> bool:
         """Whether every device of ``group`` reaches every device of ``other``."""
-        return all(self.routes[a][b] is not None for a in group for b in other)
+        ends = {self.kinds[d] for d in other}
+        for kind in {self.kinds[d] for d in group}:
+            for end in ends:
+                if not self._linked(kind, end) and any(
+                    a != b and self.kinds[a] == kind and self.kinds[b] == end for a in group for b in other
+                ):
+                    return False
+        return True
+
+    def _linked(self, kind: int, end: int) -> bool:
+        """Whether devices of one kind reach others of another; two devices tell for all."""
+        if (kind, end) not in self._linked_kinds:
+            pair = next(((a, b) for a in self._few[kind] for b in self._few[end] if a != b), None)
+            self._linked_kinds[kind, end] = pair is None or self.route(*pair) is not None
+        return self._linked_kinds[kind, end]
+
+    @cached_property
+    def _few(self) -> dict[int, tuple[int, ...]]:
+        """The first two devices of every kind."""
+        return {self.kinds[own[0]]: own[:2] for own in by_kind(self.kinds, range(len(self.kinds)))}
 
     def in_order(self, group: tuple[int, ...]) -> tuple[int, ...]:
         """Devices of one site next to each other, so that a ring crosses between sites least often."""
@@ -89,15 +129,17 @@ class Links:
         latency = 0.0
         out, into = dict.fromkeys(dict(senders), 0), dict.fromkeys(dict(receivers), 0)
         total = sum(share for _, share in receivers)
+        known = self._routes
         for a, b, share in _pieces(senders, receivers):
             if a == b:
                 continue
-            route = self.routes[a][b]
+            route = known[a, b] if (a, b) in known else self.route(a, b)
             if route is None:
                 return None
             out[a] += 1
             into[b] += 1
-            latency = max(latency, route.latency_s)
+            if route.latency_s > latency:
+                latency = route.latency_s
             for name, rate in route.resources:
                 loads[name] = loads.get(name, 0.0) + share / total / rate
         return Lane(
@@ -114,7 +156,7 @@ class Links:
         n = len(ring)
         if n < 2:
             return 0.0, 0.0
-        edges = [self.routes[a][b] for a, b in pairwise((*ring, ring[0]))]
+        edges = [self.route(a, b) for a, b in pairwise((*ring, ring[0]))]
         found = [route for route in edges if route is not None]
         if len(found) < len(edges):
             return 0.0, NO_LINK_S
@@ -126,7 +168,7 @@ class Links:
         held = {device for device, _ in sources}
         start = self.in_order(tuple(device for device, _ in group))
         rows = dict(group)
-        if not held.intersection(start) or len(group) == 1:
+        if not held.intersection(start) or len(group) == 1 or len(sources) == 1:  # then no order matters
             return tuple((d, rows[d]) for d in start)
         orders = permutations(start) if len(start) <= 6 else _sources_placed(start, [d for d, _ in sources])
         scale = sum(share for _, share in sources) / sum(rows.values())
@@ -149,14 +191,21 @@ def _sources_placed(start: tuple[int, ...], sources: list[int]) -> list[tuple[in
 def _pieces(senders: Shares, receivers: Shares) -> list[tuple[int, int, float]]:
     """(sender, receiver, rows) wherever the rows of both meet."""
     out: list[tuple[int, int, float]] = []
-    begin = 0.0
-    for a, share in senders:
-        end, first = begin + share, 0.0
-        for b, other in receivers:
-            last = first + other
-            meet = min(end, last) - max(begin, first)
-            if meet > 1e-9:
-                out.append((a, b, meet))
-            first = last
-        begin = end
-    return out
+    i = j = 0
+    at = end = last = 0.0
+    a = b = -1
+    while True:
+        if end <= at + 1e-9:
+            if i == len(senders):
+                return out
+            a, share = senders[i]
+            end, i = end + share, i + 1
+        elif last <= at + 1e-9:
+            if j == len(receivers):
+                return out
+            b, share = receivers[j]
+            last, j = last + share, j + 1
+        else:
+            to = end if end < last else last
+            out.append((a, b, to - at))
+            at = to

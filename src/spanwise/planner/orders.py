@@ -13,99 +13,138 @@ from itertools import islice, permutations, product
 
 import numpy as np
 
+from spanwise.planner.extensions import along
+from spanwise.planner.grid import coarse_cuts
 from spanwise.planner.groups import Groups
-from spanwise.planner.lanes import Group
+from spanwise.planner.kinds import Group, by_kind
 from spanwise.planner.problem import Problem
-from spanwise.planner.search import Search, runs_of
+from spanwise.planner.search import Search
+from spanwise.planner.sequences import Sequence, Sequences, chains
 
-MOST_ORDERS = 120  # scored in one search
-MOST_STARTS = 12
-KEPT_ORDERS = 4
-MOST_IN_GROUP = 6
+MOST_STARTS, MOST_SINGLE_STARTS = 3, 8  # orders, of groups and of single devices
+IMPROVED = 3  # best sequences of groups from which a local search starts
+MOST_MOVES, MOVES_EFFORT = 300, 40_000  # tried from each, of all and by devices
+FOUND = 12  # sequences along an order that are looked at again
+KEPT_SEQUENCES = 32
+ALL_CLUSTERS = 3  # up to here link clusters in every order
+ROUGH_CUTS = 20  # grid on which orders and sequences are compared
+MOST_HEADS = 8  # of a state that are looked at: fewer is faster, more is nearer to exact
 JUMP = 1.5  # ratio of neighbouring link rates that parts clusters
 
 
-def searched_orders(groups: Groups, *, singles: bool) -> list[Search]:
-    """The searches of the best orders met, best first; on a second grid only those of the first."""
-    most = 1 if singles else MOST_IN_GROUP
-    known = groups.problem.memo.orders.get(singles)
+def many_devices(groups: Groups, *, singles: bool, deep: bool = False) -> list[Search]:
+    """A search of the best sequences of groups that were met along orders and near them."""
+    problem = groups.problem
+    known = problem.memo.sequences.get(singles)
     if known is not None:
-        return [Search(groups, runs_of(order, most)) for order in known]
-    scored: dict[Group, tuple[float, Search]] = {}
+        return [Search(groups, chains(problem, known, deep=deep))]
+    counts = _few_counts(problem)
+    most = 1 if singles else problem.job.batch // counts[0]
+    rough = Groups(problem, coarse_cuts(problem.tables, ROUGH_CUTS), counts, groups.in_flight)
+    sequences = Sequences(rough)
+    for sequence in problem.memo.sequences.get(True, ())[:FOUND]:  # single devices are groups too
+        sequences.price_s(sequence)
 
-    def score(order: Group) -> float:
-        if order not in scored:
-            search = Search(groups, runs_of(order, most))
-            found = search.found()
-            scored[order] = (found[0].price_s if found else float("inf"), search)
-        return scored[order][0]
+    def look_along(order: Group) -> Sequence | None:
+        search = Search(rough, along(order, problem.kinds, most), most_heads=MOST_HEADS)
+        met = [tuple(s.group for s in search.outline(f).spans) for f in search.found()[:FOUND]]
+        return min(met, key=sequences.price_s, default=None)
 
-    budget = max(12, MOST_ORDERS * 10 // len(groups.problem.cluster.devices) - 60)
-    starts = sorted(islice(starting_orders(groups.problem), MOST_STARTS), key=score)
-    for start in starts[:2]:
-        order, moved = start, True
-        while moved and len(scored) < budget:
-            near = list(islice(neighbours(order), max(0, budget - len(scored))))
-            best = min(near, key=score, default=order)
-            moved = score(best) < score(order) * (1 - 1e-9)
-            order = best if moved else order
-    best = sorted(scored, key=lambda order: scored[order][0])[:KEPT_ORDERS]
-    groups.problem.memo.orders[singles] = tuple(best)
-    return [scored[order][1] for order in best]
+    for order in islice(starting_orders(problem), MOST_SINGLE_STARTS if singles else MOST_STARTS):
+        look_along(order)
+    budget = min(MOST_MOVES, max(10, MOVES_EFFORT // len(problem.kinds)))
+    for start in sequences.best(IMPROVED, 1):
+        better: Sequence | None = start
+        while better is not None:
+            near = sequences.improve(better, budget, singles=singles)
+            found = look_along(_as_order(problem, near))
+            gains = found is not None and sequences.price_s(found) < sequences.price_s(near) * (1 - 1e-6)
+            better = found if gains else None
+    best = problem.memo.sequences[singles] = sequences.best(KEPT_SEQUENCES, 3)
+    return [Search(groups, chains(problem, best, deep=deep))]
 
 
-def neighbours(order: Group) -> Iterator[Group]:
-    """Orders with two devices exchanged or one moved elsewhere; near exchanges first."""
-    count = len(order)
-    for distance in range(1, count):
-        for i in range(count - distance):
-            j = i + distance
-            yield (*order[:i], order[j], *order[i + 1 : j], order[i], *order[j + 1 :])
-            if distance > 1:
-                rest = order[:i] + order[i + 1 :]
-                yield (*rest[:j], order[i], *rest[j:])
-                rest = order[:j] + order[j + 1 :]
-                yield (*rest[:i], order[j], *rest[i:])
+def _as_order(problem: Problem, sequence: Sequence) -> Group:
+    """Its devices as they follow each other, then those that it leaves out, fastest first."""
+    used = tuple(d for group in sequence for d in group)
+    slowness = problem.tables.both[:, -1, -1]
+    left = set(range(len(problem.kinds))).difference(used)
+    return (*used, *sorted(left, key=lambda d: (float(slowness[d]), problem.kinds[d], d)))
+
+
+def _few_counts(problem: Problem) -> tuple[int, ...]:
+    """Most micro-batches, as pipelines of many stages need, and one middling number for large groups."""
+    counts = problem.micro_batch_choices()
+    return tuple(sorted({counts[len(counts) // 3], *counts[-3:]}))
 
 
 def starting_orders(problem: Problem) -> Iterator[Group]:
-    """Permutations of link clusters, each cluster by memory downwards or by speed upwards."""
+    """Link clusters in several orders, each cluster by memory downwards or by speed upwards or downwards."""
     clusters = link_clusters(problem)
     tables = problem.tables
-    slowness = (tables.forward + tables.backward)[:, -1, -1]
+    slowness = tables.both[:, -1, -1]
+    keys = (-tables.budget, -slowness, slowness)
 
-    def sorted_by(cluster: Group, by_memory: bool) -> Group:
-        key = -tables.budget if by_memory else -slowness
-        return tuple(sorted(cluster, key=lambda d: (float(key[d]), d)))
+    def sorted_by(cluster: Group, way: int) -> Group:
+        return tuple(sorted(cluster, key=lambda d: (float(keys[way][d]), problem.kinds[d], d)))
 
+    orders = list(permutations(clusters)) if len(clusters) <= ALL_CLUSTERS else _chains(problem, clusters)
+    ways = [(way,) * len(clusters) for way in range(len(keys))]
+    if len(clusters) <= ALL_CLUSTERS:
+        ways += list(product(range(len(keys)), repeat=len(clusters)))
     seen: set[Group] = set()
-    alike = ((True,) * len(clusters), (False,) * len(clusters))
-    for ways in (alike, product((True, False), repeat=len(clusters))):
-        for order, chosen in product(permutations(clusters), ways):
-            flat = tuple(d for c, way in zip(order, chosen, strict=True) for d in sorted_by(c, way))
-            if flat not in seen:
-                seen.add(flat)
-                yield flat
+    for chosen, order in product(ways, orders):
+        flat = tuple(d for c, way in zip(order, chosen, strict=True) for d in sorted_by(c, way))
+        if flat not in seen:
+            seen.add(flat)
+            yield flat
+
+
+def _chains(problem: Problem, clusters: list[Group]) -> list[tuple[Group, ...]]:
+    """Many clusters: those with data first, then whichever is linked best; the strongest first; both back."""
+    held = {problem.cluster.ids.index(source) for source in problem.sources}
+    slowness = problem.tables.both[:, -1, -1]
+    power = {c: float(np.sum(1.0 / np.maximum(slowness[list(c)], 1e-12))) for c in clusters}
+    first = max(clusters, key=lambda c: (len(held.intersection(c)), power[c]))
+    chain, left = [first], [c for c in clusters if c != first]
+    while left:
+        ahead = chain[-1]
+        chain.append(max(left, key=lambda c: (_rate(problem, ahead[0], c[0]), power[c])))
+        left.remove(chain[-1])
+    strongest = sorted(clusters, key=lambda c: -power[c])
+    return [tuple(chain), tuple(reversed(chain)), tuple(strongest), tuple(reversed(strongest))]
 
 
 def link_clusters(problem: Problem) -> list[Group]:
-    """Single linkage over the links above the largest jump in rates; one cluster without a clear jump."""
-    routes = problem.links.routes
-    count = len(routes)
+    """Single linkage over the links above the largest jump in rates; one cluster without a clear jump.
+
+    Devices with equal links stay together: two of them tell for all.
+    """
+    devices = range(len(problem.cluster.devices))
+    alike = by_kind(problem.links.kinds, devices)
+    count = len(alike)
     rate = np.zeros((count, count))
-    for a in range(count):
-        for b in range(count):
-            forth, back = routes[a][b], routes[b][a]
-            if a != b and forth is not None and back is not None:
-                rate[a, b] = min(forth.bandwidth_bytes_per_s, back.bandwidth_bytes_per_s)
+    for i, j in product(range(count), repeat=2):
+        pair = next(((a, b) for a in alike[i][:2] for b in alike[j][:2] if a != b), None)
+        if pair is not None:
+            rate[i, j] = _rate(problem, *pair)
     known = np.unique(rate[rate > 0])
     if len(known) < 2 or np.max(known[1:] / known[:-1]) < JUMP:
-        return [tuple(range(count))]
+        return [tuple(devices)]
     least = known[int(np.argmax(known[1:] / known[:-1])) + 1]
     cluster = list(range(count))
-    for a in range(count):
-        for b in range(count):
-            if rate[a, b] >= least and cluster[a] != cluster[b]:
-                old, new = max(cluster[a], cluster[b]), min(cluster[a], cluster[b])
-                cluster = [new if c == old else c for c in cluster]
-    return [tuple(d for d in range(count) if cluster[d] == c) for c in sorted(set(cluster))]
+    for i, j in product(range(count), repeat=2):
+        if rate[i, j] >= least and cluster[i] != cluster[j]:
+            old, new = max(cluster[i], cluster[j]), min(cluster[i], cluster[j])
+            cluster = [new if c == old else c for c in cluster]
+    return sorted(
+        tuple(sorted(d for i in range(count) if cluster[i] == c for d in alike[i])) for c in set(cluster)
+    )
+
+
+def _rate(problem: Problem, a: int, b: int) -> float:
+    """Bytes per second of the slower way between two devices; 0 where one is missing."""
+    forth, back = problem.links.route(a, b), problem.links.route(b, a)
+    if forth is None or back is None:
+        return 0.0
+    return min(forth.bandwidth_bytes_per_s, back.bandwidth_bytes_per_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spanwise.planner.lanes import Group
+from spanwise.planner.kinds import Group
 
 
 @dataclass(frozen=True, slots=True)

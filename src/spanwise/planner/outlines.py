@@ -8,17 +8,24 @@ from itertools import product
 import numpy as np
 
 from spanwise.planner.build import fixed_span
+from spanwise.planner.extensions import Extension, all_subsets, by_depth, subset_pairs
 from spanwise.planner.grid import all_cuts, coarse_cuts, fine_cuts, nearest
 from spanwise.planner.groups import Groups, StageTimes
-from spanwise.planner.lanes import Group
-from spanwise.planner.orders import searched_orders
+from spanwise.planner.kinds import Group, Mix
+from spanwise.planner.orders import many_devices
 from spanwise.planner.outline import Outline
 from spanwise.planner.problem import Problem
-from spanwise.planner.search import Extension, Head, Search, Tail, all_subsets, mask_of
+from spanwise.planner.search import Head, Search, Tail
+from spanwise.planner.sequences import chains, neighbours
 
-EXACT_DEVICES = 8  # up to here all orders and groups, beyond it a local search over device orders
-EXACT_PAIRS = 6  # the same for each of the cuts tried behind a fixed first and before a fixed last stage
-KEPT = 64
+EXACT_WORK = 12e6  # array elements of all sets and groups; beyond it a local search over device orders
+OVERHEAD = 3000  # elements whose time every set with its group takes besides
+MOST_EXACT = 16  # devices
+ORDERED_CUTS = 24  # of the first grid along device orders; the second, about its best, has all
+EXACT_PAIRS = 6  # of all sets for each of the cuts tried behind a fixed first and before a fixed last stage
+KEPT = 128
+KEPT_OF_MANY = 48
+BESIDE = 8  # best sequences of groups whose neighbours are searched too
 
 
 def best_outlines(
@@ -29,6 +36,7 @@ def best_outlines(
     cuts: tuple[int, ...],
     keep: int = KEPT,
     near: Sequence[Outline] = (),
+    deep: bool = False,
 ) -> list[Outline]:
     """The ``keep`` cheapest outlines on a grid of cuts, each the best of its devices, first group and M.
 
@@ -39,28 +47,35 @@ def best_outlines(
         cuts: grid of layer positions.
         keep: how many, about.
         near: build only from their groups, their first stage and their last; from all if empty.
+        deep: P-p micro-batches must fit in stage p of P, in place of ``in_flight`` everywhere.
     """
     groups = Groups(problem, cuts, problem.micro_batch_choices(), in_flight)
     devices = tuple(range(len(problem.cluster.devices)))
     if problem.first_is_fixed:
         return _fixed_outlines(problem, groups, singles, keep, near)
-    if len(devices) <= EXACT_DEVICES:
-        return _outlines([Search(groups, _extensions(devices, singles, near))], keep)
-    return _outlines(searched_orders(groups, singles=singles), keep)
+    if _is_exact(problem, cuts, singles):
+        extensions = _extensions(groups, devices, singles, near)
+        search = Search(groups, by_depth(extensions, len(devices)) if deep else extensions)
+        return _outlines([search, *_beside(search, singles, deep)], keep)
+    return _outlines(many_devices(groups, singles=singles, deep=deep), min(keep, KEPT_OF_MANY))
 
 
 def refined_outlines(
-    problem: Problem, *, singles: bool, in_flight: int = 1, keep: int = KEPT
+    problem: Problem, *, singles: bool, in_flight: int = 1, keep: int = KEPT, deep: bool = False
 ) -> list[Outline]:
     """On a coarse grid first and then, if that left cuts out, on a fine one around the best of them."""
     layers = len(problem.graph)
     coarse = coarse_cuts(problem.tables)
-    found = best_outlines(problem, singles=singles, in_flight=in_flight, cuts=coarse, keep=keep)
+    if not _is_exact(problem, coarse, singles):
+        coarse = coarse_cuts(problem.tables, ORDERED_CUTS)
+    found = best_outlines(problem, singles=singles, in_flight=in_flight, cuts=coarse, keep=keep, deep=deep)
     if len(coarse) == layers + 1 or not found:
         return found
     around = [span.stop for outline in found[:8] for span in outline.spans]
     fine = fine_cuts(layers, around)
-    more = best_outlines(problem, singles=singles, in_flight=in_flight, cuts=fine, keep=keep, near=found)
+    more = best_outlines(
+        problem, singles=singles, in_flight=in_flight, cuts=fine, keep=keep, near=found, deep=deep
+    )
     return sorted(found + more, key=lambda o: o.price_s)[:keep]
 
 
@@ -72,6 +87,15 @@ def all_cut_outlines(
     return best_outlines(problem, singles=singles, in_flight=in_flight, cuts=cuts, keep=keep)
 
 
+def _beside(search: Search, singles: bool, deep: bool) -> list[Search]:
+    """A search of sequences of groups next to the best: of each state only one plan was kept."""
+    problem = search.groups.problem
+    found = [search.outline(f) for f in search.found()[: 4 * BESIDE]]
+    best = list(dict.fromkeys(tuple(span.group for span in outline.spans) for outline in found))[:BESIDE]
+    near = dict.fromkeys(s for sequence in best for s in neighbours(problem, sequence, singles=singles))
+    return [Search(search.groups, chains(problem, near, deep=deep))] if near else []
+
+
 def _outlines(searches: Sequence[Search], keep: int) -> list[Outline]:
     """The cheapest of all, and the cheapest few of every number of devices: price favours many stages."""
     found = [(f, search) for search in searches for f in search.found()]
@@ -80,8 +104,8 @@ def _outlines(searches: Sequence[Search], keep: int) -> list[Outline]:
     few = max(4, keep // 6)
     for search in searches:
         kept += [pair for pair in found if pair[1] is search][:2]
-    for size in {f.used.bit_count() for f, _ in found}:
-        kept += [pair for pair in found if pair[0].used.bit_count() == size][:few]
+    for size in sorted({len(f.used) for f, _ in found}):
+        kept += [pair for pair in found if len(pair[0].used) == size][:few]
     outlines = dict.fromkeys(search.outline(f) for f, search in kept)
     return sorted(outlines, key=lambda o: o.price_s)
 
@@ -96,22 +120,43 @@ def _fixed_outlines(
     if singles and len(held) > 1:
         return []
     searches: list[Search] = []
-    total = problem.tables.forward + problem.tables.backward
-    middle = tuple(int(d) for d in np.argsort(total[:, -1, -1], kind="stable"))  # fastest first
+    slowness = problem.tables.both[:, -1, -1]
+    middle = tuple(int(d) for d in np.argsort(slowness, kind="stable"))  # fastest first
     if singles or len(middle) > EXACT_PAIRS or len(held) == 1:
         middle = tuple(d for d in middle if d not in held)
-    for head, tail in _ends(problem, groups, held, near):
-        extensions = _extensions(middle, singles, near)
+    ends = list(_ends(problem, groups, held, near))
+    for head, tail in ends:
+        extensions = _extensions(groups, middle, singles, near, len(ends))
         searches.append(Search(groups, extensions, head=head, tail=tail))
     return alone + _outlines(searches, keep)
 
 
-def _extensions(devices: Group, singles: bool, near: Sequence[Outline]) -> list[Extension]:
-    """All sets of few devices; of many those that the fastest ones make."""
-    if len(devices) > EXACT_DEVICES:
-        devices = tuple(sorted(devices[:EXACT_DEVICES]))
-    masks = {mask_of(span.group) for outline in near for span in outline.spans}
-    return [(used, g) for used, g in all_subsets(devices, singles=singles) if not masks or g in masks]
+def _is_exact(
+    problem: Problem, cuts: tuple[int, ...], singles: bool, devices: Group | None = None, searches: int = 1
+) -> bool:
+    """Whether all sets of these devices, or of all, can be searched in reasonable time."""
+    devices = tuple(range(len(problem.cluster.devices))) if devices is None else devices
+    if len(devices) > MOST_EXACT:
+        return False
+    pairs = subset_pairs(devices, problem.kinds, singles=singles)
+    each = len(cuts) ** 2 * len(problem.micro_batch_choices()) + OVERHEAD
+    return searches * pairs * each <= EXACT_WORK
+
+
+def _extensions(
+    groups: Groups, devices: Group, singles: bool, near: Sequence[Outline], searches: int = 1
+) -> Iterator[Extension]:
+    """All sets of few devices; of many those that the first ones make."""
+    while not _is_exact(groups.problem, groups.cuts, singles, devices, searches):
+        devices = devices[:-1]
+    mixes = _mixes(groups.problem, near)
+    for extension in all_subsets(devices, groups.problem.kinds, singles=singles):
+        if not mixes or groups.problem.lanes.mix(extension.group) in mixes:
+            yield extension
+
+
+def _mixes(problem: Problem, near: Sequence[Outline]) -> set[Mix]:
+    return {problem.lanes.mix(span.group) for outline in near for span in outline.spans}
 
 
 def _ends(

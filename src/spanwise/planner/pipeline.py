@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
+from spanwise.planner.finish import at_both_depths
 from spanwise.planner.outline import Outline
 from spanwise.planner.outlines import all_cut_outlines, refined_outlines
 from spanwise.planner.problem import Problem
-from spanwise.planner.trial import at_both_depths
 
 FINALISTS = 6
 ALL_CUTS_DEVICES = 6
@@ -21,7 +21,9 @@ def pipeline(problem: Problem) -> Plan:
         InfeasibleError: private data lies on several devices, or memory or links allow no pipeline.
     """
     one_source(problem)
-    return at_both_depths(problem, "pipeline", pipeline_outlines(problem), FINALISTS)
+    if problem.memo.pipeline is None:
+        problem.memo.pipeline = at_both_depths(problem, "pipeline", pipeline_outlines(problem), FINALISTS)
+    return problem.memo.pipeline
 
 
 def pipeline_outlines(problem: Problem) -> list[Outline]:

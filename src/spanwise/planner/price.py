@@ -89,13 +89,40 @@ def round_s(steps: Sequence[Step], micro_batches: int, *, barrier: bool) -> floa
     return most + exposed
 
 
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A plan in numbers.
+
+    Attributes:
+        steps: compute, link, compute, ...; in front the input link where data devices compute as well.
+        bounds: what it cannot beat however the steps are put together.
+        inputs: all messages with raw data of a micro-batch.
+        forth, back: all with activations and gradients, for every cut.
+    """
+
+    steps: list[Step]
+    bounds: list[Price]
+    inputs: Lane
+    forth: list[Lane]
+    back: list[Lane]
+
+
+def pipeline_of(problem: Problem, plan: Plan) -> Pipeline | None:
+    """None where a link is missing."""
+    lanes = _lanes(problem, plan)
+    found = [lane for lane in lanes if lane is not None]
+    if len(found) < len(lanes):
+        return None
+    steps, bounds = _steps(problem, plan, found)
+    return Pipeline(steps, bounds, found[0], found[1::2], found[2::2])
+
+
 def price(problem: Problem, plan: Plan) -> Price:
     """Step time of a plan by formula; infinite where a link is missing."""
-    lanes = _lanes(problem, plan)
-    if any(lane is None for lane in lanes):
+    found = pipeline_of(problem, plan)
+    if found is None:
         return Price(INFINITE, "a link that does not exist")
-    found = [lane for lane in lanes if lane is not None]
-    steps, bounds = _steps(problem, plan, found)
+    steps, bounds = found.steps, found.bounds
     index, _ = dominant(steps, plan.micro_batches)
     best = Price(
         round_s(steps, plan.micro_batches, barrier=problem.job.clip_norm is not None), steps[index].name
@@ -108,7 +135,7 @@ def price(problem: Problem, plan: Plan) -> Price:
 
 def _lanes(problem: Problem, plan: Plan) -> list[Lane | None]:
     """Inputs; then forward and backward of every cut."""
-    index = {d: i for i, d in enumerate(problem.cluster.ids)}
+    index = problem.index
 
     def shares(replicas: tuple[Replica, ...]) -> Shares:
         return tuple((index[r.device], float(r.rows)) for r in replicas)
@@ -146,7 +173,7 @@ def _steps(problem: Problem, plan: Plan, lanes: list[Lane]) -> tuple[list[Step],
                 loads[name] = loads.get(name, 0.0) + load * size * rows
         names = f"link {'+'.join(stage.devices)} > {'+'.join(plan.stages[number + 1].devices)}"
         steps.append(link_step(names, rows * layer.cut_bytes, rows * layer.gradient_cut_bytes, forth, back))
-    computing = {problem.cluster.ids.index(device) for stage in plan.stages for device in stage.devices}
+    computing = {problem.index[device] for stage in plan.stages for device in stage.devices}
     # A device that only holds data runs ahead; one that computes sends when its own next step begins.
     waits = computing.intersection(lanes[0].senders)
     fill = lanes[0].latency_s + raw * lanes[0].s_per_byte if waits else 0.0
@@ -172,7 +199,7 @@ def link_step(name: str, forth_bytes: float, back_bytes: float, forth: Lane, bac
 
 def _compute(problem: Problem, stage: Stage, messages: int, used: dict[str, float]) -> Step:
     tables = problem.tables
-    index = {d: i for i, d in enumerate(problem.cluster.ids)}
+    index = problem.index
     forward = backward = update = 0.0
     nbytes = float(tables.parameters[stage.start, stage.stop])
     for replica in stage.replicas:

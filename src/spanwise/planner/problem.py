@@ -14,7 +14,8 @@ from spanwise.core.plan import Plan, Replica
 from spanwise.core.profile import Profile
 from spanwise.core.timeline import Timeline
 from spanwise.cost import optimizer_copies
-from spanwise.planner.lanes import Group, Lanes
+from spanwise.planner.kinds import Group, Kinds, device_kinds
+from spanwise.planner.lanes import Lanes
 from spanwise.planner.links import Links
 from spanwise.planner.outline import Outline
 from spanwise.planner.tables import Tables
@@ -34,15 +35,20 @@ class Memo:
     stage again, by its layers and rows.
     """
 
+    index: dict[str, int] = field(default_factory=dict[str, int])
+    kinds: Kinds = ()
     tables: Tables | None = None
     links: Links | None = None
     lanes: Lanes | None = None
-    orders: dict[bool, tuple[Group, ...]] = field(default_factory=dict[bool, "tuple[Group, ...]"])
+    sequences: dict[bool, list[tuple[Group, ...]]] = field(
+        default_factory=dict[bool, "list[tuple[Group, ...]]"]
+    )
     outlines: dict[str, list[Outline]] = field(default_factory=dict[str, "list[Outline]"])
     trials: dict[Plan, Trial] = field(default_factory=dict[Plan, "Trial"])
     ways: dict[tuple[int, int, int], tuple[Way, ...]] = field(
         default_factory=dict[tuple[int, int, int], tuple[Way, ...]]
     )
+    pipeline: Plan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,20 @@ class Problem:
         return self.labels_stay and not self.shares
 
     @property
+    def index(self) -> dict[str, int]:
+        """Place of every device in file order."""
+        if not self.memo.index:
+            self.memo.index.update({device: i for i, device in enumerate(self.cluster.ids)})
+        return self.memo.index
+
+    @property
+    def kinds(self) -> Kinds:
+        """Which devices are interchangeable."""
+        if not self.memo.kinds:
+            self.memo.kinds = device_kinds(self.cluster, self.profile, self.sources)
+        return self.memo.kinds
+
+    @property
     def tables(self) -> Tables:
         """Layer times and memory as arrays."""
         if self.memo.tables is None:
@@ -117,7 +137,7 @@ class Problem:
         if self.memo.lanes is None:
             ids, batch = self.cluster.ids, self.job.batch
             held = tuple((ids.index(r.device), r.rows / batch) for r in self.source_rows(batch))
-            self.memo.lanes = Lanes(self.tables, self.links, held)
+            self.memo.lanes = Lanes(self.tables, self.links, held, self.kinds)
         return self.memo.lanes
 
     def source_rows(self, rows: int) -> tuple[Replica, ...]:

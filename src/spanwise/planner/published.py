@@ -13,7 +13,7 @@ None of the corrections of ``price.py`` is in it: a link is busy with activation
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 
@@ -39,7 +39,7 @@ def slowest_pair(problem: Problem, group: Group, other: Group) -> Pace:
     for a, b in product(group, other):
         if a == b:
             continue
-        for route in (problem.links.routes[a][b], problem.links.routes[b][a]):
+        for route in (problem.links.route(a, b), problem.links.route(b, a)):
             if route is None:
                 return Pace(NO_LINK_S, NO_LINK_S)
             slowest = max(slowest, 1 / route.bandwidth_bytes_per_s)
@@ -61,16 +61,12 @@ def mean_times(problem: Problem) -> tuple[Floats, Floats]:
     For planners whose papers assume equal devices: seconds are averaged over all devices of the cluster.
     """
     tables = problem.tables
-    return tables.forward.mean(axis=0), tables.backward.mean(axis=0)
+    return tables.forward.mean(), tables.backward.mean()
 
 
 def mean_rate(problem: Problem) -> float:
     """Bytes per second of the mean link: over all ordered pairs that are joined; infinite for one device."""
-    routes = problem.links.routes
-    found = [
-        route.bandwidth_bytes_per_s
-        for a, row in enumerate(routes)
-        for b, route in enumerate(row)
-        if a != b and route is not None
-    ]
+    pairs = permutations(range(len(problem.cluster.devices)), 2)
+    routes = (problem.links.route(a, b) for a, b in pairs)
+    found = [route.bandwidth_bytes_per_s for route in routes if route is not None]
     return float(np.mean(found)) if found else float("inf")

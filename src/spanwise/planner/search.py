@@ -5,27 +5,33 @@ the stages from here on and ``X`` their exposed gradient sum,
 
     G = max((M - 1) * busy + E, E + G of what follows),     X = max(Ta, X of what follows - E).
 
-A state is the set of devices used from here to the end, the group at its head and the layer where it
-starts. All micro-batch counts and cuts are array axes. One plan, that with the least ``G + max(0, X)``, is
-kept per state. Without gradient sums this is exact for the price. Sets are all subsets of few devices, or
-the runs of a device order if there are many, as in Asteroid's dynamic programme (Ye et al., MobiCom 2024;
-read from re-implementations). The search over sets is our own.
+A state is what may be used from here to the end, the group at its head and the layer where it starts. All
+micro-batch counts and cuts are array axes. One plan, that with the least ``G + max(0, X)``, is kept per
+state. Without gradient sums this is exact for the price. States are all sets of few devices, equal ones
+counted and not told apart, or if there are many the devices from a place of an order on, as in Asteroid's
+dynamic programme (Ye et al., MobiCom 2024; read from re-implementations). The search over sets and leaving
+devices out are our own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from spanwise.planner.extensions import END, Extension
 from spanwise.planner.groups import INFEASIBLE_S, Groups, StageTimes
-from spanwise.planner.lanes import Group, Ways
+from spanwise.planner.kinds import Group
+from spanwise.planner.lanes import Ways
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.price import SHARED
 from spanwise.planner.tables import Floats, Ints
 
-Extension = tuple[int, int]  # (set used afterwards, group at its head), as bit masks
+MOST_HEADS = (
+    16  # that a state takes over where devices are left out: fewer is faster, more is nearer to exact
+)
+MOST_TRACED = 2000  # cheapest plans whose devices are looked up
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,65 +52,38 @@ class Head:
     times: StageTimes
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """The best plans with one group at the head. Arrays are ``[M, position]``; ``cut`` -1 = to the end."""
+
+    key: int
+    group: Group
+    most: Floats
+    exposed: Floats
+    cut: Ints
+    follower: Ints
+
+
 @dataclass(slots=True)
 class _State:
-    """All heads of one set of devices. Arrays are ``[head, M, position]``."""
+    """Numbers of the entries that a state offers to what is put in front, and their arrays, stacked."""
 
-    heads: list[int] = field(default_factory=list[int])
-    groups: list[Group] = field(default_factory=list[Group])
-    most: list[Floats] = field(default_factory=list[Floats])
-    exposed: list[Floats] = field(default_factory=list[Floats])
-    cut: list[Ints] = field(default_factory=list[Ints])
-    follower: list[Ints] = field(default_factory=list[Ints])
+    entries: list[int]
     stacked: tuple[Floats, Floats] | None = None
-
-    def arrays(self) -> tuple[Floats, Floats]:
-        if self.stacked is None:
-            self.stacked = (np.stack(self.most), np.stack(self.exposed))
-        return self.stacked
+    pruned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The best plan of one state that reaches the first layer."""
+    """The best plan of one entry that reaches the first layer.
+
+    ``micro_batches`` is the index of their number, ``used`` the devices in rising order.
+    """
 
     price_s: float
     micro_batches: int
-    used: int
-    head: int
-
-
-def members(mask: int) -> Group:
-    """Device indices of a bit mask."""
-    return tuple(i for i in range(mask.bit_length()) if mask >> i & 1)
-
-
-def mask_of(devices: Iterable[int]) -> int:
-    """Bit mask of device indices."""
-    return sum(1 << d for d in set(devices))
-
-
-def all_subsets(devices: Group, *, singles: bool = False) -> Iterator[Extension]:
-    """Every set with every group at its head, smaller sets first; ``singles``: groups of one device."""
-    whole = mask_of(devices)
-    used = sorted((s for s in range(1, whole + 1) if s & ~whole == 0), key=lambda s: (s.bit_count(), s))
-    for mask in used:
-        if singles:
-            yield from ((mask, 1 << d) for d in members(mask))
-            continue
-        group = mask
-        while group:
-            yield mask, group
-            group = (group - 1) & mask
-
-
-def runs_of(order: Group, most: int) -> Iterator[Extension]:
-    """Every run of a device order with every group of at most ``most`` devices at its front."""
-    for length in range(1, len(order) + 1):
-        for first in range(len(order) - length + 1):
-            run = order[first : first + length]
-            for size in range(1, min(length, most) + 1):
-                yield mask_of(run), mask_of(run[:size])
+    used: Group
+    entry: int
 
 
 class Search:
@@ -117,8 +96,9 @@ class Search:
         *,
         head: Head | None = None,
         tail: Tail | None = None,
+        most_heads: int | None = None,
     ) -> None:
-        self.groups, self.head, self.tail = groups, head, tail
+        self.groups, self.head, self.tail, self.most_heads = groups, head, tail, most_heads
         self.lanes = groups.problem.lanes
         self.labels = groups.problem.graph.label_row_bytes > 0
         self.one_stage = groups.problem.one_stage
@@ -128,13 +108,23 @@ class Search:
         batch = groups.problem.job.batch
         self.m_index = np.arange(len(self.counts))[:, None]
         self.at_index = np.arange(len(at))[None, :]
+        self.corner = (self.m_index * len(at) + self.at_index) * len(at)  # (M, position, 0) in a flat array
+        self.later = (self.counts - 1)[:, None]
         self.forth = (batch / self.counts)[:, None] * tables.into[at][None, :]
         self.back = (batch / self.counts)[:, None] * tables.back[at][None, :]
         self.barrier = groups.problem.job.clip_norm is not None
+        self.entries: list[_Entry] = []
         self.states: dict[int, _State] = {}
         self.load = self._fixed_load()
-        for used, group in extensions:
-            self._extend(used, group)
+        for extension in extensions:
+            self.add(extension)
+
+    def add(self, extension: Extension) -> None:
+        """One more step; what it builds on must have been added before."""
+        if extension.group:
+            self._extend(extension)
+        else:
+            self._leave_out(extension)
 
     def _fixed_load(self) -> dict[int, Floats]:
         """``[M]`` seconds a micro-batch that the given first and last stage take of their devices."""
@@ -148,79 +138,121 @@ class Search:
                 load[device] = load.get(device, 0.0) + self.head.times.both[:, 0, self.head.at]
         return load
 
-    def _extend(self, used: int, group: int) -> None:
-        """Puts a group in front of the best of the remaining set, for all cuts and counts."""
-        devices = members(group)
-        times = self.groups.times(devices)
-        rest = used & ~group
-        if rest and self.one_stage:
-            return
-        extra = np.zeros(len(self.counts))
-        for device in devices:
-            extra = np.maximum(extra, self.load.get(device, 0.0))
-        busy = times.both
-        if extra.any():
-            fixed = (self.head is not None) + (self.tail is not None)
-            busy = (1 + SHARED * fixed) * (times.both + extra[:, None, None])
-        whole = (self.counts - 1)[:, None, None] * busy + times.both
-        if rest == 0 and self.tail is None:
-            if self.labels and not self.lanes.gets_labels(devices):
-                return
+    def _extend(self, extension: Extension) -> None:
+        """Puts a group in front of the best of the remaining state, for all cuts and counts."""
+        key, devices, rest, ends, ahead = extension
+        times = self.groups.times(devices, ahead)
+        whole = self._whole(devices, times) if self.load else times.whole
+        found: list[tuple[Floats, Floats, Ints, Ints]] = []
+        if (rest == END or ends) and self.tail is None and not self._misses_labels(devices):
             most = whole[:, :, -1]
-            exposed = np.broadcast_to(times.sum_s[None, :, -1], most.shape)
             none = np.full(most.shape, -1, dtype=np.int64)
-            self._keep(used, group, most, exposed, none, none)
-            return
-        follow = self._following(devices, rest)
-        if follow is None:
-            return
-        after, hidden, who = follow
-        most = np.maximum(whole, times.both + after[:, None, :])
-        less = times.backward if self.barrier else times.both
-        exposed = np.maximum(times.sum_s[None], hidden[:, None, :] - less)
-        cut = np.argmin(most + np.maximum(exposed, 0.0), axis=2)
-        chosen = (self.m_index, self.at_index, cut)
-        self._keep(used, group, most[chosen], exposed[chosen], cut, who[self.m_index, cut])
+            found.append((most, np.broadcast_to(times.sum_s[None, :, -1], most.shape), none, none))
+        follow = None if rest != END and self.one_stage else self._following(devices, rest)
+        if follow is not None:
+            after, hidden, who = follow
+            most = times.both + after[:, None, :]
+            np.maximum(whole, most, out=most)
+            exposed = hidden[:, None, :] - (times.backward if self.barrier else times.both)
+            np.maximum(times.sum_s, exposed, out=exposed)
+            cut = np.argmin(most + np.maximum(exposed, 0.0), axis=2)
+            chosen = self.corner + cut
+            kept_most: Floats = np.reshape(most, -1)[chosen]
+            kept_exposed: Floats = np.reshape(exposed, -1)[chosen]
+            found.append((kept_most, kept_exposed, cut, who[self.m_index, cut]))
+        if found:
+            self._keep(key, devices, _better(*found))
 
-    def _keep(self, used: int, group: int, most: Floats, exposed: Floats, cut: Ints, follower: Ints) -> None:
-        state = self.states.setdefault(used, _State())
-        state.heads.append(group)
-        state.groups.append(members(group))
-        state.most.append(most)
-        state.exposed.append(exposed)
-        state.cut.append(cut)
-        state.follower.append(follower)
+    def _whole(self, devices: Group, times: StageTimes) -> Floats:
+        """Seconds of all micro-batches where a given first or last stage also takes time of these devices."""
+        extra = np.max([self.load.get(d, np.zeros(len(self.counts))) for d in devices], axis=0)
+        if not extra.any():
+            return times.whole
+        fixed = (self.head is not None) + (self.tail is not None)
+        busy = (1 + SHARED * fixed) * (times.both + extra[:, None, None])
+        return (self.counts - 1)[:, None, None] * busy + times.both
+
+    def _misses_labels(self, last: Group) -> bool:
+        return self.labels and not self.lanes.gets_labels(last)
+
+    def _keep(self, key: int, group: Group, arrays: tuple[Floats, Floats, Ints, Ints]) -> None:
+        state = self.states.setdefault(key, _State([]))
+        state.entries.append(len(self.entries))
+        self.entries.append(_Entry(key, group, *arrays))
+
+    def _leave_out(self, extension: Extension) -> None:
+        """A state also offers what the one behind it does."""
+        behind = self.states.get(extension.rest)
+        if behind is not None:
+            self.states.setdefault(extension.key, _State([])).entries += self._offered(behind)
+
+    def _offered(self, state: _State) -> list[int]:
+        """All entries, or of many those best for some cut and count among all in the same sites."""
+        if self.most_heads is None or len(state.entries) <= self.most_heads:
+            return state.entries
+        if not state.pruned:
+            most, exposed = self._stacked(state)
+            total = most + np.maximum(exposed, 0.0)
+            kinds = self.lanes.links.kinds
+            places: dict[frozenset[int], list[int]] = {}
+            for i, number in enumerate(state.entries):
+                places.setdefault(frozenset(kinds[d] for d in self.entries[number].group), []).append(i)
+            wins = np.zeros(len(state.entries), dtype=np.int64)
+            least = total.min(axis=0)
+            for own in places.values():
+                best = total[own].min(axis=0)
+                near = (total[own] <= best) & (best < INFEASIBLE_S)
+                wins[own] = near.sum(axis=(1, 2)) + 2 * (near & (best <= least)).sum(axis=(1, 2))
+            chosen = np.argsort(-wins, kind="stable")[: self.most_heads]
+            state.entries = [state.entries[i] for i in sorted(chosen) if wins[i]]
+            state.pruned, state.stacked = True, None
+        return state.entries
+
+    def _stacked(self, state: _State) -> tuple[Floats, Floats]:
+        if state.stacked is None or len(state.stacked[0]) != len(state.entries):
+            found = [self.entries[i] for i in state.entries]
+            if len(found) == 1:
+                state.stacked = found[0].most[None], found[0].exposed[None]
+            else:
+                state.stacked = np.stack([e.most for e in found]), np.stack([e.exposed for e in found])
+        return state.stacked
 
     def _following(self, devices: Group, rest: int) -> tuple[Floats, Floats, Ints] | None:
         """``[M, position]``: G and X from the link on with the best follower, and which follower."""
-        if rest == 0:
-            assert self.tail is not None
+        if rest == END:
+            if self.tail is None:
+                return None
             most, exposed = self._tail_arrays(self.tail)
-            heads = [self.tail.group]
+            heads, numbers = [self.tail.group], [-1]
         else:
             state = self.states.get(rest)
-            if state is None:
+            if state is None or not state.entries:
                 return None
-            most, exposed = state.arrays()
-            heads = state.groups
+            numbers = self._offered(state)
+            most, exposed = self._stacked(state)
+            heads = [self.entries[i].group for i in numbers]
         lanes = [self.lanes.between(devices, head) for head in heads]
         linked = [i for i, lane in enumerate(lanes) if lane is not None]
         if not linked:
             return None
+        if len(linked) < len(heads):
+            most, exposed = most[linked], exposed[linked]
         return self._through(
-            [lane for lane in lanes if lane is not None], most[linked], exposed[linked], linked
+            [lane for lane in lanes if lane is not None], most, exposed, [numbers[i] for i in linked]
         )
 
     def _through(
         self, lanes: list[Ways], most: Floats, exposed: Floats, who: list[int]
     ) -> tuple[Floats, Floats, Ints]:
-        columns = np.array([[f.s_per_byte, b.s_per_byte, f.latency_s, b.latency_s] for f, b in lanes])
-        out = self.forth[None] * columns[:, 0, None, None]
-        into = self.back[None] * columns[:, 1, None, None]
-        both = out + into + (columns[:, 2] + columns[:, 3])[:, None, None]
-        whole = (self.counts - 1)[None, :, None] * np.maximum(out, into) + both
-        after = np.maximum(whole, both + most)
-        hidden = exposed - (into + columns[:, 3, None, None] if self.barrier else both)
+        out = self.forth * _column(f.s_per_byte for f, _ in lanes)
+        into = self.back * _column(b.s_per_byte for _, b in lanes)
+        late_back = _column(b.latency_s for _, b in lanes)
+        both = out + into + (_column(f.latency_s for f, _ in lanes) + late_back)
+        after = both + most
+        np.maximum(self.later * np.maximum(out, into) + both, after, out=after)
+        hidden = exposed - (into + late_back if self.barrier else both)
+        if len(who) == 1:
+            return after[0], hidden[0], np.full(after.shape[1:], who[0], dtype=np.int64)
         best = np.argmin(after + np.maximum(hidden, 0.0), axis=0)
         return (
             after[best, self.m_index, self.at_index],
@@ -240,40 +272,59 @@ class Search:
         return most, exposed
 
     def found(self) -> list[Found]:
-        """The best plan of every set, head and micro-batch count, cheapest first."""
+        """The best plan of every entry and micro-batch count, cheapest first."""
+        totals = self._totals(self.entries)
+        rising = np.argsort(totals, axis=None, kind="stable")
         out: list[Found] = []
-        for used, state in self.states.items():
-            for index, (most, exposed) in enumerate(zip(state.most, state.exposed, strict=True)):
-                devices = state.groups[index]
-                if self.head is not None:
-                    total = self._headed(self.head, devices, most, exposed)
-                else:
-                    total = self._fed(used, devices, most[:, 0], exposed[:, 0])
-                out += [
-                    Found(float(total[m]), m, used, index)
-                    for m in range(len(self.counts))
-                    if total[m] < INFEASIBLE_S
-                ]
-        if self.labels and self.lanes.misses_labels:
-            out = [f for f in out if self._gets_labels(f)]
-        return sorted(out, key=lambda f: (f.price_s, f.micro_batches, f.used, f.head))
+        for at in rising[:MOST_TRACED]:
+            number, m = divmod(int(at), len(self.counts))
+            if totals[number, m] >= INFEASIBLE_S:
+                break
+            spans = self._spans(number, m)
+            used = tuple(sorted({d for span in spans for d in span.group}))
+            price_s = float(totals[number, m]) if self.head is not None else self._fed(number, m, used)
+            if self._labels_reach(spans):
+                out.append(Found(price_s, m, used, number))
+        return sorted(out, key=lambda f: (f.price_s, f.micro_batches, f.used, f.entry))
 
-    def _gets_labels(self, found: Found) -> bool:
+    def best_s(self, key: int | None = None) -> float:
+        """About the price of the first that ``found`` gives, of one state or of all; infinite if none."""
+        entries = self.entries if key is None else [self.entries[i] for i in self._own(key)]
+        totals = self._totals(entries)
+        least = float(totals.min()) if totals.size else INFEASIBLE_S
+        return least if least < INFEASIBLE_S else float("inf")
+
+    def _own(self, key: int) -> list[int]:
+        return self.states[key].entries if key in self.states else []
+
+    def _totals(self, entries: Sequence[_Entry]) -> Floats:
+        """``[entry, M]`` price; where a data device computes, without the wait for its first rows."""
+        if not entries:
+            return np.zeros((0, len(self.counts)))
+        if self.head is not None:
+            return np.stack([self._headed(self.head, e.group, e.most, e.exposed) for e in entries])
+        out = np.stack([e.most[:, 0] + np.maximum(e.exposed[:, 0], 0.0) for e in entries])
+        lanes = [self.lanes.inputs(e.group) for e in entries]
+        supply = np.array([INFEASIBLE_S if lane is None else lane.s_per_byte for lane in lanes])
+        return np.maximum(out, supply[:, None] * np.maximum(self.counts * self.forth[:, 0], 1.0)[None])
+
+    def _labels_reach(self, spans: Sequence[Span]) -> bool:
         """Whether the labels reach the last stage from the first, which was not known when it was chosen."""
-        spans = self.outline(found).spans
+        if not (self.labels and self.lanes.misses_labels):
+            return True
         return self.lanes.links.reach(spans[0].group, spans[-1].group)
 
-    def _fed(self, used: int, devices: Group, most: Floats, exposed: Floats) -> Floats:
-        """``[M]`` price with the raw data on its way to the first stage, where it is not there already."""
-        lane = self.lanes.inputs(devices)
-        if lane is None:
-            return np.full(len(self.counts), INFEASIBLE_S)
-        occupied = self.forth[:, 0] * lane.s_per_byte
-        fill = occupied + lane.latency_s if lane.s_per_byte else np.zeros(len(self.counts))
-        if not mask_of(lane.senders) & used:
-            return np.maximum(most + np.maximum(exposed, 0.0), self.counts * occupied)
-        total = np.maximum((self.counts - 1) * occupied + fill, fill + most)
-        return total + np.maximum(exposed - (0.0 if self.barrier else fill), 0.0)
+    def _fed(self, number: int, m: int, used: Group) -> float:
+        """Price with the raw data on its way to the first stage, where it is not there already."""
+        entry, lane = self.entries[number], self.lanes.inputs(self.entries[number].group)
+        assert lane is not None
+        most, exposed = float(entry.most[m, 0]), float(entry.exposed[m, 0])
+        occupied = float(self.forth[m, 0]) * lane.s_per_byte
+        fill = occupied + lane.latency_s if lane.s_per_byte else 0.0
+        if set(lane.senders).isdisjoint(used):
+            return max(most + max(exposed, 0.0), float(self.counts[m]) * occupied)
+        total = max(float(self.counts[m] - 1) * occupied + fill, fill + most)
+        return total + max(exposed - (0.0 if self.barrier else fill), 0.0)
 
     def _headed(self, head: Head, devices: Group, most: Floats, exposed: Floats) -> Floats:
         lanes = self.lanes.between(head.group, devices)
@@ -290,26 +341,48 @@ class Search:
 
     def outline(self, found: Found) -> Outline:
         """The stages behind a found price."""
-        cuts, m = self.groups.cuts, found.micro_batches
+        spans = self._spans(found.entry, found.micro_batches)
+        return Outline(self.groups.micro_batches[found.micro_batches], spans, found.price_s)
+
+    def _spans(self, number: int, m: int) -> tuple[Span, ...]:
+        cuts = self.groups.cuts
         spans: list[Span] = []
-        at, used, index = 0, found.used, found.head
+        at = 0
         if self.head is not None:
             at = self.head.at
             spans.append(Span(0, cuts[at], self.head.group, self._given(self.head.group, m)))
-        while used:
-            state = self.states[used]
-            devices = state.groups[index]
-            cut, follower = int(state.cut[index][m, at]), int(state.follower[index][m, at])
+        while number >= 0:
+            entry = self.entries[number]
+            cut, number = int(entry.cut[m, at]), int(entry.follower[m, at])
             stop = len(cuts) - 1 if cut < 0 else cut
-            spans.append(Span(cuts[at], cuts[stop], devices))
-            used &= ~state.heads[index]
-            at, index = stop, follower
+            spans.append(Span(cuts[at], cuts[stop], entry.group))
+            at = stop
         if self.tail is not None:
             spans.append(Span(cuts[at], cuts[-1], self.tail.group, self._given(self.tail.group, m)))
-        return Outline(self.groups.micro_batches[m], tuple(spans), found.price_s)
+        return tuple(spans)
 
     def _given(self, group: Group, m: int) -> tuple[int, ...]:
         problem = self.groups.problem
         replicas = problem.source_rows(problem.job.batch // self.groups.micro_batches[m])
         rows = {problem.cluster.ids.index(r.device): r.rows for r in replicas}
         return tuple(rows[d] for d in group)
+
+
+def _column(values: Iterable[float]) -> Floats:
+    """``[follower, 1, 1]``."""
+    return np.array(list(values), dtype=np.float64)[:, None, None]
+
+
+def _better(
+    one: tuple[Floats, Floats, Ints, Ints], other: tuple[Floats, Floats, Ints, Ints] | None = None
+) -> tuple[Floats, Floats, Ints, Ints]:
+    """Of two ways to go on the cheaper one, for every count and position."""
+    if other is None:
+        return one
+    first = one[0] + np.maximum(one[1], 0.0) <= other[0] + np.maximum(other[1], 0.0)
+    return (
+        np.where(first, one[0], other[0]),
+        np.where(first, one[1], other[1]),
+        np.where(first, one[2], other[2]),
+        np.where(first, one[3], other[3]),
+    )

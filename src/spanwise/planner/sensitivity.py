@@ -121,7 +121,7 @@ def _link_loads(problem: Problem, plan: Plan) -> dict[str, float]:
                 nbytes = ring_edge_bytes(len(ring), action.nbytes)
             else:
                 continue
-            route = problem.links.routes[index[device]][index[peer]]
+            route = problem.links.route(index[device], index[peer])
             for name, rate in route.resources if route is not None else ():
                 load[name] = load.get(name, 0.0) + nbytes / rate
     return load

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +16,41 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
+class PerDevice:
+    """An array ``[device, ...]`` that keeps one entry for all devices with equal ones; read by index."""
+
+    __slots__ = ("_entries", "_of")
+
+    def __init__(self, entries: Floats, of: Ints) -> None:
+        """``entries[of[device]]`` is what ``device`` has."""
+        self._entries, self._of = entries, of
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As if every device had an entry of its own."""
+        return (len(self._of), *self._entries.shape[1:])
+
+    def __getitem__(self, key: Any) -> Any:
+        """As an array would."""
+        first, *rest = cast("tuple[Any, ...]", key) if isinstance(key, tuple) else (key,)
+        return self._entries[(self._of[first], *rest)]
+
+    def mean(self) -> Floats:
+        """Over all devices."""
+        weights = np.bincount(self._of, minlength=len(self._entries)) / len(self._of)
+        return np.tensordot(weights, self._entries, axes=1)
+
+    def __add__(self, other: PerDevice) -> PerDevice:
+        return PerDevice(self._entries + other._entries, self._of)
+
+
 @dataclass(frozen=True, slots=True)
 class Tables:
     """Arrays over devices in file order, layers ``0..L`` and rows ``0..batch``.
 
     Attributes:
         forward, backward: ``[device, layer, rows]`` seconds of layers ``[0, layer)``, not falling with rows.
+        both: their sum.
         message_s: ``[device]`` seconds of compute that one message takes.
         update_s_per_byte: ``[device]`` of the optimizer step.
         parameters: ``[start, stop]`` bytes of parameters of a range, each tied one once.
@@ -32,8 +62,9 @@ class Tables:
         copies: optimizer copies of the parameters.
     """
 
-    forward: Floats
-    backward: Floats
+    forward: PerDevice
+    backward: PerDevice
+    both: PerDevice
     message_s: Floats
     update_s_per_byte: Floats
     parameters: Floats
@@ -51,10 +82,16 @@ class Tables:
         """Interpolates every time table of the profile once at all rows up to ``batch``."""
         dense = {id(t): _dense(t, batch) for t in {id(t): t for t in profile.tables}.values()}
         chosen = [profile.table(device.id) for device in cluster.devices]
+        alike: dict[tuple[int, float], int] = {}
+        of = np.array([alike.setdefault((id(table), factor), len(alike)) for table, factor in chosen])
+        forward, backward = (
+            PerDevice(np.stack([factor * dense[table][way] for table, factor in alike]), of) for way in (0, 1)
+        )
         layers = graph.layers
         return cls(
-            forward=np.stack([factor * dense[id(table)][0] for table, factor in chosen]),
-            backward=np.stack([factor * dense[id(table)][1] for table, factor in chosen]),
+            forward=forward,
+            backward=backward,
+            both=forward + backward,
             message_s=np.array([factor * table.message_s for table, factor in chosen]),
             update_s_per_byte=np.array([factor * table.update_s_per_byte for table, factor in chosen]),
             parameters=_parameters(graph),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,24 +13,31 @@ from torch import Tensor, nn
 
 from spanwise.core.cluster import Cluster, DataShare
 from spanwise.core.errors import InputError
+from spanwise.core.faults import Fault, slowdown, stretch
 from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
+from spanwise.core.observed import ComputeTime, DeviceStep
 from spanwise.core.plan import Plan
-from spanwise.core.program import Program
+from spanwise.core.program import Action, Program
 from spanwise.ops.opgraph import OpGraph
 from spanwise.ops.stage_module import StageModule
 from spanwise.runtime import optimize
 from spanwise.runtime.calibrate import undisturbed_times
-from spanwise.runtime.emulate import Throttle, Unthrottled
+from spanwise.runtime.emulate import PacedTransport, Throttle, Unthrottled
 from spanwise.runtime.executor import DeviceParts, Executor, StepResult
 from spanwise.runtime.feed import Feed, Rows, Sampler, held_rows
+from spanwise.runtime.message_times import TimedTransport
 from spanwise.runtime.recorder import Recorder
 from spanwise.runtime.transport import Transport
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Everything that a run is, the same for all devices. ``dataset_rows``: of the training set."""
+    """Everything that a run is, the same for all devices.
+
+    ``dataset_rows``: of the training set. ``observe``: devices tell of every step how long compute and
+    messages took. ``faults``: what an emulated cluster suffers; of the kind ``slow`` only.
+    """
 
     job: Job
     cluster: Cluster
@@ -39,6 +47,8 @@ class Assignment:
     program: Program
     dataset_rows: int
     emulate: bool = False
+    observe: bool = False
+    faults: tuple[Fault, ...] = ()
 
     @property
     def shares(self) -> tuple[DataShare, ...]:
@@ -83,6 +93,9 @@ class Snapshot:
     optimizer: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     scheduler: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+OnStep = Callable[[StepResult, DeviceStep | None], None]
 
 
 class DeviceRun:
@@ -133,6 +146,10 @@ class DeviceRun:
         self.optimizer = optimize.make_optimizer(job.optimizer, self.parameters) if self.parameters else None
         self.scheduler = optimize.make_scheduler(job.scheduler, self.optimizer) if self.optimizer else None
         self.recorder = Recorder(device)
+        self._paced = transport if isinstance(transport, PacedTransport) else None
+        if self._paced is not None:
+            self._paced.on_passed = self.recorder.passed
+        self._timed = TimedTransport(transport) if assignment.observe else None
         emulation = assignment.cluster.emulation
         self._throttle = (
             Throttle(spec.speed * emulation.core_share) if assignment.emulate and emulation else None
@@ -143,7 +160,7 @@ class DeviceRun:
             plan,
             assignment.graph,
             assignment.program,
-            transport,
+            self._timed or transport,
             recorder=self.recorder,
             pace=self._throttle or Unthrottled(),
             feed=_feed(assignment, device, data, held),
@@ -159,7 +176,7 @@ class DeviceRun:
                 self._stages, self.parameters, self.buffers,
             )  # fmt: skip
 
-    def run(self, first: int, count: int, on_step: Callable[[StepResult], None]) -> None:
+    def run(self, first: int, count: int, on_step: OnStep) -> None:
         """Steps ``first .. first + count - 1``."""
         per_epoch = self._assignment.sampler.steps_per_epoch
         every_step = self._assignment.job.scheduler_every == "step"
@@ -167,10 +184,32 @@ class DeviceRun:
         for index in range(first, first + count):
             seed = self._assignment.job.seed * 7_919 + index * 613 + place
             torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
+            self._suffer(index)
             result = self.executor.step(index)
             if self.scheduler is not None and (every_step or (index + 1) % per_epoch == 0):
                 self.scheduler.step()
-            on_step(result)
+            on_step(result, self._observed(result))
+
+    def _suffer(self, step: int) -> None:
+        """Puts the faults of an emulated cluster in force."""
+        faults = self._assignment.faults
+        if self._throttle is not None:
+            self._throttle.slowdown = slowdown(faults, self.device, step)
+        if self._paced is not None and faults:
+            peers = (d for d in self._assignment.cluster.ids if d != self.device)
+            self._paced.stretch = {peer: stretch(faults, self.device, peer, step) or 1.0 for peer in peers}
+
+    def _observed(self, result: StepResult) -> DeviceStep | None:
+        if self._timed is None:
+            return None
+        seconds: dict[tuple[str, int], list[float]] = {}
+        for lane, kind, text, start, end in result.record.spans:
+            if lane == self.device and kind not in ("wait", "step"):
+                stage = Action.parse(text).stage
+                seconds.setdefault((kind, stage), []).append(end - start)
+        compute = tuple(ComputeTime(kind, stage, median(found)) for (kind, stage), found in seconds.items())
+        sent, received = self._timed.taken()
+        return DeviceStep(self.device, compute, sent, received)
 
     def state(self) -> Snapshot:
         """A copy of all that is needed to go on elsewhere."""

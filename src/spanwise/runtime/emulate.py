@@ -57,7 +57,7 @@ class Ledger:
         self._map = mmap.mmap(self._file, size)
         self._threads = threading.Lock()  # flock does not keep threads of one process apart
 
-    def book(self, route: Route, nbytes: int, not_before: float) -> float:
+    def book(self, route: Route, nbytes: float, not_before: float) -> float:
         """Books ``nbytes`` on every capacity of the route; returns when the last of them has passed."""
         end = not_before
         with self._threads:
@@ -96,11 +96,13 @@ class Throttle:
     measured by the device itself at set-up (``calibrate``), with the other devices at rest: caches that
     neighbours share and wake-ups after a rest make the same work 10 to 30 % dearer on this machine, which
     the emulated device has nothing to do with. Work without such a measurement counts by processor time.
-    What the machine was late with is made up for while the device has work without a break.
+    What the machine was late with is made up for while the device has work without a break. ``slowdown`` is
+    the factor of a fault, and may change between steps.
     """
 
     def __init__(self, share: float) -> None:
         self.share = share
+        self.slowdown = 1.0
         self.undisturbed_s: Mapping[Work, float] = {}
         self._owed_until = 0.0  # when the device is free in its own, undisturbed time
         self._start = 0.0
@@ -129,7 +131,7 @@ class Throttle:
         seconds = self.undisturbed_s.get(self._work)
         if seconds is None:
             seconds = time.thread_time() - self._cpu
-        self._owed_until = self._start + seconds / self.share
+        self._owed_until = self._start + seconds * self.slowdown / self.share
         rest = self._owed_until - time.monotonic()
         if rest > 0:
             time.sleep(rest)
@@ -190,6 +192,7 @@ class PacedTransport:
         self._wake = threading.Condition()
         self._open = True
         self.on_passed: OnPassed | None = None
+        self.stretch: Mapping[str, float] = {}  # factor of a fault on bytes and latency, by peer
         self._thread = threading.Thread(target=self._run, name=f"pacer-{device}", daemon=True)
         self._thread.start()
 
@@ -243,14 +246,15 @@ class PacedTransport:
         if not message.started:
             message.started = at
         quantum = min(message.left, max(_SMALLEST_QUANTUM, int(route.bandwidth_bytes_per_s * _QUANTUM_S)))
-        end = self._ledger.book(route, quantum, at)
+        stretch = self.stretch.get(peer, 1.0)
+        end = self._ledger.book(route, quantum * stretch, at)
         message.left -= quantum
         if message.left > 0:
             self._at(end, lambda when: self._transmit(peer, when))
             return
         message.passed = end
         self._at(end, lambda when: self._next(peer, when))
-        self._at(end + route.latency_s, lambda _: self._hand_on(message))
+        self._at(end + route.latency_s * stretch, lambda _: self._hand_on(message))
 
     def _next(self, peer: str, at: float) -> None:
         message = self._queues[peer].popleft()

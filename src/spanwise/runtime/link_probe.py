@@ -10,11 +10,16 @@ from spanwise.runtime.transport import Transport
 
 PROBE_SIZES = (1_000, 1_000, 1_000, 1_000, 1_000, 1_000_000, 1_000_000, 1_000_000)
 _TAG = 2**27 - 1000  # far above the tags of training steps
-_TIMEOUT_S = 30.0
+TIMEOUT_S = 30.0
 
 
 def probe_link(
-    transport: Transport, peer: str, *, first: bool, sizes: tuple[int, ...] = PROBE_SIZES
+    transport: Transport,
+    peer: str,
+    *,
+    first: bool,
+    sizes: tuple[int, ...] = PROBE_SIZES,
+    timeout_s: float = TIMEOUT_S,
 ) -> list[tuple[int, float]]:
     """(bytes, seconds) of messages from the first device to the second, answered by one byte.
 
@@ -29,10 +34,10 @@ def probe_link(
         if first:
             start = time.monotonic()
             reply = transport.recv(peer, tag + 1, [answer])
-            transport.send(peer, tag, [message]).wait(_TIMEOUT_S)
-            reply.wait(_TIMEOUT_S)
+            transport.send(peer, tag, [message]).wait(timeout_s)
+            reply.wait(timeout_s)
             samples.append((size, time.monotonic() - start))
         else:
-            transport.recv(peer, tag, [message]).wait(_TIMEOUT_S)
-            transport.send(peer, tag + 1, [answer]).wait(_TIMEOUT_S)
+            transport.recv(peer, tag, [message]).wait(timeout_s)
+            transport.send(peer, tag + 1, [answer]).wait(timeout_s)
     return samples

@@ -20,7 +20,10 @@ from torch import Tensor
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import PeerError, SpanwiseError
 from spanwise.core.job import LIVE
-from spanwise.core.program import ProgramFile
+from spanwise.core.observed import DeviceStep
+from spanwise.cost import optimizer_copies
+from spanwise.lowering import Move, move_bytes, moves
+from spanwise.runtime import orders
 from spanwise.runtime.control import listen
 from spanwise.runtime.coordinator import Coordinator
 from spanwise.runtime.device_run import Assignment, Snapshot
@@ -29,8 +32,12 @@ from spanwise.runtime.feed import Rows, read_rows
 from spanwise.runtime.link_probe import PROBE_SIZES
 from spanwise.runtime.session import (
     DeviceSpans,
+    Guide,
+    Horizon,
+    Probe,
     StepGatherer,
     StepReport,
+    Switched,
     merge_states,
 )
 from spanwise.runtime.worker import versions
@@ -193,18 +200,23 @@ class ProcessSession:
         resume: Snapshot | None = None,
     ) -> None:
         self._pool, self._coordinator, self._assignment = pool, pool.coordinator, assignment
-        self._devices = assignment.plan.devices
+        self._devices, self._data = assignment.plan.devices, data
+        self._known = set(self._devices)  # those that know job, graph and operations
+        self._probes: dict[str, Probe] = {}  # under way, by the device that measures
+        self._fed: set[str] = set()  # those that have got rows of live data
         for device in self._devices:
-            self._set_up(device, tensors, data, resume)
+            self._set_up(device, tensors, resume)
         self._coordinator.gather("ready", self._devices, _SETUP_S)
-        if assignment.emulate:
-            for device in self._devices:  # in turn: each times its compute undisturbed
+        self._calibrate()
+
+    def _calibrate(self) -> None:
+        """On the portable emulation, in turn: each device times its compute undisturbed."""
+        if self._assignment.emulate:
+            for device in self._devices:
                 self._coordinator.tell(device, "calibrate")
                 self._coordinator.gather("calibrated", (device,), _SETUP_S)
 
-    def _set_up(
-        self, device: str, tensors: dict[str, Tensor], data: Rows | None, resume: Snapshot | None
-    ) -> None:
+    def _set_up(self, device: str, tensors: dict[str, Tensor], resume: Snapshot | None) -> None:
         a = self._assignment
         held = set(a.program.held.get(device, ()))
         parts = {f"state/{k}": tensors[k].detach().cpu().contiguous() for k in held | a.buffers_of(device)}
@@ -214,48 +226,104 @@ class ProcessSession:
                 for k, v in resume.optimizer.items()
                 if k.partition("::")[0] in held
             }
-        if a.job.data.name == LIVE and data is not None:
-            parts |= _own_rows(a, device, data)
-        head: dict[str, Any] = {
-            "job": a.job.to_data(),
-            "cluster": a.cluster.to_data(),
-            "graph": a.graph.to_data(),
-            "ops": a.ops.to_json(),
-            "plan": a.plan.to_data(),
-            "program": ProgramFile.of(a.program).to_data(),
-            "dataset_rows": a.dataset_rows,
-            "emulate": a.emulate,
-        }
+        parts |= self._live_rows(a, device)
+        head = orders.whole(a)
         if resume is not None:
             head["resume"] = {"options": resume.options, "scheduler": resume.scheduler}
         payload = safetensors.torch.save({k: v.clone() for k, v in parts.items()})
         self._coordinator.tell(device, "setup", payload, **head)
 
-    def run(self, first: int, count: int) -> Iterator[StepReport]:
+    def _live_rows(self, assignment: Assignment, device: str) -> dict[str, Tensor]:
+        """Live data: the rows that a source reads from, and no others, travel to its worker, once."""
+        source = device in [source.device for source in assignment.plan.sources]
+        if assignment.job.data.name != LIVE or self._data is None or not source or device in self._fed:
+            return {}
+        self._fed.add(device)
+        inputs, labels = read_rows(self._data, assignment.held_by(device))
+        # Sorted by name on arrival, so numbers keep the order.
+        return {f"data/{i:03d}": torch.as_tensor(t).contiguous() for i, t in enumerate((*inputs, *labels))}
+
+    def run(self, first: int, count: int, guide: Guide | None = None) -> Iterator[StepReport]:
         """Tells all workers to run, yields steps as they end."""
-        for device in self._devices:
-            self._coordinator.tell(device, "run", first=first, count=count)
+        horizon = Horizon(first, count, guide)
+        self._order(first, horizon.step)
         gatherer = StepGatherer(self._devices)
-        left = len(self._devices)
         patience = 4 * self._assignment.job.transfer_timeout_s + 60.0
+        step = first
         try:
-            while left:
+            while step < horizon.step:
                 device, frame = self._coordinator.next_event(patience, f"step of {self._devices}")
-                if frame.kind == "ran":
-                    left -= 1
-                elif frame.kind == "step":
-                    head, shift = frame.head, self._pool.clock_offset_s(device)
-                    report = gatherer.add(
-                        device, int(head["step"]), float(head["loss"]),
-                        float(head["start"]) - shift, float(head["end"]) - shift,
-                    )  # fmt: skip
-                    if report is not None:
-                        yield report
+                if guide is not None and frame.kind == "probed" and frame.head["samples"]:
+                    samples = tuple((int(n), float(t)) for n, t in frame.head["samples"])
+                    guide.probed(self._probes.pop(device), samples)
+                if frame.kind != "step":
+                    continue
+                report = gatherer.add(device, self._part(device, frame.head))
+                if report is None:
+                    continue
+                step = report.step + 1
+                yield report
+                for probe in guide.wanted_probes() if guide is not None else ():
+                    self._ask(probe)
+                before = horizon.step
+                self._order(before, horizon.heard(report))
         except GeneratorExit:
             raise
         except SpanwiseError as error:
             self._coordinator.fail(error)
             raise
+
+    def _order(self, first: int, stop: int) -> None:
+        for device in self._devices if stop > first else ():
+            self._coordinator.tell(device, "run", first=first, count=stop - first)
+
+    def _ask(self, probe: Probe) -> None:
+        """Both ends measure the link once they have ended the steps that they know of."""
+        patience = 4 * self._assignment.job.transfer_timeout_s
+        ends = ((probe.source, probe.target, True), (probe.target, probe.source, False))
+        for device, peer, first in ends:
+            self._coordinator.tell(
+                device, "probe", peer=peer, first=first, sizes=probe.sizes, timeout_s=patience
+            )
+        self._probes[probe.source] = probe
+
+    def _part(self, device: str, head: dict[str, Any]) -> StepReport:
+        shift = self._pool.clock_offset_s(device)
+        seen = head.get("observed")
+        return StepReport(
+            int(head["step"]), float(head["loss"]), float(head["start"]) - shift, float(head["end"]) - shift,
+            () if seen is None else (DeviceStep.parse(device, seen, shift),),
+        )  # fmt: skip
+
+    def switch(self, assignment: Assignment) -> Switched:
+        """Goes on under another plan; its devices must be of the pool.
+
+        State travels between the devices; only rows of live data, for a device that becomes a source, come
+        from here.
+        """
+        start, before = time.monotonic(), self._assignment
+        found = moves(before.plan, assignment.plan, before.graph, before.cluster)
+        change: dict[str, Any] = {"before": before.plan.to_data(), "moves": orders.moves_data(found)}
+        devices = tuple(dict.fromkeys((*before.plan.devices, *assignment.plan.devices)))
+        for device in devices:
+            head = orders.plan_only(assignment) if device in self._known else orders.whole(assignment)
+            rows = self._live_rows(assignment, device)
+            payload = safetensors.torch.save(rows) if rows else b""
+            self._coordinator.tell(device, "switch", payload, **head, **change)
+        self._known.update(devices)
+        frames = self._coordinator.gather("switched", devices, _SETUP_S + self._moving_s(found))
+        self._assignment, self._devices = assignment, assignment.plan.devices
+        ready = time.monotonic()
+        self._calibrate()
+        moved = sum(int(frame.head["received_bytes"]) for frame in frames.values())
+        return Switched(moved, ready - start, time.monotonic() - ready)
+
+    def _moving_s(self, found: Sequence[Move]) -> float:
+        """At most so long: all bytes one after the other over the slowest of their links, eight times."""
+        a = self._assignment
+        rates = [a.cluster.route(m.source, m.target).bandwidth_bytes_per_s for m in found]
+        nbytes = sum(move_bytes(m, a.graph, optimizer_copies(a.job.optimizer)) for m in found)
+        return 8 * nbytes / min(rates, default=1.0)
 
     def snapshot(self) -> Snapshot:
         """Collects every parameter once, from the first device that holds it."""
@@ -297,12 +365,3 @@ class ProcessSession:
 
     def close(self) -> None:
         """The workers stay with their pool, ready for the next plan."""
-
-
-def _own_rows(assignment: Assignment, device: str, data: Rows) -> dict[str, Tensor]:
-    """Live data: the rows that this source reads from, and no others, travel to its worker."""
-    if device not in [source.device for source in assignment.plan.sources]:
-        return {}
-    inputs, labels = read_rows(data, assignment.held_by(device))
-    # Sorted by name on arrival, so numbers keep the order.
-    return {f"data/{i:03d}": torch.as_tensor(t).contiguous() for i, t in enumerate((*inputs, *labels))}

@@ -7,23 +7,63 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
 from spanwise.core.errors import SpanwiseError
+from spanwise.core.observed import DeviceStep
+from spanwise.lowering import buffer_holders
 from spanwise.runtime.device_run import Assignment, Snapshot
+from spanwise.runtime.migrate import mean_by_rows
 
 
 @dataclass(frozen=True)
 class StepReport:
     """One finished step: the mean loss over the global batch, and when its last device was done.
 
-    Times are ``time.monotonic`` seconds of the coordinator.
+    Times are ``time.monotonic`` seconds of the coordinator. ``observed`` is empty unless the Assignment asks
+    for it.
     """
 
     step: int
     loss: float
     start: float
     end: float
+    observed: tuple[DeviceStep, ...] = ()
+
+
+@dataclass(frozen=True)
+class Switched:
+    """What changing to another plan took: bytes between devices, seconds until all were ready to go on.
+
+    ``calibration_s`` is what the portable emulation needed besides, to time the new stages undisturbed.
+    """
+
+    moved_bytes: int
+    seconds: float
+    calibration_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A link to be measured between two steps, by messages of these sizes there and a byte back."""
+
+    source: str
+    target: str
+    sizes: tuple[int, ...]
+
+
+class Guide(Protocol):
+    """Who follows a run: may halt it between two steps, and ask for a link to be measured there."""
+
+    def wants_halt(self) -> bool:
+        """Whether steps that devices do not know of yet should not be begun."""
+        ...
+
+    def wanted_probes(self) -> tuple[Probe, ...]:
+        """Links to measure, each as soon as its two devices have ended the steps that they know of."""
+        ...
+
+    def probed(self, probe: Probe, samples: tuple[tuple[int, float], ...]) -> None:
+        """(bytes, round-trip seconds) of a probe."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,8 +78,16 @@ class DeviceSpans:
 class Session(Protocol):
     """Devices that hold a plan's parts."""
 
-    def run(self, first: int, count: int) -> Iterator[StepReport]:
-        """Runs steps and yields each as its last device ends it; raises what went wrong, for all devices."""
+    def run(self, first: int, count: int, guide: Guide | None = None) -> Iterator[StepReport]:
+        """Runs steps and yields each as its last device ends it; raises what went wrong, for all devices.
+
+        With a ``guide``, devices know of a few steps at a time only. It is asked after every report; once it
+        wants a halt, the steps they know of are run to their end, and no others.
+        """
+        ...
+
+    def switch(self, assignment: Assignment) -> Switched:
+        """Goes on under another plan of the same job, between two runs; see ``runtime.migrate``."""
         ...
 
     def snapshot(self) -> Snapshot:
@@ -64,18 +112,48 @@ class StepGatherer:
 
     def __init__(self, devices: tuple[str, ...]) -> None:
         self._devices = devices
-        self._open: dict[int, dict[str, tuple[float, float, float]]] = {}
+        self._open: dict[int, dict[str, StepReport]] = {}
 
-    def add(self, device: str, step: int, loss: float, start: float, end: float) -> StepReport | None:
-        """The StepReport once the last device has reported; losses are added in device order."""
-        found = self._open.setdefault(step, {})
-        found[device] = (loss, start, end)
+    def add(self, device: str, part: StepReport) -> StepReport | None:
+        """The whole once the last device has reported its part; losses are added in device order."""
+        found = self._open.setdefault(part.step, {})
+        found[device] = part
         if len(found) < len(self._devices):
             return None
-        del self._open[step]
-        values = [found[name] for name in self._devices]
-        total = math.fsum(loss for loss, _, _ in values)
-        return StepReport(step, total, min(s for _, s, _ in values), max(e for _, _, e in values))
+        del self._open[part.step]
+        parts = [found[name] for name in self._devices]
+        return StepReport(
+            part.step,
+            math.fsum(p.loss for p in parts),
+            min(p.start for p in parts),
+            max(p.end for p in parts),
+            tuple(seen for p in parts for seen in p.observed),
+        )
+
+
+class Horizon:
+    """Up to which step devices may go before they hear again; all hear the same.
+
+    Without a ``guide`` that is the last step. With one, they know of as many steps as take ``AHEAD_S`` and of
+    two at least: enough that no device ever waits for word, few enough that a halt comes soon.
+    """
+
+    AHEAD_S = 0.1
+    MOST = 32
+
+    def __init__(self, first: int, count: int, guide: Guide | None) -> None:
+        self._last, self._guide = first + count, guide
+        self.step = self._last if guide is None else min(self._last, first + 2)
+
+    def heard(self, report: StepReport) -> int:
+        """Takes a report in; the step to go up to from now on, not included."""
+        if self._guide is None:
+            return self.step
+        if self._guide.wants_halt():
+            self._last = self.step
+        ahead = min(self.MOST, max(2, math.ceil(self.AHEAD_S / max(report.end - report.start, 1e-6))))
+        self.step = max(self.step, min(self._last, report.step + 1 + ahead))
+        return self.step
 
 
 def merge_states(assignment: Assignment, states: Mapping[str, Snapshot]) -> Snapshot:
@@ -95,26 +173,8 @@ def merge_states(assignment: Assignment, states: Mapping[str, Snapshot]) -> Snap
         merged.optimizer |= {k: v for k, v in state.optimizer.items() if k.partition("::")[0] in wanted}
         merged.options = merged.options or state.options
         merged.scheduler = merged.scheduler or state.scheduler
-    for name, weights in _buffer_weights(assignment).items():
-        values = [(states[device].buffers[name], rows) for device, rows in weights]
-        merged.buffers[name] = _mean(values)
+    for name, weights in buffer_holders(assignment.plan, assignment.graph).items():
+        merged.buffers[name] = mean_by_rows(
+            [(states[device].buffers[name], rows) for device, rows in weights]
+        )
     return merged
-
-
-def _buffer_weights(assignment: Assignment) -> dict[str, list[tuple[str, int]]]:
-    out: dict[str, list[tuple[str, int]]] = {}
-    for stage in assignment.plan.stages:
-        for layer in assignment.graph.layers[stage.start : stage.stop]:
-            for name in layer.buffers:
-                if name not in out:
-                    out[name] = [(replica.device, replica.rows) for replica in stage.replicas]
-    return out
-
-
-def _mean(values: list[tuple[Tensor, int]]) -> Tensor:
-    first = values[0][0]
-    if len(values) == 1 or not first.is_floating_point():
-        return first
-    total = sum(rows for _, rows in values)
-    mean = sum((value.double() * (rows / total) for value, rows in values), start=first.double() * 0)
-    return mean.to(first.dtype)

@@ -17,7 +17,7 @@ from spanwise.runtime.device_run import Assignment, Snapshot
 from spanwise.runtime.evaluate import Score, evaluate
 from spanwise.runtime.feed import Rows
 from spanwise.runtime.measure import step_times
-from spanwise.runtime.session import Session, StepReport
+from spanwise.runtime.session import Guide, Session, StepReport, Switched
 
 
 class Progress(Protocol):
@@ -42,13 +42,31 @@ class Silent:
         """Nothing."""
 
 
+class Steering(Guide, Protocol):
+    """Watches a run and may change its plan between two steps."""
+
+    def observe(self, report: StepReport, step_time_s: float) -> None:
+        """A step is done."""
+        ...
+
+    def next_assignment(self) -> Assignment | None:
+        """What to go over to now, if anything; the run stands at a step boundary."""
+        ...
+
+    def switched(self, assignment: Assignment, step: int, cost: Switched) -> None:
+        """The run goes on under this plan from ``step`` on."""
+        ...
+
+
 @dataclass(frozen=True)
 class Trained:
-    """What a run has come to."""
+    """What a run has come to. ``assignment`` is that of the last plan, which ran from step ``since``."""
 
     reports: tuple[StepReport, ...]
     score: Score | None
     steps_done: int
+    assignment: Assignment
+    since: int
 
 
 @dataclass(frozen=True)
@@ -77,8 +95,11 @@ def train(
     *,
     start: int = 0,
     progress: Progress | None = None,
+    steering: Steering | None = None,
 ) -> Trained:
     """Runs the job from step ``start`` to its end and leaves the trained weights in model and folder.
+
+    ``steering`` may put other plans in place of the one that it begins with.
 
     Raises:
         TrainingError: the loss is not finite; the last good checkpoint stays.
@@ -89,16 +110,24 @@ def train(
     every = assignment.job.checkpoint_every
     reports: list[StepReport] = []
     score: Score | None = None
-    step = start
+    step = since = start
     while step < last:
         stop = min(last, _next(step, per_epoch), _next(step, every) if every else last)
-        for report in session.run(step, stop - step):
+        for report in session.run(step, stop - step, steering):
             _check_finite(session, report, folder)
             reports.append(report)
             seconds = step_times(reports[-2:], skip=0)[-1]
             _log_step(folder, assignment, report, seconds)
             progress.on_step(report, seconds, last)
-        step = stop
+            if steering is not None:
+                steering.observe(report, seconds)
+        step = reports[-1].step + 1
+        changed = None if steering is None or step == last else steering.next_assignment()
+        if steering is not None and changed is not None:
+            steering.switched(changed, step, session.switch(changed))
+            assignment, since = changed, step
+        if step < stop:
+            continue
         at_epoch, at_end = step % per_epoch == 0, step == last
         snapshot = session.snapshot()
         if at_end or (every and step % every == 0):
@@ -109,7 +138,7 @@ def train(
             score = _score(evaluation, assignment, folder, reports, step, progress)
     if last > start:
         save_weights(folder.weights, dict(evaluation.model.state_dict()))
-    return Trained(tuple(reports), score, max(last - start, 0))
+    return Trained(tuple(reports), score, max(last - start, 0), assignment, since)
 
 
 def load_into(model: nn.Module, snapshot: Snapshot) -> None:

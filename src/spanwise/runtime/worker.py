@@ -23,20 +23,20 @@ import spanwise
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InputError, JoinError, PeerError, SpanwiseError
 from spanwise.core.job import LIVE, Job
-from spanwise.core.model import ModelGraph
+from spanwise.core.observed import DeviceStep
 from spanwise.core.plan import Plan
-from spanwise.core.program import ProgramFile
 from spanwise.ops.allocator import keep_freed_memory
-from spanwise.ops.opgraph import OpGraph
+from spanwise.runtime import orders
 from spanwise.runtime.control import HANDSHAKE_TIMEOUT_S, Channel, Frame, introduce, parse_endpoint
 from spanwise.runtime.device_run import Assignment, DeviceRun
 from spanwise.runtime.emulate import Ledger, PacedTransport
 from spanwise.runtime.executor import StepResult
 from spanwise.runtime.feed import Rows
 from spanwise.runtime.imports import build, data_sets
-from spanwise.runtime.link_probe import probe_link
+from spanwise.runtime.link_probe import TIMEOUT_S, probe_link
 from spanwise.runtime.memory import MemoryWatch
 from spanwise.runtime.message_probe import message_cpu_s
+from spanwise.runtime.migrate import Change
 from spanwise.runtime.torch_dist import DistTransport, KeyValueStore, backend_for
 from spanwise.runtime.transport import Transport
 
@@ -112,6 +112,9 @@ class _Worker:
         self.commands: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self.values: dict[str, bytes] = {}
         self.arrived = threading.Condition()
+        self.assignment: Assignment | None = None
+        self.data: Rows | None = None
+        self.held = False  # whether ``data`` is only what this device reads
         self.run: DeviceRun | None = None
         self.transport: Transport | None = None
         self.memory = MemoryWatch()
@@ -138,7 +141,8 @@ class _Worker:
         commands = {
             "meet": self._on_meet, "probe": self._on_probe, "service": self._on_service,
             "exchange": self._on_exchange, "setup": self._on_setup, "calibrate": self._on_calibrate,
-            "run": self._on_run, "collect": self._on_collect, "spans": self._on_spans,
+            "switch": self._on_switch, "run": self._on_run, "collect": self._on_collect,
+            "spans": self._on_spans,
         }  # fmt: skip
         if frame.kind not in commands:
             raise PeerError(f"device '{self.device}': the coordinator asked for unknown '{frame.kind}'")
@@ -245,8 +249,9 @@ class _Worker:
         assert self.transport is not None
         head = frame.head
         samples = probe_link(
-            self.transport, head["peer"], first=bool(head["first"]), sizes=tuple(head["sizes"])
-        )
+            self.transport, head["peer"], first=bool(head["first"]), sizes=tuple(head["sizes"]),
+            timeout_s=float(head.get("timeout_s", TIMEOUT_S)),
+        )  # fmt: skip
         self.channel.send("probed", samples=samples)
 
     def _on_exchange(self, frame: Frame) -> None:
@@ -258,36 +263,48 @@ class _Worker:
     def _on_setup(self, frame: Frame) -> None:
         """Builds this device's part of the plan."""
         assert self.transport is not None
-        head = frame.head
+        head, parts = frame.head, orders.parts(frame.payload)
         self.memory = MemoryWatch()
-        tensors = safetensors.torch.load(frame.payload)
-        job = Job.parse(head["job"])
-        assignment = Assignment(
-            job,
-            Cluster.parse(head["cluster"]),
-            ModelGraph.parse(head["graph"]),
-            OpGraph.from_json(head["ops"]),
-            Plan.parse(head["plan"]),
-            ProgramFile.parse(head["program"]).program(),
-            int(head["dataset_rows"]),
-            bool(head["emulate"]),
-        )
-        parts: dict[str, dict[str, Tensor]] = {"data": {}, "state": {}, "optimizer": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition("/")
-            parts[part][rest] = tensor
-        if self.run is not None:
-            self.run.close()
-        held = bool(parts["data"])
-        data = _sent_data(parts["data"]) if held else self._own_data(job, assignment.plan)
+        assignment = self._begin(head, parts["data"])
         self.run = DeviceRun(
-            assignment, self.device, self.transport, tensors=parts["state"], data=data, held=held
+            assignment, self.device, self.transport, tensors=parts["state"], data=self.data, held=self.held
         )
-        if isinstance(self.transport, PacedTransport):
-            self.transport.on_passed = self.run.recorder.passed
         if head.get("resume"):
             self.run.resume(parts["optimizer"], head["resume"]["options"], head["resume"]["scheduler"])
         self.channel.send("ready")
+
+    def _on_switch(self, frame: Frame) -> None:
+        """Goes over to another plan, together with the other devices of both."""
+        assert self.transport is not None
+        head, data = frame.head, orders.parts(frame.payload)["data"]
+        if orders.is_whole(head):
+            assignment = self._begin(head, data)
+        else:
+            assert self.assignment is not None
+            assignment = self.assignment = orders.read_plan(head, self.assignment)
+            self._take_data(assignment, data)
+        moves, before = orders.read_moves(head["moves"]), Plan.parse(head["before"])
+        change = Change(
+            assignment, self.device, self.transport, moves, self.run, before, self.data, self.held
+        )
+        self.run = change.carry_out()
+        self.channel.send("switched", received_bytes=change.received_bytes)
+
+    def _begin(self, head: dict[str, Any], data: dict[str, Tensor]) -> Assignment:
+        """A run from the ground up: nothing of an earlier one stays."""
+        if self.run is not None:
+            self.run.close()
+        self.run, self.data = None, None
+        self.assignment = orders.read_whole(head)
+        self._take_data(self.assignment, data)
+        return self.assignment
+
+    def _take_data(self, assignment: Assignment, sent: dict[str, Tensor]) -> None:
+        """Keeps what arrived, or makes the data set once if this device reads it."""
+        if sent:
+            self.data, self.held = orders.sent_data(sent), True
+        elif self.data is None:
+            self.data, self.held = self._own_data(assignment.job, assignment.plan), False
 
     def _on_calibrate(self, _: Frame) -> None:
         """Times this device's compute while the others rest."""
@@ -314,9 +331,8 @@ class _Worker:
         """Runs steps and reports each as it ends."""
         assert self.run is not None
         self.run.run(int(frame.head["first"]), int(frame.head["count"]), self._on_step)
-        self.channel.send("ran")
 
-    def _on_step(self, result: StepResult) -> None:
+    def _on_step(self, result: StepResult, seen: DeviceStep | None) -> None:
         self.memory.sample()
         record = result.record
         self.channel.send(
@@ -326,6 +342,7 @@ class _Worker:
             start=record.start,
             end=record.end,
             busy_s=record.busy_s,
+            observed=None if seen is None else seen.to_data(),
         )
 
     def _on_collect(self, frame: Frame) -> None:
@@ -355,9 +372,3 @@ class _Worker:
             for r in self.run.recorder.records
         ]
         self.channel.send("spanned", records=records, peak_bytes=self.memory.peak_bytes())
-
-
-def _sent_data(tensors: dict[str, Tensor]) -> Rows:
-    from torch.utils.data import TensorDataset
-
-    return TensorDataset(*(tensors[name] for name in sorted(tensors)))

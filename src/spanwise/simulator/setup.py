@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spanwise.core.cluster import Cluster
-from spanwise.core.faults import Fault
+from spanwise.core.faults import Fault, slowdown, stretch
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
@@ -129,24 +129,11 @@ class Costs:
 
     def slowdown(self, device: str, step: int) -> float:
         """Factor on compute by ``slow`` faults."""
-        factor = 1.0
-        for fault in self.faults:
-            if fault.kind == "slow" and fault.peer is None and fault.device == device and step >= fault.step:
-                factor *= fault.factor
-        return factor
+        return slowdown(self.faults, device, step)
 
     def stretch(self, source: str, target: str, step: int) -> float | None:
-        """Factor on bytes and latency of messages by ``slow`` faults of a link; None when it is cut.
-
-        More bytes, as if parts were lost and sent again: a slow link also takes more of what it shares.
-        """
-        factor = 1.0
-        for fault in self.faults:
-            if (fault.device, fault.peer) == (source, target) and step >= fault.step:
-                if fault.kind == "cut":
-                    return None
-                factor *= fault.factor
-        return factor
+        """Factor on messages by ``slow`` faults of a link; None when it is cut."""
+        return stretch(self.faults, source, target, step)
 
     def lost(self, device: str, step: int) -> bool:
         """Whether a ``lose`` fault has ended the device."""

@@ -1,0 +1,269 @@
+"""Decides when a run changes its plan, and whether the change paid. Pure: no clock, no thread, no torch.
+
+The caller feeds every step in, searches when asked to (``Search``), hands the result back, and carries out
+the ``Change`` that comes of it at a step boundary. The thresholds are ours; the idea, micro-batches that
+follow the bandwidth, is that of SpanTrain (Big Data Research 2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from statistics import median
+
+from spanwise.core.observed import DeviceStep
+from spanwise.core.plan import Plan
+from spanwise.core.profile import Profile
+from spanwise.lowering import lower
+from spanwise.planner.estimate import KEPT, Drift, Estimator, newest
+from spanwise.planner.explore import Explorer, Look
+from spanwise.planner.problem import Memo, Problem
+from spanwise.planner.ratios import Expected, Link
+from spanwise.planner.replan import Candidate, Kind, candidate, candidates, shape
+from spanwise.simulator import simulate
+
+LEAST_GAIN = 0.05  # predicted, of the step time
+LOSS = 0.03  # realised: a change that makes steps this much longer is undone
+HOLD_STEPS, HOLD_S = 5, 2.0  # after a change, before the next
+JUDGED_STEPS, JUDGED_S = 3, 0.5  # under a plan, without the first, say how fast it is
+BAN_STEPS = 50  # an undone plan is not tried again for so long, twice as long the next time
+SETTLE_STEPS = 2  # at the start and after a change: first passes grow heaps and connections
+SETUP_S = 0.2  # of a change, until one was measured
+REFITS = 2  # times that estimates are held against a simulation on themselves
+SEARCH_SHARE = 0.2  # of the time may go to searching, unless something has moved far
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """One change of plan, as a record.
+
+    ``step`` is the first under the new plan; gains are parts of the step time before. ``realised_gain`` is
+    None until enough steps have shown it, or if conditions changed meanwhile.
+    """
+
+    step: int
+    reason: str
+    kind: Kind
+    predicted_gain: float
+    moved_bytes: int = 0
+    seconds: float = 0.0
+    realised_gain: float | None = None
+    undone: bool = False
+
+    def to_data(self) -> dict[str, object]:
+        """For ``metrics.jsonl`` and ``--json``."""
+        return {
+            "step": self.step, "reason": self.reason, "kind": self.kind, "moved_bytes": self.moved_bytes,
+            "seconds": self.seconds, "predicted_gain": self.predicted_gain,
+            "realised_gain": self.realised_gain, "undone": self.undone,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Search:
+    """What to look for a better plan on: the problem with its numbers as they are now."""
+
+    problem: Problem
+    plan: Plan
+    strategy: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """A plan to go over to at the next boundary, why, and how long moving should take."""
+
+    plan: Plan
+    reason: str
+    kind: Kind
+    predicted_gain: float
+    move_s: float = 0.0
+    undoes: bool = False
+
+
+@dataclass
+class _Trial:
+    """A change whose gain is not known yet."""
+
+    record: Adaptation
+    before: Plan
+    before_s: float
+    seen: list[float] = field(default_factory=list[float])
+
+
+def found_in(search: Search) -> Iterator[list[Candidate]]:
+    """Candidates of a search: changes of the plan that runs first, then plans from the ground up.
+
+    Takes seconds in all: not for a training thread.
+    """
+    groups = candidates(search.problem, search.plan, search.strategy)
+    yield [c for group in islice(groups, 2) for c in group]
+    yield [c for group in groups for c in group]
+
+
+class Adapter:
+    """Follows one run. ``records`` has every change, in order."""
+
+    def __init__(self, problem: Problem, plan: Plan, *, last_step: int, strategy: str) -> None:
+        """Begins with the numbers that the plan was made by; ``last_step`` is the run's, not included."""
+        self.plan, self.records = plan, list[Adaptation]()
+        self._problem, self._strategy, self._last_step = problem, strategy, last_step
+        self._bias = 1.0  # measured over predicted step time that no device or link accounts for
+        self._estimator = self._follow(problem.profile)
+        self._times: list[float] = []  # of the steps under this plan, settled ones only
+        self._rest = SETTLE_STEPS
+        self._hold_until, self._hold_until_s = 0, 0.0
+        self._quiet_until_s = 0.0
+        self._searching: tuple[Search, float] | None = None
+        self._trial: _Trial | None = None
+        self._setup_s = SETUP_S
+        self._explorer = Explorer(problem.profile, problem.cluster)
+        self._now_s = 0.0
+        self._bans: dict[Plan, tuple[int, int]] = {}  # shape of a plan: until which step, how often
+
+    @property
+    def profile(self) -> Profile:
+        """The numbers believed now."""
+        return self._estimator.profile
+
+    def observe(
+        self, step: int, step_s: float, observed: Sequence[DeviceStep], now_s: float
+    ) -> Search | Change | None:
+        """Takes a step in. A Search is to be carried out and given to ``consider``, a Change at once."""
+        if self._rest > 0:
+            self._rest -= 1
+            return None
+        self._estimator.add(step_s, observed)
+        self._times.append(step_s)
+        self._now_s = now_s
+        drift = self._estimator.drift()
+        if self._trial is not None:
+            undo = self._judge(step, step_s, drift)
+            if undo is not None:
+                return undo
+        forgotten = self._explorer.forgotten(self.profile, self.plan.devices, now_s)
+        if drift is None and forgotten:
+            drift = Drift(big=False, conditions=True)
+        if self._searching is not None or drift is None or self._last_step - step < HOLD_STEPS:
+            return None
+        held = step < self._hold_until or now_s < max(self._hold_until_s, self._quiet_until_s)
+        if self._trial is not None or (held and not (drift.big and drift.conditions)):
+            return None
+        fitted = self._fitted()
+        reasons = [self._estimator.changes(fitted)] if self._estimator.drift() is not None else []
+        reasons += [f"{device} may be as fast as at first again" for device in forgotten]
+        profile = self._explorer.forget(fitted, forgotten)
+        problem = replace(self._problem, profile=profile, memo=Memo())
+        search = Search(problem, self.plan, self._strategy, "; ".join(reasons))
+        self._searching = (search, now_s)
+        return search
+
+    def look(self, now_s: float) -> tuple[Look, ...]:
+        """Links to probe now; ``looked`` takes the results."""
+        return self._explorer.look(self._estimator, now_s)
+
+    def looked(self, link: Link, samples: Sequence[tuple[int, float]]) -> None:
+        """(bytes, round-trip seconds) of a probe."""
+        self._estimator.probed(link, samples)
+
+    def consider(self, found: Sequence[Candidate], step: int, now_s: float, *, last: bool) -> Change | None:
+        """What a search has come to so far; ``step`` is the newest that was observed.
+
+        Args:
+            found: the next of ``found_in``.
+            step: the newest that was observed.
+            now_s: the caller's clock.
+            last: whether nothing more comes of this search.
+        """
+        assert self._searching is not None
+        search, since_s = self._searching
+        if last:
+            self._searching = None
+            self._quiet_until_s = now_s + (now_s - since_s) / SEARCH_SHARE
+        predicted_s = self._expected(search.problem.profile).step_s
+        if self._estimator.profile is not search.problem.profile:
+            self._bias = self._pace_s / predicted_s if predicted_s else 1.0
+            self._estimator = self._follow(search.problem.profile)
+        if search.plan is not self.plan:  # a small change was made meanwhile
+            anew = [candidate(search.problem, self.plan, c.plan) for c in found]
+            found = [c for c in anew if c is not None]
+        measured_s, left = self._bias * predicted_s, self._last_step - step - 1
+        best: Change | None = None
+        most = 0.0
+        for entry in found:
+            gain = 1 - entry.step_s / predicted_s if predicted_s else 0.0
+            # Measured over predicted stays what it is: both plans are as much slower as they are predicted.
+            saved_s = gain * measured_s * left - entry.move_s - self._setup_s
+            if gain > LEAST_GAIN and saved_s > most and not self._banned(entry.plan, step):
+                best = Change(entry.plan, search.reason, entry.kind, gain, entry.move_s)
+                most = saved_s
+        return best
+
+    def changed(self, change: Change, step: int, moved_bytes: int, seconds: float) -> Adaptation:
+        """The change was carried out; ``step`` is the first under the new plan."""
+        record = Adaptation(step, change.reason, change.kind, change.predicted_gain, moved_bytes, seconds)
+        before, before_s = self.plan, self._pace_s
+        self.plan = change.plan
+        if change.undoes:
+            self._trial = None
+        else:
+            self._trial = _Trial(record, before, before_s)
+            self._setup_s = max(0.0, seconds - change.move_s)
+        self.records.append(record)
+        self._estimator = self._follow(self._estimator.profile)
+        self._times, self._rest = [before_s], SETTLE_STEPS - 1
+        self._hold_until, self._hold_until_s = step + HOLD_STEPS, self._now_s + seconds + HOLD_S
+        return record
+
+    @property
+    def _pace_s(self) -> float:
+        """How long a step takes now."""
+        entries = [(seconds, seconds) for seconds in self._times[-KEPT:]]
+        return median(newest(entries, JUDGED_STEPS, JUDGED_S) or self._times)
+
+    def _judge(self, step: int, step_s: float, drift: Drift | None) -> Change | None:
+        """Compares steps after a change with those before; a Change back if it does not pay."""
+        trial = self._trial
+        assert trial is not None
+        trial.seen.append(step_s)
+        if len(trial.seen) < JUDGED_STEPS or sum(trial.seen) < JUDGED_S:
+            return None
+        self._trial = None
+        if drift is not None and drift.conditions and drift.big:
+            return None  # the comparison would be of conditions, not of plans
+        realised = 1 - median(trial.seen) / trial.before_s
+        worse = realised < -LOSS
+        record = replace(trial.record, realised_gain=realised, undone=worse)
+        self.records[self.records.index(trial.record)] = record
+        if not worse:
+            return None
+        times = self._bans.get(shape(self.plan), (0, 0))[1]
+        self._bans[shape(self.plan)] = (step + BAN_STEPS * 2**times, times + 1)
+        reason = f"the change at step {record.step} made steps {-100 * realised:.0f} % longer"
+        return Change(trial.before, reason, record.kind, 1 - 1 / (1 - realised), undoes=True)
+
+    def _banned(self, plan: Plan, step: int) -> bool:
+        return self._bans.get(shape(plan), (0, 0))[0] > step
+
+    def _fitted(self) -> Profile:
+        """The numbers as the last steps show them."""
+        profile = self._estimator.fitted()
+        for _ in range(REFITS):
+            profile = self._estimator.again(profile, self._expected(profile)).fitted()
+        return profile
+
+    def _follow(self, profile: Profile) -> Estimator:
+        """Follows the plan that runs, against these numbers."""
+        expected = self._expected(profile)
+        return Estimator(
+            profile, self._problem.cluster, replace(expected, step_s=expected.step_s * self._bias)
+        )
+
+    def _expected(self, profile: Profile) -> Expected:
+        problem = self._problem
+        program = lower(self.plan, problem.graph, clip=problem.job.clip_norm is not None)
+        timeline = simulate(
+            program, self.plan, problem.graph, profile, problem.cluster, optimizer_copies=problem.copies
+        )
+        return Expected.of(timeline)

@@ -1,0 +1,231 @@
+"""How fast devices and links are now: ratios over the last steps, and the profile that fits them."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TypeVar
+
+from spanwise.core.cluster import Cluster
+from spanwise.core.observed import DeviceStep
+from spanwise.core.profile import DeviceTimes, LinkTimes, Profile
+from spanwise.core.routes import Routes
+from spanwise.planner.ratios import SHORTEST_S, Expected, Link, Ratios, ratios
+
+T = TypeVar("T")
+
+# What must agree before something has moved: so many steps, and so many seconds of them, as steps of a few
+# milliseconds all lie within one hiccup of a machine.
+WINDOW, WINDOW_S = 3, 1.0
+BIG_WINDOW, BIG_WINDOW_S = 2, 0.5
+AGREE = 0.75  # of these steps must be out of the band
+KEPT = 64  # steps
+STEP_BAND = 1.15  # measured over predicted step time
+DEVICE_BAND = 1.15
+LINK_BAND = 1.2
+BIG = 1.5  # beyond this the shorter time is enough
+CALM_WEIGHT = 0.3  # of the newest step in the smoothed ratio
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Something has moved for good: whether far, and whether a device or link, not the step time alone."""
+
+    big: bool
+    conditions: bool
+
+
+def newest(entries: Sequence[tuple[float, T]], steps: int, seconds: float) -> list[T]:
+    """Of (seconds, entry) the newest that span so many steps and seconds; empty if all are too few."""
+    spanned, out = 0.0, list[T]()
+    for length_s, entry in reversed(entries):
+        out.append(entry)
+        spanned += length_s
+        if len(out) >= steps and spanned >= seconds:
+            return out[::-1]
+    return []
+
+
+class Tracker:
+    """Ratios of the last steps of one kind: smoothed while calm, their median once they have moved."""
+
+    def __init__(self, band: float) -> None:
+        self._band = band
+        self._last: deque[tuple[float, float]] = deque(maxlen=KEPT)  # seconds and log ratio
+        self._smooth: float | None = None
+
+    def add(self, ratio: float, seconds: float) -> None:
+        """Takes the newest step in, which took so long."""
+        value = math.log(max(ratio, 1e-6))
+        self._last.append((seconds, value))
+        if self._smooth is None:
+            self._smooth = value
+        else:
+            self._smooth += CALM_WEIGHT * (value - self._smooth)
+
+    @property
+    def big(self) -> bool:
+        """Whether the newest steps are far out, all to the same side."""
+        return self._beyond(BIG, self._short)
+
+    @property
+    def moved(self) -> bool:
+        """Whether the newest steps are out of the band, all to the same side."""
+        return self.big or self._beyond(self._band, self._long)
+
+    @property
+    def ratio(self) -> float:
+        """The best estimate now."""
+        if self._smooth is None:
+            return 1.0
+        if not self.moved:
+            return math.exp(self._smooth)
+        return math.exp(median(self._short if self.big else self._long))
+
+    @property
+    def _short(self) -> list[float]:
+        return newest(self._last, BIG_WINDOW, BIG_WINDOW_S)
+
+    @property
+    def _long(self) -> list[float]:
+        return newest(self._last, WINDOW, WINDOW_S)
+
+    def _beyond(self, band: float, last: Sequence[float]) -> bool:
+        above = sum(value > math.log(band) for value in last)
+        below = sum(value < -math.log(band) for value in last)
+        return bool(last) and max(above, below) >= AGREE * len(last)
+
+
+class Estimator:
+    """Follows a run against one expectation; ``fitted`` gives the numbers to plan with."""
+
+    def __init__(self, profile: Profile, cluster: Cluster, expected: Expected) -> None:
+        self.profile, self.expected = profile, expected
+        self._cluster = cluster
+        self._routes = Routes(cluster, profile.links)
+        self._latency_s = {
+            (a, b): self._routes.route(a, b).latency_s
+            for a in cluster.ids
+            for b in cluster.ids
+            if a != b and cluster.connected(a, b)
+        }
+        self._recent: deque[tuple[float, Sequence[DeviceStep]]] = deque(maxlen=KEPT)
+        self._step = Tracker(STEP_BAND)
+        self._devices: dict[str, Tracker] = {}
+        self._links: dict[Link, Tracker] = {}
+        self._shown: set[Link] = set()  # by messages of the run, not by probes
+
+    def add(self, step_s: float, observed: Sequence[DeviceStep]) -> Ratios:
+        """Takes a step in."""
+        found = ratios(self.expected, step_s, observed, self._latency_s)
+        self._recent.append((step_s, observed))
+        self._step.add(found.step, step_s)
+        for device, ratio in found.devices.items():
+            self._devices.setdefault(device, Tracker(DEVICE_BAND)).add(ratio, step_s)
+        self._shown.update(found.links)
+        for link, ratio in found.links.items():
+            self._links.setdefault(link, Tracker(LINK_BAND)).add(ratio, step_s)
+        return found
+
+    def probed(self, link: Link, samples: Sequence[tuple[int, float]]) -> None:
+        """Takes in a probe of a link that carried nothing: (bytes, round-trip seconds).
+
+        It counts as two steps, as it was alone on the link and has no compute in it.
+        """
+        small, large = min(n for n, _ in samples), max(n for n, _ in samples)
+        if small == large:
+            return
+        least = {size: min(s for n, s in samples if n == size) for size in (small, large)}
+        awaited_s = (large - small) / self.rate(link)
+        for other in self._links.keys() - self._shown - {link}:
+            if self.pipe(other) == self.pipe(link):
+                del self._links[other]  # an earlier probe: this one is newer
+        tracker = self._links.setdefault(link, Tracker(LINK_BAND))
+        for _ in range(2):
+            tracker.add(max(least[large] - least[small], SHORTEST_S) / awaited_s, BIG_WINDOW_S)
+
+    def rate(self, link: Link) -> float:
+        """Bytes per second of a link as believed."""
+        return self._routes.route(*link).bandwidth_bytes_per_s
+
+    @property
+    def shown_pipes(self) -> frozenset[str]:
+        """What messages of the run have shown something of; see ``pipe``."""
+        return frozenset(self.pipe(link) for link in self._shown)
+
+    def drift(self) -> Drift | None:
+        """Whether something has moved."""
+        trackers = [*self._devices.values(), *self._links.values()]
+        if any(tracker.moved for tracker in trackers):
+            return Drift(any(tracker.big for tracker in trackers), conditions=True)
+        return Drift(self._step.big, conditions=False) if self._step.moved else None
+
+    def changes(self, profile: Profile) -> str:
+        """What of the devices and links that were seen is out of the band in a fitted profile, in words."""
+        old = {entry.device: entry.factor for entry in self.profile.devices}
+        longer = {e.device: e.factor / old[e.device] for e in profile.devices if e.device in self._devices}
+        routes = Routes(self._cluster, profile.links)
+        rates = {link: routes.route(*link).bandwidth_bytes_per_s / self.rate(link) for link in self._links}
+        found = [f"{d} takes {r:.2f} times as long" for d, r in longer.items() if _out(r, DEVICE_BAND)]
+        found += [f"{a}>{b} has {r:.2f} of its rate" for (a, b), r in rates.items() if _out(r, LINK_BAND)]
+        return "; ".join(found) or f"steps take {self._step.ratio:.2f} times as long as predicted"
+
+    def again(self, profile: Profile, expected: Expected) -> Estimator:
+        """The last steps once more, against another expectation; those since it moved, if it has.
+
+        A link that slows down changes how messages meet on others too. What was taken for a change of theirs
+        goes away when the steps are held against a simulation that knows of the first.
+        """
+        drift = self.drift()
+        span = (BIG_WINDOW, BIG_WINDOW_S) if drift is not None and drift.big else (WINDOW, WINDOW_S)
+        recent = [(step_s, (step_s, observed)) for step_s, observed in self._recent]
+        estimator = Estimator(profile, self._cluster, expected)
+        for step_s, observed in newest(recent, *span) or self._recent:
+            estimator.add(step_s, observed)
+        return estimator
+
+    def fitted(self) -> Profile:
+        """The profile with devices and links as they showed themselves.
+
+        A pair that was not seen has the rate of the fastest one that shares its pipe between sites: so much
+        the pipe carries. Other pairs stay as they were.
+        """
+        devices = tuple(self._device(entry) for entry in self.profile.devices)
+        shown = {link: self.rate(link) / tracker.ratio for link, tracker in self._links.items()}
+        pipes: dict[str, float] = {}
+        for link, rate in shown.items():
+            pipes[self.pipe(link)] = max(pipes.get(self.pipe(link), 0.0), rate)
+        links = {(entry.source, entry.target): entry for entry in self.profile.links}
+        for a, b in self._latency_s:
+            rate = shown.get((a, b))
+            if rate is None and self.pipe((a, b)) in pipes:
+                rate = min(pipes[self.pipe((a, b))], self._beside_pipe((a, b)))
+            if rate is not None:
+                links[a, b] = LinkTimes(
+                    source=a, target=b, latency_s=self._latency_s[a, b], bandwidth_bytes_per_s=rate
+                )
+        return self.profile.model_copy(update={"devices": devices, "links": tuple(links.values())})
+
+    def _device(self, entry: DeviceTimes) -> DeviceTimes:
+        tracker = self._devices.get(entry.device)
+        if tracker is None:
+            return entry
+        return entry.model_copy(update={"factor": entry.factor * tracker.ratio})
+
+    def pipe(self, link: Link) -> str:
+        """What a link shares with the others between two sites; inside a site it is the link's own."""
+        found = self._cluster.route(*link).resources
+        own = f"pair:{link[0]}>{link[1]}"
+        return next((name for name, _ in found if name.startswith("link:")), own)
+
+    def _beside_pipe(self, link: Link) -> float:
+        """The least capacity on the way that is not the pipe: ports of the two devices."""
+        found = self._cluster.route(*link).resources
+        return min((rate for name, rate in found if not name.startswith("link:")), default=math.inf)
+
+
+def _out(ratio: float, band: float) -> bool:
+    return ratio > band or ratio < 1 / band

@@ -1,0 +1,147 @@
+"""What a step shows of devices and links: measured over expected seconds.
+
+Expected is the simulated Timeline of the plan that runs, on the numbers believed so far. Both sides count the
+same: compute from its start to its end, a message for as long as its link has it (latency comes after). So
+what slows messages of one link in the simulation too, such as others on the same pipe, is not taken for a
+slower link.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from spanwise.core.observed import Arrival, Departure, DeviceStep
+from spanwise.core.program import Action
+from spanwise.core.timeline import Timeline
+from spanwise.cost import ring_edge_bytes
+
+Link = tuple[str, str]
+
+LEAST_SHARE = 0.05  # of the step time: a device or link that is at work for less decides nothing
+LEAST_COMPUTE_S = 1e-4  # below it a step says nothing about a device
+LEAST_LINK_S = 2e-3  # the same for a link: wake-ups of threads take up to a millisecond
+LEAST_MESSAGE_BYTES = 4096
+SHORTEST_S = 1e-5
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a simulation says that devices will show.
+
+    ``compute_s`` by device, kind of compute and stage; ``rates`` are bytes per second of each link while it
+    carries a message, shared as it is with others. Seconds are those of one of ``micro_batches``.
+    """
+
+    step_s: float
+    compute_s: Mapping[tuple[str, str, int], float]
+    rates: Mapping[Link, float]
+    micro_batches: int = 1
+
+    @classmethod
+    def of(cls, timeline: Timeline) -> Expected:
+        """From a simulated Timeline with spans: its last step, as the first begins with empty links.
+
+        Of messages only those count that devices would report of a step, see ``core.observed.noted``.
+        """
+        last = max((span.step for span in timeline.spans), default=0)
+        compute: dict[tuple[str, str, int], list[float]] = {}
+        carried: dict[Link, list[tuple[float, float, float]]] = {}  # size, bytes in all, seconds
+        for span in timeline.spans:
+            source, arrow, target = span.lane.partition(">")
+            if span.step != last or span.kind in ("wait", "step", "lost"):
+                continue
+            action = Action.parse(span.action)
+            if not arrow:
+                compute.setdefault((source, span.kind, action.stage), []).append(span.seconds)
+                continue
+            count, nbytes = len(action.members), float(action.nbytes)
+            sizes = (nbytes / count, ring_edge_bytes(count, nbytes)) if count else (nbytes, nbytes)
+            carried.setdefault((source, target), []).append((*sizes, span.seconds))
+        rates: dict[Link, float] = {}
+        for link, found in carried.items():
+            least = max(size for size, _, _ in found) / 2
+            large = [(nbytes, seconds) for size, nbytes, seconds in found if size >= least]
+            if (seconds := sum(s for _, s in large)) > 0:
+                rates[link] = sum(n for n, _ in large) / seconds
+        count = max((len(found) for found in compute.values()), default=1)
+        return cls(timeline.step_time_s, {key: median(found) for key, found in compute.items()}, rates, count)
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """Measured over expected seconds, by what was seen in a step: 2.0 is twice as slow as believed."""
+
+    step: float
+    devices: Mapping[str, float] = field(default_factory=dict[str, float])
+    links: Mapping[Link, float] = field(default_factory=dict[Link, float])
+
+
+def ratios(
+    expected: Expected, step_s: float, observed: Sequence[DeviceStep], latency_s: Mapping[Link, float]
+) -> Ratios:
+    """How one step compares with what was expected of it."""
+    devices: dict[str, float] = {}
+    for seen in observed:
+        pairs = [
+            (entry.seconds, expected.compute_s[seen.device, entry.kind, entry.stage])
+            for entry in seen.compute
+            if (seen.device, entry.kind, entry.stage) in expected.compute_s
+        ]
+        awaited, seconds = sum(s for _, s in pairs), sum(s for s, _ in pairs)
+        # What is compared is one micro-batch; at stake are all of the step.
+        counted = max(awaited, seconds) * expected.micro_batches
+        if awaited >= LEAST_COMPUTE_S and counted >= LEAST_SHARE * expected.step_s:
+            devices[seen.device] = seconds / awaited
+    links: dict[Link, float] = {}
+    for link, (nbytes, seconds) in _carried(observed, latency_s).items():
+        if link in expected.rates:
+            awaited = nbytes / expected.rates[link]
+            if max(awaited, seconds) >= max(LEAST_LINK_S, LEAST_SHARE * expected.step_s):
+                links[link] = max(seconds, SHORTEST_S) / awaited
+    return Ratios(step_s / expected.step_s if expected.step_s else 1.0, devices, links)
+
+
+def _carried(
+    observed: Sequence[DeviceStep], latency_s: Mapping[Link, float]
+) -> dict[Link, tuple[float, float]]:
+    """Bytes of messages for which a link's time is known for sure, and that time."""
+    came = {(a.peer, seen.device, a.tag): a for seen in observed for a in seen.received}
+    out: dict[Link, tuple[float, float]] = {}
+    for seen in observed:
+        by_peer: dict[str, list[Departure]] = {}
+        for departure in seen.sent:
+            by_peer.setdefault(departure.peer, []).append(departure)
+        for peer, departures in by_peer.items():
+            arrivals = [came.get((seen.device, peer, d.tag)) for d in departures]
+            found = _link_time(departures, arrivals, latency_s.get((seen.device, peer), 0.0))
+            if found[0]:
+                out[seen.device, peer] = found
+    return out
+
+
+def _link_time(
+    sent: Sequence[Departure], came: Sequence[Arrival | None], latency_s: float
+) -> tuple[float, float]:
+    """(bytes, seconds) of the messages of one link.
+
+    Messages of a link follow each other. One has the link from when it was handed over, or from when the one
+    before had left it if that is later, until its arrival less the latency. Its arrival is known if somebody
+    waited for it; that of the one before must be known too, or be over when this one was handed over.
+    """
+    pairs = sorted(((d, a) for d, a in zip(sent, came, strict=True)), key=lambda pair: pair[0].at_s)
+    nbytes, seconds = 0.0, 0.0
+    free_s, sure = -math.inf, True  # when the link is free, and whether that is exact
+    for departure, arrival in pairs:
+        if arrival is None:
+            free_s, sure = math.inf, False
+            continue
+        left_s = arrival.at_s - latency_s
+        known = arrival.waited and (sure or free_s <= departure.at_s)
+        if known and departure.nbytes >= LEAST_MESSAGE_BYTES:
+            nbytes += departure.nbytes
+            seconds += max(0.0, left_s - max(departure.at_s, free_s))
+        free_s, sure = left_s, arrival.waited
+    return nbytes, seconds

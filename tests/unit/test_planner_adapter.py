@@ -1,0 +1,250 @@
+"""When a run changes its plan, when it keeps it, and when it goes back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from test_planner_estimate import CLUSTER, PIPE, problem
+
+from adapter_cases import shown, slower, thinner
+from planner_cases import make_job
+from spanwise.core.errors import InputError
+from spanwise.core.plan import Plan
+from spanwise.core.profile import Profile
+from spanwise.lowering import moves
+from spanwise.planner import Problem, make_plan
+from spanwise.planner.adapter import BAN_STEPS, Adapter, Change, Search, found_in
+from spanwise.planner.explore import FORGET_S, Explorer
+from spanwise.planner.replan import candidates, kind_of, replan, same_rows
+from spanwise.planner.trial import timeline
+
+
+def start(task: Problem, last_step: int = 1000) -> Adapter:
+    return Adapter(task, make_plan(task, "hpp"), last_step=last_step, strategy="hpp")
+
+
+def result(adapter: Adapter, search: Search, step: int) -> Change | None:
+    """All of a search at once."""
+    found = [candidate for group in found_in(search) for candidate in group]
+    return adapter.consider(found, step, float(step), last=True)
+
+
+def drive(
+    adapter: Adapter, task: Problem, world: Profile, first: int, count: int, *, at: list[int] | None = None
+) -> int:
+    """Steps in that world, searches and changes carried out at once; returns the next step."""
+    for step in range(first, first + count):
+        step_s, seen = shown(task, adapter.plan, world, seed=step)
+        wanted = adapter.observe(step, step_s, seen, float(step))
+        if isinstance(wanted, Search):
+            wanted = result(adapter, wanted, step)
+        if isinstance(wanted, Change):
+            adapter.changed(wanted, step + 1, 0, 0.1)
+            if at is not None:
+                at.append(step)
+    return first + count
+
+
+def test_nothing_drifts_nothing_changes() -> None:
+    task = problem()
+    adapter = start(task)
+    drive(adapter, task, task.profile, 0, 40)
+    assert adapter.records == []
+
+
+def test_a_link_at_a_quarter_leads_to_a_plan_near_the_best_within_three_steps() -> None:
+    task = problem()
+    adapter, at = start(task), list[int]()
+    before = adapter.plan
+    step = drive(adapter, task, task.profile, 0, 10)
+    world = thinner(task.profile, CLUSTER, [*PIPE, *((b, a) for a, b in PIPE)], 4.0)
+    drive(adapter, task, world, step, 12, at=at)
+    truth = Problem(task.graph, world, CLUSTER, task.job)
+    best = timeline(truth, make_plan(truth, "hpp")).step_time_s
+    after = timeline(truth, adapter.plan).step_time_s
+    assert best / after >= 0.9
+    assert after < 0.95 * timeline(truth, before).step_time_s
+    assert at[0] - step <= 3
+    assert adapter.records[0].realised_gain == pytest.approx(adapter.records[0].predicted_gain, abs=0.1)
+    assert not adapter.records[0].undone
+
+
+def test_a_device_at_40_percent_leads_to_other_rows_or_layers() -> None:
+    task = problem()
+    adapter = start(task)
+    device = max(adapter.plan.stages[-1].replicas, key=lambda r: r.rows).device
+    step = drive(adapter, task, task.profile, 0, 8)
+    before = adapter.plan
+    world = slower(task.profile, device, 2.5)
+    drive(adapter, task, world, step, 12)
+    truth = Problem(task.graph, world, CLUSTER, task.job)
+    gain = 1 - timeline(truth, adapter.plan).step_time_s / timeline(truth, before).step_time_s
+    assert adapter.records
+    assert device in adapter.records[0].reason
+    assert gain > 0.05
+    assert gain == pytest.approx(adapter.records[0].predicted_gain, abs=0.1)
+
+
+def test_a_change_must_pay_for_itself_in_the_steps_that_are_left() -> None:
+    task = problem()
+    for last_step, pays in ((20, False), (100_000, True)):
+        adapter = start(task, last_step)
+        adapter._setup_s = 100.0  # what a change was seen to take
+        drive(adapter, task, task.profile, 0, 8)
+        drive(adapter, task, slower(task.profile, adapter.plan.stages[0].devices[0], 2.5), 8, 5)
+        assert bool(adapter.records) == pays
+
+
+def test_a_change_that_does_not_pay_is_undone_and_not_tried_again() -> None:
+    """The world is not as any measurement says: under the new plan steps take longer."""
+    task = problem()
+    adapter = start(task)
+    first = adapter.plan
+    slow = slower(task.profile, first.stages[0].devices[0], 2.5)
+    begin = drive(adapter, task, task.profile, 0, 6)
+    plans: list[Plan] = []
+    for step in range(begin, begin + 30):
+        step_s, seen = shown(task, adapter.plan, slow, seed=step)
+        worse = step_s if adapter.plan == first else 3 * shown(task, first, slow)[0]
+        wanted = adapter.observe(step, worse, seen, float(step))
+        if isinstance(wanted, Search):
+            wanted = result(adapter, wanted, step)
+        if isinstance(wanted, Change):
+            adapter.changed(wanted, step + 1, 0, 0.1)
+            plans.append(adapter.plan)
+    assert plans[1] == first
+    assert plans[0] not in plans[1:]
+    record, back = adapter.records[:2]
+    assert record.undone
+    assert record.realised_gain is not None
+    assert record.realised_gain < -0.03
+    assert "longer" in back.reason
+    assert BAN_STEPS > 30
+
+
+def test_candidates_come_in_order_and_keep_the_rows_of_a_step() -> None:
+    task = problem()
+    plan = make_plan(task, "hpp")
+    slow = Problem(task.graph, slower(task.profile, plan.stages[0].devices[0], 2.5), CLUSTER, task.job)
+    groups = list(candidates(slow, plan, "hpp"))
+    assert len(groups) == 3
+    assert {c.kind for c in groups[0]} <= {"micro-batches", "rows"}
+    for candidate in (c for group in groups for c in group):
+        assert same_rows(task, plan, candidate.plan)
+        assert candidate.kind == kind_of(plan, candidate.plan)
+        needed = moves(plan, candidate.plan, task.graph, CLUSTER)
+        assert (candidate.moved_bytes == 0) == (not needed)
+        if candidate.kind in ("micro-batches", "rows"):
+            assert not needed
+
+
+def test_uneven_data_devices_keep_their_rows() -> None:
+    """Shares 2 : 1 of 16 rows give 11 and 5; four micro-batches of 3 and 1 would give 12 and 4."""
+    data = CLUSTER.to_data() | {"data": [{"device": "n1", "share": 2}, {"device": "n2", "share": 1}]}
+    cluster = type(CLUSTER).parse(data)
+    task = replace(problem(), cluster=cluster, job=make_job(16))
+    plan = make_plan(task, "hpp")
+    given = [(s.device, s.rows * plan.micro_batches) for s in plan.sources]
+    slow = Problem(task.graph, slower(task.profile, "n1", 3.0), cluster, task.job)
+    found = [c.plan for group in candidates(slow, plan, "hpp") for c in group]
+    assert all([(s.device, s.rows * p.micro_batches) for s in p.sources] == given for p in found)
+
+
+def test_private_data_stays_where_it_is() -> None:
+    data = CLUSTER.to_data() | {"data": ["n1", "n2"]}
+    cluster = type(CLUSTER).parse(data)
+    task = replace(problem(), cluster=cluster, job=make_job(16, private=True, share_labels=True))
+    plan = make_plan(task, "hpp")
+    slow = Problem(task.graph, slower(task.profile, plan.stages[-1].devices[0], 3.0), cluster, task.job)
+    found = [c.plan for group in candidates(slow, plan, "hpp") for c in group]
+    assert found
+    assert all(p.stages[0].replicas == p.sources for p in found)
+
+
+def test_replan_gives_the_faster_plan_or_the_same() -> None:
+    task = problem()
+    plan = make_plan(task, "hpp")
+    assert timeline(task, replan(plan, task.graph, task.profile, CLUSTER, task.job)).step_time_s <= timeline(
+        task, plan
+    ).step_time_s * (1 + 1e-9)
+    slow = slower(task.profile, plan.stages[0].devices[0], 2.5)
+    truth = Problem(task.graph, slow, CLUSTER, task.job)
+    new = replan(plan, task.graph, slow, CLUSTER, task.job)
+    assert timeline(truth, new).step_time_s < timeline(truth, plan).step_time_s
+
+
+def test_replan_without_a_device_of_the_plan_is_refused() -> None:
+    task = problem()
+    plan = make_plan(task, "hpp")
+    gone = plan.devices[-1]
+    data = CLUSTER.to_data()
+    data |= {"devices": [d for d in data["devices"] if d["id"] != gone], "data": "everywhere"}
+    with pytest.raises(InputError, match=f"device '{gone}' is not in cluster"):
+        replan(plan, task.graph, task.profile, type(CLUSTER).parse(data), task.job)
+
+
+def test_a_link_that_nobody_uses_any_more_is_probed_and_used_again_when_it_is_back() -> None:
+    task = problem()
+    adapter = start(task)
+    both = [*PIPE, *((b, a) for a, b in PIPE)]
+    step = drive(adapter, task, task.profile, 0, 8)
+    assert adapter.look(float(step)) == ()  # nothing has slowed down
+    step = drive(adapter, task, thinner(task.profile, CLUSTER, both, 4.0), step, 10)
+    assert {device[0] for device in adapter.plan.devices} == {"n"}, (
+        "the plan for the slow link leaves it alone"
+    )
+    changes = len(adapter.records)
+    rate = CLUSTER.route("n1", "s1").bandwidth_bytes_per_s
+
+    def probe(now_s: float, factor: float) -> None:
+        looks = adapter.look(now_s)
+        assert {(a[0], b[0]) for look in looks for a, b in (look.link,)} == {("n", "s"), ("s", "n")}
+        for look in looks:
+            adapter.looked(look.link, [(n, 0.01 + factor * n / rate) for n in look.sizes])
+
+    probe(step, 4.0)  # still slow
+    assert adapter.look(step + 0.1) == ()  # not all the time
+    step = drive(adapter, task, task.profile, step, 6)
+    assert len(adapter.records) == changes
+    probe(step, 1.0)
+    drive(adapter, task, task.profile, step, 10)
+    assert len(adapter.records) == changes + 1
+    assert adapter.records[-1].realised_gain == pytest.approx(adapter.records[-1].predicted_gain, abs=0.1)
+
+
+def test_a_slow_idle_device_gets_a_second_chance() -> None:
+    task = problem()
+    explorer = Explorer(task.profile, CLUSTER)
+    slow = slower(task.profile, "s2", 4.0)
+    assert explorer.forgotten(slow, ("n1",), 0.0) == ()
+    assert explorer.forgotten(slow, ("n1",), FORGET_S) == ("s2",)
+    assert explorer.forget(slow, ("s2",)) == task.profile
+    assert explorer.forgotten(slow, ("n1", "s2"), FORGET_S + 1) == ()  # it is used
+    assert explorer.forgotten(slow, ("n1",), FORGET_S + 2) == ()
+    assert explorer.forgotten(slow, ("n1",), 2 * FORGET_S + 3) == ()
+    assert explorer.forgotten(slow, ("n1",), 3 * FORGET_S + 3) == ("s2",)
+
+
+def test_a_small_change_comes_first_and_a_better_plan_may_follow() -> None:
+    task = problem()
+    adapter = start(task)
+    first = adapter.plan
+    step = drive(adapter, task, task.profile, 0, 8)
+    slow = slower(task.profile, first.stages[0].devices[0], 2.5)
+    while True:
+        wanted = adapter.observe(step, *shown(task, adapter.plan, slow), float(step))
+        step += 1
+        if isinstance(wanted, Search):
+            break
+    small, whole = list(found_in(wanted))
+    assert {c.kind for c in small} <= {"micro-batches", "rows", "borders"}
+    one = adapter.consider(small, step, float(step), last=False)
+    assert one is not None
+    adapter.changed(one, step + 1, 0, 0.1)
+    running = timeline(wanted.problem, adapter.plan).step_time_s
+    two = adapter.consider(whole, step, float(step), last=True)
+    best = min(timeline(wanted.problem, c.plan).step_time_s for c in whole)
+    assert (two is not None) == (best < 0.95 * running)
+    if two is not None:
+        assert two.kind == kind_of(adapter.plan, two.plan)

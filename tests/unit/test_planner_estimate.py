@@ -1,0 +1,188 @@
+"""What a run shows of its devices and links, on simulated runs whose truth is known."""
+
+from __future__ import annotations
+
+import pytest
+
+from adapter_cases import shown, slower, thinner, timeline_of
+from plan_cases import plan, stage
+from planner_cases import make_graph, make_job, make_profile
+from spanwise.core.cluster import Cluster
+from spanwise.core.errors import PeerError
+from spanwise.core.observed import MOST_MESSAGES, Arrival, Departure, DeviceStep, noted
+from spanwise.core.plan import Plan
+from spanwise.core.profile import Profile
+from spanwise.planner import Problem
+from spanwise.planner.estimate import Estimator, Tracker
+from spanwise.planner.ratios import Expected
+
+CLUSTER = Cluster.parse(
+    {
+        "devices": [
+            {"id": "n1", "site": "north"}, {"id": "n2", "site": "north", "speed": 0.5},
+            {"id": "s1", "site": "south"}, {"id": "s2", "site": "south", "speed": 0.5},
+        ],
+        "links": [
+            {"between": ["north", "north"], "bandwidth": "1 Gbit/s", "latency": "0.2 ms"},
+            {"between": ["south", "south"], "bandwidth": "1 Gbit/s", "latency": "0.2 ms"},
+            {"between": ["north", "south"], "bandwidth": "100 Mbit/s", "latency": "5 ms"},
+        ],
+        "data": ["n1"],
+    }
+)  # fmt: skip
+PIPE = [(a, b) for a in ("n1", "n2") for b in ("s1", "s2")]
+
+
+def problem() -> Problem:
+    graph = make_graph(8, 1, activation=60_000)
+    return Problem(graph, make_profile(graph, CLUSTER, flops_per_s=5e9), CLUSTER, make_job(16))
+
+
+def two_sites(task: Problem) -> Plan:
+    return plan(task.graph, stage(0, 3, "n1:4 n2:4", 3), stage(3, 8, "s1:4 s2:4", 1), sources="n1:8")
+
+
+def follow(task: Problem, worlds: list[Profile], noise: float = 0.0) -> Estimator:
+    running = two_sites(task)
+    expected = Expected.of(timeline_of(task, running, task.profile))
+    estimator = Estimator(task.profile, task.cluster, expected)
+    for number, world in enumerate(worlds):
+        estimator.add(*shown(task, running, world, noise=noise, seed=number))
+    return estimator
+
+
+def rate(profile: Profile, source: str, target: str) -> float:
+    found = {(x.source, x.target): x.bandwidth_bytes_per_s for x in profile.links}
+    return found[source, target]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_a_link_at_a_quarter_is_recovered_within_5_percent(noise: float) -> None:
+    task = problem()
+    estimator = follow(task, [thinner(task.profile, CLUSTER, PIPE, 4.0)] * 3, noise)
+    drift = estimator.drift()
+    assert drift is not None
+    assert drift.big
+    fitted = estimator.fitted()
+    assert "n1>s1 has 0.2" in estimator.changes(fitted)
+    assert rate(fitted, "n1", "s1") == pytest.approx(100e6 / 8 / 4, rel=0.3)
+    # Messages meet on the slow pipe more often than on the fast one: a simulation on the estimate shows that.
+    for _ in range(2):
+        expected = Expected.of(timeline_of(task, two_sites(task), fitted))
+        fitted = estimator.again(fitted, expected).fitted()
+    assert rate(fitted, "n1", "s1") == pytest.approx(100e6 / 8 / 4, rel=0.05)
+    assert rate(fitted, "s1", "n1") == pytest.approx(100e6 / 8, rel=0.1)
+
+
+def test_a_device_at_40_percent_is_recovered_within_5_percent() -> None:
+    task = problem()
+    estimator = follow(task, [slower(task.profile, "s1", 2.5)] * 3, 0.03)
+    fitted = {d.device: d.factor for d in estimator.fitted().devices}
+    assert fitted["s1"] == pytest.approx(2.5, rel=0.05)
+    assert fitted["n1"] == pytest.approx(1.0, rel=0.05)
+    assert fitted["s2"] == pytest.approx(2.0, rel=0.05)
+
+
+def test_pairs_that_carry_nothing_follow_their_pipe() -> None:
+    """Only n1 > s1 is used by this plan; n2 > s2 shares the pipe and must be as slow."""
+    task = problem()
+    alone = plan(task.graph, stage(0, 3, "n1:8", 3), stage(3, 8, "s1:8", 1), sources="n1:8")
+    expected = Expected.of(timeline_of(task, alone, task.profile))
+    estimator = Estimator(task.profile, CLUSTER, expected)
+    for _ in range(3):
+        estimator.add(*shown(task, alone, thinner(task.profile, CLUSTER, PIPE, 4.0)))
+    fitted = estimator.fitted()
+    assert rate(fitted, "n2", "s2") == pytest.approx(100e6 / 8 / 4, rel=0.05)
+    assert ("n1", "n2") not in {(x.source, x.target) for x in fitted.links}
+
+
+def test_noise_and_one_odd_step_are_no_drift() -> None:
+    task = problem()
+    calm = [task.profile] * 12
+    assert follow(task, calm, 0.06).drift() is None
+    odd = slower(task.profile, "s1", 3.0)
+    assert follow(task, [*calm[:4], odd, *calm[:4]]).drift() is None
+
+
+def moved(*found: float, seconds: float = 1.0) -> tuple[bool, bool]:
+    tracker = Tracker(1.15)
+    for value in found:
+        tracker.add(value, seconds)
+    return tracker.moved, tracker.big
+
+
+def test_small_moves_take_three_steps_and_big_ones_two() -> None:
+    assert moved(1.0, 1.3, 1.3) == (False, False)
+    assert moved(1.3, 1.3, 1.3) == (True, False)
+    assert moved(1.0, 1.6, 1.6) == (True, True)
+    assert moved(1.3, 0.8, 1.3) == (False, False)
+    assert moved(0.8, 0.8, 0.8) == (True, False)
+    assert moved(1.1, 1.1, 1.1, 1.1) == (False, False)
+
+
+def test_short_steps_must_agree_for_a_second_or_half_of_one() -> None:
+    """Ten steps of 50 ms may all lie within one hiccup."""
+    assert moved(*[1.0] * 20, *[1.6] * 7, seconds=0.05) == (False, False)
+    assert moved(*[1.0] * 20, *[1.6] * 10, seconds=0.05) == (True, True)
+    assert moved(*[1.0] * 20, *[1.3] * 12, seconds=0.05) == (False, False)
+    assert moved(*[1.0] * 20, *[1.3] * 20, seconds=0.05) == (True, False)
+    assert moved(*[1.3, 1.3, 1.3, 1.0] * 5, seconds=0.05) == (True, False)  # three of four are enough
+
+
+def test_the_time_of_a_link_is_known_only_where_somebody_waited() -> None:
+    task = problem()
+    running = two_sites(task)
+    expected = Expected(1.0, {}, {("n1", "s1"): 1e6})
+    nbytes = 100_000
+
+    def ratio(*messages: tuple[float, float, bool]) -> float | None:
+        sent = tuple(Departure("s1", i, nbytes, at) for i, (at, _, _) in enumerate(messages))
+        came = tuple(Arrival("n1", i, at, waited) for i, (_, at, waited) in enumerate(messages))
+        estimator = Estimator(task.profile, CLUSTER, expected)
+        steps = (DeviceStep("n1", sent=sent), DeviceStep("s1", received=came))
+        return estimator.add(1.0, steps).links.get(("n1", "s1"))
+
+    latency = 0.005
+    assert running.batch == 16
+    assert ratio((0.0, 0.2 + latency, True)) == pytest.approx(2.0)
+    # The second had to wait for the first on the link: 0.1 s each, not 0.2 s.
+    assert ratio((0.0, 0.1 + latency, True), (0.0, 0.2 + latency, True)) == pytest.approx(1.0)
+    # Nobody waited for the first, so that when the link was free is not known.
+    assert ratio((0.0, 0.5, False), (0.0, 0.6, True)) is None
+    assert ratio((0.0, 0.5, False)) is None
+
+
+def test_what_is_hardly_at_work_decides_nothing() -> None:
+    """A link that is busy for a hundredth of the step may look slow by the wake-up of a thread alone."""
+    task = problem()
+    sent = (Departure("s1", 0, 100_000, 0.0),)
+    found: dict[float, bool] = {}
+    for step_s in (0.5, 5.0):
+        estimator = Estimator(task.profile, CLUSTER, Expected(step_s, {}, {("n1", "s1"): 1e7}))
+        came = (Arrival("n1", 0, 0.04 + 0.005, True),)
+        ratios = estimator.add(step_s, (DeviceStep("n1", sent=sent), DeviceStep("s1", received=came)))
+        found[step_s] = ("n1", "s1") in ratios.links
+    assert found == {0.5: True, 5.0: False}
+
+
+def test_both_ends_choose_the_same_messages() -> None:
+    sizes = [(tag, 1000 if tag % 2 else 10) for tag in range(200)]
+    chosen = noted(sizes)
+    assert noted(reversed(sizes)) == chosen
+    assert len(chosen) == MOST_MESSAGES
+    assert all(tag % 2 for tag in chosen)
+
+
+def test_what_travels_is_checked() -> None:
+    step = DeviceStep("a", sent=(Departure("b", 1, 10, 5.0),), received=(Arrival("b", 2, 7.0, True),))
+    assert DeviceStep.parse("a", step.to_data(), 1.0).sent[0].at_s == 4.0
+    bad = [
+        {"compute": [], "sent": []},
+        {"compute": [["forward", 0, float("nan")]], "sent": [], "received": []},
+        {"compute": [["forward", 0, 1.0]] * 5000, "sent": [], "received": []},
+        {"compute": 3, "sent": [], "received": []},
+        None,
+    ]
+    for data in bad:
+        with pytest.raises(PeerError, match="device 'a': sent times of a step that cannot be read"):
+            DeviceStep.parse("a", data)
