@@ -8,7 +8,7 @@ buffers as they were. It overwrites copies of these, so that running statistics 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,8 +66,8 @@ class Recomputed:
 
     def __call__(self, inputs: Tensors, labels: Tensors, later: Deferred | None) -> Tensors:
         """Runs it; see ``StageModule.forward``."""
-        made: Any = _Again.apply(self, later, len(inputs), self.anchor, *inputs, *labels)  # pyright: ignore
-        left: Iterator[Tensor] = iter(made)
+        apply: Callable[..., Tensors] = _Again.apply  # pyright: ignore
+        left = iter(apply(self, later, len(inputs), self.anchor, *inputs, *labels))
         return tuple(next(left) if at is None else inputs[at] for at in self.passed)
 
     def computed(self, results: Sequence[Any]) -> list[Any]:
@@ -81,7 +81,7 @@ class Recomputed:
         ]
 
     @contextmanager
-    def as_of(self, state: tuple[Tensor | None, list[Tensor]]) -> Iterator[None]:
+    def as_of(self, state: tuple[Tensor | None, list[Tensor]]) -> Generator[None]:
         """Within it ``again`` runs as ``first`` ran at that state."""
         random, buffers = state
         kept = iter(buffers)

@@ -48,10 +48,17 @@ class Costs:
         self._compute: dict[tuple[str, str, int], float] = {}
         #: Bytes by device and stage that are kept from a forward.
         self.saved: dict[tuple[str, int], int] = {}
+        #: More bytes by device, stage and kind of backward: held by the layers that it runs again.
+        self.again: dict[tuple[str, int, str], int] = {}
         for index, stage in enumerate(plan.stages):
             for replica in stage.replicas:
                 key = (replica.device, index)
-                self.saved[key] = kept_bytes(graph, stage.start, stage.stop, replica.rows, stage.recompute)
+                ranges, rows = stage.recompute, replica.rows
+                self.saved[key] = kept_bytes(graph, stage.start, stage.stop, rows, ranges)
+                if ranges:
+                    for kind, in_halves in (("backward", False), ("backward_input", True)):
+                        held = again_bytes(graph, stage.stop, rows, ranges, in_halves=in_halves)
+                        self.again[replica.device, index, kind] = held
         self.update: dict[str, float] = {}
         self.message: dict[str, tuple[float, float]] = {}  # seconds of one, and per byte
         self.base: dict[str, int] = {}
@@ -81,14 +88,6 @@ class Costs:
         """Bytes that are kept for a weight half, or the part of it, from the input half on."""
         start, stop = self._layers(action)
         return deferred_bytes(self.graph, start, stop, action.rows[1] - action.rows[0])
-
-    def again(self, action: Action) -> int:
-        """Bytes that a backward holds above what the forward kept, for the layers that it runs again."""
-        stage, rows = self.plan.stages[action.stage], action.rows[1] - action.rows[0]
-        if not stage.recompute or action.kind == "backward_weight":
-            return 0
-        in_halves = action.kind == "backward_input"
-        return again_bytes(self.graph, stage.stop, rows, stage.recompute, in_halves=in_halves)
 
     def _layers(self, action: Action) -> tuple[int, int]:
         stage = self.plan.stages[action.stage]
