@@ -137,19 +137,16 @@ def fitted(
         short = shortage(problem, current, schedule, micro_batches)
         if short is None:
             return current, short
-        again = eased(problem, current, short, schedule, micro_batches) if recompute else None
+        held = [i for i, s in enumerate(current) if short.device in s.devices and s.warmup > 1]
+        lowest = not held or schedule == "gpipe"
+        again = (
+            eased(problem, current, short, schedule, micro_batches, enough=not lowest) if recompute else None
+        )
         if again is not None:
             current = again
             continue
-        held = [i for i, s in enumerate(current) if short.device in s.devices and s.warmup > 1]
-        if not held or schedule == "gpipe":
-            again = (
-                eased(problem, current, short, schedule, micro_batches, enough=False) if recompute else None
-            )
-            if again is None:
-                return current, short
-            current = again
-            continue
+        if lowest:
+            return current, short
         saved = problem.tables.saved
         worst = max(held, key=lambda i: float(saved[current[i].stop] - saved[current[i].start]))
         most = current[worst].warmup - 1

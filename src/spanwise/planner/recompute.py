@@ -15,35 +15,35 @@ def eased(
     schedule: ScheduleName,
     micro_batches: int,
     *,
-    enough: bool = True,
+    enough: bool,
 ) -> tuple[Stage, ...] | None:
     """One stage of the short device changed so that this fits, with the least work done again.
 
-    No replica of the stage needs more than before. Without ``enough`` it is what needs least, be it
-    still too much.
+    No replica of the stage needs more than before. If no way makes it fit, the one that frees most, unless it
+    must be ``enough``.
 
     Returns:
         All stages; None if no way to run layers again does it.
     """
-    found: list[tuple[float, int, Way]] = []
+    found: list[tuple[int, float, int, Way]] = []
     for index, stage in enumerate(stages):
         if short.device not in stage.devices:
             continue
         in_flight = max(whole for whole, _ in kept(stage, schedule, micro_batches))
         rows = {replica.device: replica.rows for replica in stage.replicas}
         now = {n: way(problem.graph, stage.start, stage.stop, n, stage.recompute) for n in rows.values()}
+        before = now[rows[short.device]].bytes(in_flight)
         for at, candidate in enumerate(_ways(problem, stage, rows[short.device])):
-            freed = now[rows[short.device]].bytes(in_flight) - candidate.bytes(in_flight)
-            if freed < (short.over_bytes if enough else 1):
-                continue
-            if all(_ways(problem, stage, n)[at].bytes(in_flight) <= now[n].bytes(in_flight) for n in now):
-                work = candidate.flops * stage.rows
-                found.append((work if enough else -freed, index, candidate))
-                if enough:
-                    break  # the ways come with the least work first
-    if not found:
+            freed = before - candidate.bytes(in_flight)
+            if freed > 0 and all(
+                _ways(problem, stage, n)[at].bytes(in_flight) <= now[n].bytes(in_flight) for n in now
+            ):
+                found.append((freed, candidate.flops * stage.rows, index, candidate))
+    fits = [entry for entry in found if entry[0] >= short.over_bytes]
+    if not found or (enough and not fits):
         return None
-    _, index, chosen = min(found, key=lambda entry: entry[:2])
+    best = min(fits, key=lambda entry: entry[1]) if fits else max(found, key=lambda entry: entry[0])
+    _, _, index, chosen = best
     changed = stages[index].model_copy(update={"recompute": chosen.ranges})
     return (*stages[:index], changed, *stages[index + 1 :])
 
