@@ -18,6 +18,7 @@ from spanwise.api.run import TrainOptions, run_job
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InputError, PeerError, ResourceError
 from spanwise.core.job import Job
+from spanwise.core.profile import Profile
 from spanwise.lab import LIBRARY_BYTES, Lab, check, reason_against, state
 from spanwise.lab.cgroups import detect
 from spanwise.lab.commands import NAMESPACES, call, require_tools
@@ -217,10 +218,11 @@ def test_training_runs_and_a_cut_link_ends_it_with_the_documented_error(lab: Lab
     assert all(sent[device] > 0 for device in outcome.plan.devices)
     ends = outcome.plan.stages[0].devices[0], outcome.plan.stages[1].devices[0]
     cutter = Cutter(lab, *ends)
+    times = Profile.load(outcome.folder.profile)
     with pytest.raises(PeerError, match=r"nothing within 5 s|not sent within 5 s|connection broke"):
         run_job(
             job(steps=500), three(),
-            TrainOptions(run=tmp_path / "b", plan=outcome.plan, lab=lab, watcher=cutter),
+            TrainOptions(run=tmp_path / "b", plan=outcome.plan, times=times, lab=lab, watcher=cutter),
         )  # fmt: skip
     assert cutter.cut_at
     assert time.monotonic() - cutter.cut_at < 5.0 + 15.0  # the job's deadline of a transfer, and the way out

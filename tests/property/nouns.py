@@ -119,6 +119,7 @@ def tables(draw: st.DrawFn) -> TimeTable:
         update_s_per_byte=draw(times),
         message_s=draw(times),
         message_s_per_byte=draw(times),
+        sum_s_per_byte=draw(times),
         provenance=draw(st.sampled_from(["measured", "analytic", "fitted"])),
         environment=draw(texts),
     )

@@ -121,6 +121,7 @@ def profiles(draw: st.DrawFn, graph: ModelGraph, cluster: Cluster) -> Profile:
                 update_s_per_byte=draw(st.sampled_from((0.0, 1e-9, 1e-7))),
                 message_s=draw(st.sampled_from((0.0, 1e-4))),
                 message_s_per_byte=draw(st.sampled_from((0.0, 1e-8))),
+                sum_s_per_byte=draw(st.sampled_from((0.0, 1e-8))),
             )
         )
     devices = [

@@ -92,6 +92,7 @@ def compute_s(case: Case, program: Program) -> dict[str, float]:
                 total += (
                     factor * 4 * (n - 1) * (table.message_s + action.nbytes / n * table.message_s_per_byte)
                 )
+                total += factor * action.nbytes * table.sum_s_per_byte
             elif action.kind == "step":
                 total += case.profile.update_s(device, sum(sizes[n] for n in program.held[device]))
         out[device] = total

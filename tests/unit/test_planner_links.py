@@ -12,7 +12,9 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.profile import LinkTimes, Profile
 from spanwise.lowering import lower
 from spanwise.planner import Problem, make_plan
+from spanwise.planner.bound import lower_bound
 from spanwise.planner.links import Links
+from spanwise.planner.trial import timeline
 from spanwise.simulator.setup import Costs
 
 
@@ -75,3 +77,28 @@ def test_measured_links_still_share_the_pipe_between_sites() -> None:
     apart = found.lane(((0, 0.5), (1, 0.5)), ((2, 0.5), (3, 0.5)))
     assert apart is not None
     assert apart.s_per_byte >= 1 / rate
+
+
+def test_a_link_of_reduced_precision_is_cheaper_for_cuts_only_and_the_plan_says_so() -> None:
+    def problem(precision: str) -> Problem:
+        cluster = Cluster.parse(
+            {
+                "devices": [{"id": "a", "site": "x"}, {"id": "b", "site": "y"}],
+                "links": [{"between": ["x", "y"], "bandwidth": "1 Mbit/s", "precision": precision}],
+                "data": ["a"],
+            }
+        )
+        graph = make_graph(6, 3)
+        return Problem(graph, make_profile(graph, cluster, flops_per_s=1e8), cluster, make_job(8))
+
+    full, int8 = problem("full"), problem("int8")
+    ends = (((0, 1.0),), ((1, 1.0),))
+    lanes = [p.links.lane(*ends, cut=cut) for p in (full, int8) for cut in (False, True)]
+    seconds = [lane.s_per_byte for lane in lanes if lane is not None]
+    assert seconds == [8e-6, 8e-6, 8e-6, 2e-6]
+    plans = [make_plan(p, "pipeline") for p in (full, int8)]
+    assert [plan.exact for plan in plans] == [True, False]
+    steps = [timeline(p, plan).step_time_s for p, plan in zip((full, int8), plans, strict=True)]
+    assert steps[1] < 0.95 * steps[0]
+    for task, step_s in zip((full, int8), steps, strict=True):
+        assert lower_bound(task).step_time_s <= step_s

@@ -32,13 +32,15 @@ class LayerTimes(Noun):
 class TimeTable(Noun):
     """Layer times on one kind of device at several row counts.
 
-    ``update_s_per_byte`` is the optimizer step per byte of parameters, ``message_s`` and
-    ``message_s_per_byte`` the compute that sending or receiving a message takes from the device itself.
+    ``update_s_per_byte`` is the optimizer step per byte of parameters, ``sum_s_per_byte`` what a gradient sum
+    takes from the device itself per byte: into a flat buffer, plus a peer's, and back. ``message_s`` and
+    ``message_s_per_byte`` are the compute that sending or receiving a message takes from it.
     """
 
     rows: tuple[int, ...] = Field(min_length=1)
     layers: tuple[LayerTimes, ...] = Field(min_length=1)
     update_s_per_byte: float = Field(default=0.0, ge=0)
+    sum_s_per_byte: float = Field(default=0.0, ge=0)
     message_s: float = Field(default=0.0, ge=0)
     message_s_per_byte: float = Field(default=0.0, ge=0)
     provenance: Provenance = "measured"

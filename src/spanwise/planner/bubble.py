@@ -75,7 +75,7 @@ def _hops(problem: Problem, plan: Plan, number: int) -> tuple[Hop | None, Hop | 
     )
     found: list[Hop | None] = []
     for a, b, size in ((here, there, layer.cut_bytes), (there, here, layer.gradient_cut_bytes)):
-        lane = problem.links.lane(a, b)
+        lane = problem.links.lane(a, b, cut=True)
         busy = 0.0 if lane is None else plan.micro_batch_rows * size * lane.s_per_byte
         found.append(None if lane is None else Hop(busy, lane.latency_s))
     return found[0], found[1]

@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from spanwise.core.cluster import Route
+from spanwise.core.precision import VALUE_BYTES, reduces
 from spanwise.planner.lanes import Group
 from spanwise.planner.problem import Problem
 from spanwise.planner.tables import Floats
@@ -79,18 +80,31 @@ def borders_of(problem: Problem, groups: tuple[tuple[str, Group], ...]) -> Borde
     out_s = np.array([_s_per_byte(_most_rate(problem, a, b)) for a, b in pairs])
     in_s = np.array([_s_per_byte(_most_rate(problem, b, a)) for a, b in pairs])
     moves = bool(problem.shares)
+    shrink = _most_shrink(problem)
     return Borders(
         names=tuple(name for name, _ in groups),
         groups=tuple(devices for _, devices in groups),
         out_s=out_s,
         in_s=in_s,
-        forth=batch * tables.into[1 : len(graph)],
-        back=batch * tables.back[1 : len(graph)],
+        forth=shrink * batch * tables.into[1 : len(graph)],
+        back=shrink * batch * tables.back[1 : len(graph)],
         raw=batch * graph.input_row_bytes if moves else 0.0,
         labels=batch * graph.label_row_bytes if moves else 0.0,
         starts=_starts(problem, groups),
         sum_s=graph.parameter_bytes * np.maximum(out_s, in_s),
     )
+
+
+def _most_shrink(problem: Problem) -> float:
+    """The least part of their bytes with which values of this model cross any link of the cluster."""
+    specs = [spec for layer in problem.graph.layers for spec in layer.outputs]
+    parts = [
+        VALUE_BYTES[link.precision] / spec.item_bytes
+        for link in problem.cluster.links
+        for spec in specs
+        if reduces(spec.dtype, spec.item_bytes, link.precision)
+    ]
+    return min(parts, default=1.0)
 
 
 def _s_per_byte(bytes_per_s: float) -> float:

@@ -76,5 +76,5 @@ class Lanes:
         if not self.links.joined(before, after):
             return None
         a, b = self.shares(before), self.shares(after)
-        forth, back = self.links.lane(a, b), self.links.lane(b, a)
+        forth, back = self.links.lane(a, b, cut=True), self.links.lane(b, a, cut=True)
         return None if forth is None or back is None else (forth, back)

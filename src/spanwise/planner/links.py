@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spanwise.core.cluster import Cluster, Route
+from spanwise.core.precision import VALUE_BYTES
 from spanwise.core.profile import LinkTimes
 from spanwise.core.routes import Routes
 from spanwise.cost import ring_edge_bytes, ring_rounds
@@ -18,6 +19,7 @@ from spanwise.planner.kinds import Kinds, by_kind, link_kinds
 
 Floats = NDArray[np.float64]
 NO_LINK_S = 1e30
+_FLOAT_BYTES = 4
 Shares = tuple[tuple[int, float], ...]  # (device, rows or fraction of rows), rows consecutive in this order
 
 
@@ -115,15 +117,25 @@ class Links:
         """The first two devices of every kind."""
         return {self.kinds[own[0]]: own[:2] for own in by_kind(self.kinds, range(len(self.kinds)))}
 
+    @cached_property
+    def reduces(self) -> bool:
+        """Whether any link is one of reduced precision."""
+        return any(link.precision != "full" for link in self._cluster.links)
+
+    def shrink(self, source: int, target: int) -> float:
+        """Bytes that cross a link over those of float32 values."""
+        precision = self._cluster.precision(self._ids[source], self._ids[target])
+        return VALUE_BYTES[precision] / _FLOAT_BYTES if precision != "full" else 1.0
+
     def in_order(self, group: tuple[int, ...]) -> tuple[int, ...]:
         """Devices of one site next to each other, so that a ring crosses between sites least often."""
         return tuple(sorted(group, key=lambda d: (self.site_order[d], d)))
 
-    def lane(self, senders: Shares, receivers: Shares) -> Lane | None:
+    def lane(self, senders: Shares, receivers: Shares, *, cut: bool = False) -> Lane | None:
         """Cost of moving a micro-batch whose rows are held as given; None if a link is missing.
 
         Rows that stay on their device cost nothing. Messages that share a capacity add up on it, others go
-        side by side.
+        side by side. Over a ``cut`` go activations or gradients, which links of reduced precision shrink.
         """
         loads: dict[str, float] = {}
         latency = 0.0
@@ -140,8 +152,9 @@ class Links:
             into[b] += 1
             if route.latency_s > latency:
                 latency = route.latency_s
+            part = share / total * self.shrink(a, b) if cut and self.reduces else share / total
             for name, rate in route.resources:
-                loads[name] = loads.get(name, 0.0) + share / total / rate
+                loads[name] = loads.get(name, 0.0) + part / rate
         return Lane(
             s_per_byte=max(loads.values(), default=0.0),
             latency_s=latency,

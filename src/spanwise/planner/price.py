@@ -146,7 +146,7 @@ def _lanes(problem: Problem, plan: Plan) -> list[Lane | None]:
     if problem.graph.label_row_bytes and problem.links.lane(sources, groups[-1]) is None:
         lanes.append(None)
     for before, after in pairwise(groups):
-        lanes += [problem.links.lane(before, after), problem.links.lane(after, before)]
+        lanes += [problem.links.lane(before, after, cut=True), problem.links.lane(after, before, cut=True)]
     return lanes
 
 

@@ -15,12 +15,13 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InfeasibleError, InputError, PlanError
 from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
-from spanwise.core.plan import Plan, Replica
+from spanwise.core.plan import Plan, Replica, ScheduleName
 from spanwise.core.profile import Profile
 from spanwise.core.routes import Routes
 from spanwise.lowering import move_bytes, moves
 from spanwise.planner import make_plan
 from spanwise.planner.build import Depth, build, fixed_span
+from spanwise.planner.finish import halved, segmented
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.price import price
 from spanwise.planner.problem import Problem, largest_remainder
@@ -226,9 +227,11 @@ def _group(problem: Problem, replicas: Sequence[Replica]) -> tuple[int, ...]:
 
 def _built(problem: Problem, plan: Plan, outline: Outline) -> Iterator[Plan]:
     depths: tuple[Depth, ...] = ("deep", "shallow") if len(outline.spans) > 1 else ("deep",)
+    # Orders in halves are made for the few that turn out best.
+    schedule: ScheduleName = "1f1b" if plan.schedule == "zero_bubble" else plan.schedule
     for depth in depths:
         try:
-            found = build(problem, plan.strategy, outline, depth=depth, schedule=plan.schedule)
+            found = build(problem, plan.strategy, outline, depth=depth, schedule=schedule)
         except InfeasibleError:
             continue
         if same_rows(problem, plan, found):
@@ -240,7 +243,7 @@ def _distinct(plans: Iterator[Plan] | Sequence[Plan]) -> list[Plan]:
 
 
 def _tried(problem: Problem, plan: Plan, plans: Sequence[Plan]) -> list[Candidate]:
-    """The best of some plans by simulation, with what it takes to change to them."""
+    """The best of some plans by simulation, also in halves and segments, with what a change to them takes."""
     allowed = [p for p in plans if same_rows(problem, plan, p) and shape(p) != shape(plan)]
     if not allowed:
         return []
@@ -249,7 +252,8 @@ def _tried(problem: Problem, plan: Plan, plans: Sequence[Plan]) -> list[Candidat
         best = simulated(problem, pool, FINALISTS)
     except InfeasibleError:
         return []
-    found = [candidate(problem, plan, new) for new in best]
+    fastest = best[0] if best[0].schedule == "gpipe" else segmented(problem, halved(problem, best))
+    found = [candidate(problem, plan, new) for new in dict.fromkeys((fastest, *best))]
     return [entry for entry in found if entry is not None]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from statistics import median, quantiles
 from typing import NamedTuple
@@ -86,7 +86,7 @@ def measure_layers(
                     raise
                 continue  # one value per channel is too few for BatchNorm
             measured.append(count)
-        update = _update_s_per_byte(bench.parameters, device)
+        update, summed = _per_byte(bench.parameters, device)
         overhead = bench.overhead()
     if not measured:
         raise InputError(
@@ -99,6 +99,7 @@ def measure_layers(
             for index, layer in enumerate(traced.graph.layers)
         ),
         update_s_per_byte=update,
+        sum_s_per_byte=summed,
         environment=f"torch {torch.__version__}, {device}, {threads} threads",
     )
 
@@ -294,11 +295,21 @@ def _pass_s(passes: list[Pass]) -> float:
 def _layer_times(
     passes: list[list[Pass]], halved: list[list[Pass]] | None, layer: int, overhead: tuple[float, float]
 ) -> LayerTimes:
-    """``halved`` is None for a layer where nothing of the backward can wait."""
+    """``halved`` is None for a layer where nothing of the backward can wait.
+
+    What its forward takes longer, as it prepares for halves, counts with the input half.
+    """
     backward = tuple(_net([p.backward[layer] for p in at], overhead[1]) for at in passes)
     into, weight = backward, (0.0,) * len(passes)
     if halved is not None:
-        into = tuple(_net([p.backward[layer] for p in at], overhead[1]) for at in halved)
+        later = (
+            max(0.0, median(p.forward[layer] for p in by) - median(p.forward[layer] for p in at))
+            for at, by in zip(passes, halved, strict=True)
+        )
+        into = tuple(
+            extra + _net([p.backward[layer] for p in at], overhead[1])
+            for extra, at in zip(later, halved, strict=True)
+        )
         weight = tuple(median(p.weight[layer] for p in at) for at in halved)
     return LayerTimes(
         forward_s=tuple(_net([p.forward[layer] for p in at], overhead[0]) for at in passes),
@@ -322,18 +333,33 @@ def _spread(times: list[float]) -> float:
     return (high - low) / median(times)
 
 
-def _update_s_per_byte(parameters: dict[str, nn.Parameter], device: str) -> float:
-    """Seconds per byte of parameters of one SGD step with momentum."""
+def _per_byte(parameters: dict[str, nn.Parameter], device: str) -> tuple[float, float]:
+    """Seconds per byte of parameters: one SGD step with momentum; a device's own part in a gradient sum."""
     trained = [value for value in parameters.values() if value.grad is not None]
     size = sum(value.numel() * value.element_size() for value in trained)
     if not size:
-        return 0.0
+        return 0.0, 0.0
+    gradients = [value.grad for value in trained if value.grad is not None]
     optimizer = torch.optim.SGD(trained, lr=1e-6, momentum=0.9)
+
+    def summed() -> None:  # as ``runtime/executor.py`` and ``runtime/collectives.py`` do
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        flat.add_(torch.ones_like(flat[:1]).expand_as(flat))
+        for gradient, part in zip(
+            gradients, flat.split_with_sizes([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(part.view_as(gradient))
+
+    update_s = _median_s(lambda: optimizer.step(), device)  # pyright: ignore
+    return update_s / size, _median_s(summed, device) / size
+
+
+def _median_s(work: Callable[[], object], device: str) -> float:
     times: list[float] = []
     for _ in range(WARM_UP + 5):
         start = time.perf_counter()
-        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+        work()
         if device != "cpu":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return median(times[WARM_UP:]) / size
+    return median(times[WARM_UP:])

@@ -23,7 +23,7 @@ from spanwise.core.model import ModelGraph
 from spanwise.core.noun import Noun
 from spanwise.core.profile import TimeTable
 
-FORMAT = 2  # of what is cached: 2 has the halves of backwards
+FORMAT = 3  # of what is cached: 2 has the halves of backwards, 3 sums of gradients
 _SOURCE_FILES = 500  # of one package; beyond that its text does not go into the key
 
 

@@ -10,8 +10,9 @@ from spanwise.runtime.outbox import Outbox
 from spanwise.runtime.transport import Transport
 
 _TAG = 2**27 - 100_000  # far above the tags of training steps, below those of the link probe
-_COUNT = 30
-_BYTES = (16 * 1024, 1024 * 1024)  # about the least and the most that a few rows of activations have
+_COUNT = 20
+# About the least and the most that a few rows of activations have; thin links must carry them soon, too.
+_BYTES = (16 * 1024, 256 * 1024)
 _SWEEP_BYTES = 16 * 2**20  # what compute does to the caches between two messages
 _TIMEOUT_S = 60.0
 

@@ -61,6 +61,7 @@ class Costs:
                         self.again[replica.device, index, kind] = held
         self.update: dict[str, float] = {}
         self.message: dict[str, tuple[float, float]] = {}  # seconds of one, and per byte
+        self.sum_byte_s: dict[str, float] = {}
         self.base: dict[str, int] = {}
         for device in program.devices:
             held = sum(self.sizes[name] for name in program.held.get(device, ()))
@@ -75,6 +76,7 @@ class Costs:
             self.update[device] = profile.update_s(device, held) if held else 0.0
             table, factor = profile.table(device)
             self.message[device] = (table.message_s * factor, table.message_s_per_byte * factor)
+            self.sum_byte_s[device] = table.sum_s_per_byte * factor
 
     def compute_s(self, device: str, action: Action) -> float:
         """Seconds of a forward or backward, half or part, without faults."""
@@ -106,7 +108,7 @@ class Costs:
                 return into + again if action.kind == "backward_input" else weight
 
     def messages_s(self, device: str, action: Action) -> float:
-        """Compute that a device spends on the messages of an action; of a ring, those of all its rounds."""
+        """Compute that a device spends on the messages of an action; of a ring on all rounds and the sum."""
         each_s, byte_s = self.message[device]
         match action.kind:
             case "send" | "recv":
@@ -114,7 +116,8 @@ class Costs:
             case "reduce":
                 members = len(action.members)
                 both = 2 * ring_rounds(members) * each_s
-                return both + 2 * ring_edge_bytes(members, action.nbytes) * byte_s
+                messages_s = both + 2 * ring_edge_bytes(members, action.nbytes) * byte_s
+                return messages_s + action.nbytes * self.sum_byte_s[device]
             case _:
                 return 0.0
 
