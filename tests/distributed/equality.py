@@ -74,7 +74,8 @@ def traced(case: Case, seed: int = 0) -> tuple[nn.Module, Traced]:
 def random_plan(
     graph: ModelGraph, batch: int, seed: int, *, same_slices: bool = False, least: int = 1
 ) -> Plan:
-    """1 to 4 stages, uneven rows, devices that hold two stages, sources elsewhere, any warm-up and schedule.
+    """1 to 4 stages, uneven rows, devices that hold two stages, sources elsewhere, any warm-up and schedule,
+    some layers run again.
 
     With ``same_slices`` all stages cut a micro-batch at the same rows, as batch statistics need.
     """
@@ -101,6 +102,7 @@ def random_plan(
     schedule = rng.choice(["1f1b", "gpipe", "zero_bubble"])
     if schedule == "zero_bubble":
         stages = halved(rng, stages, micro_batches)
+    stages = recomputing(random.Random(f"recompute {seed}"), stages)
     return plan_of(graph, tuple(stages), sources, micro_batches, schedule, rng.choice([1, 1, 3]))
 
 
@@ -112,6 +114,20 @@ def halved(rng: random.Random, stages: Sequence[Stage], micro_batches: int) -> l
     kept = [depth + rng.randint(0, 2) for depth in ahead]
     orders = zero_bubble(micro_batches, seconds, *hops, ahead=ahead, kept=kept)
     return [s.model_copy(update={"order": order_text(o)}) for s, o in zip(stages, orders, strict=True)]
+
+
+def recomputing(rng: random.Random, stages: Sequence[Stage]) -> list[Stage]:
+    """The stages, about half of them with ranges of layers that run again in backward."""
+    out: list[Stage] = []
+    for stage in stages:
+        edges = [
+            stage.start,
+            *(i for i in range(stage.start + 1, stage.stop) if rng.random() < 0.5),
+            stage.stop,
+        ]
+        ranges = tuple(pair for pair in pairwise(edges) if rng.random() < 0.7)
+        out.append(stage.model_copy(update={"recompute": ranges}) if rng.random() < 0.5 else stage)
+    return out
 
 
 def plan_of(

@@ -166,7 +166,10 @@ def plans(draw: st.DrawFn) -> Plan:
         wires=draw(tuples(wire)),
         schedule="zero_bubble" if order else draw(st.sampled_from(["gpipe", "1f1b"])),
         stages=tuple(
-            Stage(start=a, stop=b, replicas=draw(replicas(rows)), warmup=depth, order=order)
+            Stage(
+                start=a, stop=b, replicas=draw(replicas(rows)), warmup=depth, order=order,
+                recompute=draw(st.sampled_from([(), ((a, b),), tuple(pairwise(range(a, b)))])),
+            )
             for a, b, depth in zip(edges, edges[1:], depths, strict=False)
         ),
     )  # fmt: skip

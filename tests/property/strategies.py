@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hypothesis import strategies as st
 
@@ -155,6 +156,15 @@ def replicas(draw: st.DrawFn, devices: tuple[str, ...], rows: int) -> tuple[Repl
 
 
 @st.composite
+def recomputes(draw: st.DrawFn, start: int, stop: int) -> tuple[tuple[int, int], ...]:
+    """No, some or all layers of a stage in ranges that run again."""
+    if not draw(st.booleans()):
+        return ()
+    edges = [start, *(i for i in range(start + 1, stop) if draw(st.booleans())), stop]
+    return tuple(pair for pair in pairwise(edges) if draw(st.booleans()))
+
+
+@st.composite
 def plans(draw: st.DrawFn, graph: ModelGraph, cluster: Cluster) -> Plan:
     """One to four stages on any devices, also the same in several; sources anywhere."""
     layers, rows = len(graph), draw(st.integers(1, 6))
@@ -163,7 +173,13 @@ def plans(draw: st.DrawFn, graph: ModelGraph, cluster: Cluster) -> Plan:
     edges = [0, *cuts, layers]
     warmups = sorted((draw(st.integers(1, 7)) for _ in range(count)), reverse=True)
     stages = tuple(
-        Stage(start=a, stop=b, replicas=draw(replicas(cluster.ids, rows)), warmup=warmup)
+        Stage(
+            start=a,
+            stop=b,
+            replicas=draw(replicas(cluster.ids, rows)),
+            warmup=warmup,
+            recompute=draw(recomputes(a, b)),
+        )
         for a, b, warmup in zip(edges, edges[1:], warmups, strict=False)
     )
     schedule, micro_batches = draw(st.sampled_from(("gpipe", "1f1b", "zero_bubble"))), draw(st.integers(1, 6))

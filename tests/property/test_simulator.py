@@ -14,7 +14,7 @@ from spanwise.core.order import Kept
 from spanwise.core.profile import Profile
 from spanwise.core.program import Program
 from spanwise.core.timeline import Timeline
-from spanwise.cost import ring_edge_bytes, stage_bytes
+from spanwise.cost import again_s, kept_bytes, ring_edge_bytes, stage_bytes
 from spanwise.lowering import check, lower
 from spanwise.planner import feasible
 from spanwise.simulator import simulate
@@ -83,6 +83,8 @@ def compute_s(case: Case, program: Program) -> dict[str, float]:
                 stage = case.plan.stages[action.stage]
                 layers = action.layers or (stage.start, stage.stop)
                 total += seconds(case.profile, action.kind, device, *layers, rows)
+                if action.kind in ("backward", "backward_input"):
+                    total += again_s(case.profile, stage, device, rows)
             elif action.kind in ("send", "recv"):
                 total += factor * (table.message_s + action.nbytes * table.message_s_per_byte)
             elif action.kind == "reduce":  # every round of a ring sends one message and receives one
@@ -196,6 +198,7 @@ def bound_bytes(case: Case, device: str, steps: int) -> int:
     """
     plan, graph = case.plan, case.graph
     synced = any(device in sync.devices for sync in plan.syncs)
+    in_halves = plan.schedule == "zero_bubble" or any(sync.segments > 1 for sync in plan.syncs)
     total = 0
     in_flight = [feasible.kept(stage, plan.schedule, plan.micro_batches) for stage in plan.stages]
     if any(sync.segments > 1 for sync in plan.syncs):  # the last micro-batch may go back in halves
@@ -213,7 +216,7 @@ def bound_bytes(case: Case, device: str, steps: int) -> int:
             total += max(
                 stage_bytes(
                     graph, stage.start, stage.stop, rows=replica.rows, in_flight=whole, halved=halved,
-                    copies=COPIES, synced=synced,
+                    in_halves=in_halves, recompute=stage.recompute, copies=COPIES, synced=synced,
                 )
                 for whole, halved in in_flight[index]
             )  # fmt: skip
@@ -221,6 +224,6 @@ def bound_bytes(case: Case, device: str, steps: int) -> int:
                 total += steps * plan.micro_batches * replica.rows * raw
             if index > 0:
                 into = replica.rows * graph.layers[stage.start - 1].cut_bytes
-                kept = replica.rows * sum(x.saved_bytes for x in graph.layers[stage.start : stage.stop])
+                kept = kept_bytes(graph, stage.start, stage.stop, replica.rows, stage.recompute)
                 total += max(depths[index - 1] - depth - 2, 0) * into + depth * max(into - kept, 0)
     return total

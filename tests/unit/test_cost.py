@@ -79,3 +79,30 @@ def test_a_stage_adds_up_and_counts_tied_weights_once() -> None:
     assert cost.stage_bytes(graph, 0, 3, rows=5, in_flight=2, copies=1, synced=False) == expected
     synced = cost.stage_bytes(graph, 0, 3, rows=5, in_flight=2, copies=1, synced=True)
     assert synced == expected + parameters
+
+
+def test_what_layers_keep_that_run_again() -> None:
+    """By hand: layers save 16 bytes a row and the middle one 1000 more; see ``chain`` for the cuts."""
+    layers = tuple(layer.model_copy(update={"deferred_bytes": 7}) for layer in chain(4).layers)
+    graph = chain(4).model_copy(update={"layers": layers})
+    into = [sum(spec.row_bytes for spec in graph.cut_before(i)) for i in range(4)]
+    save = [cost.saved_bytes(graph, i, i + 1, 5) for i in range(4)]
+    out = [5 * layer.cut_bytes for layer in graph.layers]
+    label = 5 * graph.label_row_bytes
+    assert cost.kept_bytes(graph, 0, 4, 5) == sum(save)
+    assert cost.again_bytes(graph, 4, 5) == 0
+    assert cost.kept_bytes(graph, 0, 4, 5, ((0, 2),)) == 5 * into[0] + save[2] + save[3]
+    assert cost.kept_bytes(graph, 0, 4, 5, ((0, 2), (2, 4))) == 5 * (into[0] + into[2]) + label
+    every = max(sum(save[:2]) + out[1], sum(save[2:]) + out[3])
+    assert cost.again_bytes(graph, 4, 5, ((0, 2), (2, 4))) == every
+    # The last two layers are free by the time that the first two run again.
+    assert cost.again_bytes(graph, 4, 5, ((0, 2),)) == max(0, sum(save[:2]) + out[1] - sum(save[2:]))
+    halves = cost.again_bytes(graph, 4, 5, ((0, 2), (2, 4)), in_halves=True)
+    assert halves == max(sum(save[2:]) + out[3], 2 * 7 * 5 + sum(save[:2]) + out[1])
+    # Skip connections that enter two ranges are kept once.
+    outputs = (*layers[0].outputs, *layers[1].outputs)
+    skipping = graph.model_copy(
+        update={"layers": (layers[0], layers[1].model_copy(update={"outputs": outputs}), *layers[2:])}
+    )
+    once = cost.kept_bytes(skipping, 0, 4, 5, ((1, 2), (2, 4)))
+    assert once == save[0] + 5 * sum(spec.row_bytes for spec in outputs) + label

@@ -59,6 +59,14 @@ def test_a_stage_has_layers_and_distinct_devices() -> None:
         Stage.parse({"start": 0, "stop": 2, "replicas": replicas("a:1 b:2 a:1")})
 
 
+@pytest.mark.parametrize("ranges", [[[1, 3]], [[2, 3], [4, 7]], [[2, 4], [3, 5]], [[4, 5], [2, 3]], [[3, 3]]])
+def test_layers_that_run_again_lie_in_the_stage_in_order(ranges: list[list[int]]) -> None:
+    data = {"start": 2, "stop": 6, "replicas": replicas("a:1")}
+    assert Stage.parse(data | {"recompute": [[2, 4], [4, 5]]}).recompute == ((2, 4), (4, 5))
+    with pytest.raises(PlanError, match=r"stage \[2:6\) runs layers \[\d:\d\) again; ranges must"):
+        Stage.parse(data | {"recompute": ranges})
+
+
 def test_a_replica_computes_rows() -> None:
     with pytest.raises(InputError, match=r"replicas\.0\.rows"):
         Stage.parse({"start": 0, "stop": 2, "replicas": [{"device": "a", "rows": 0}]})

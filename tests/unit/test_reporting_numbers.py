@@ -19,6 +19,7 @@ from spanwise.reporting import chrome_trace, describe_plan, error_ratio, plan_ta
 from spanwise.reporting.axis import axis, time_unit
 from spanwise.reporting.curves import buckets
 from spanwise.reporting.markup import Markup, el, fit, join
+from spanwise.reporting.stages import stage_map
 from spanwise.reporting.step import Bar, merge, step_view
 from spanwise.reporting.transfers import name_transfers
 
@@ -272,6 +273,22 @@ class TestText:
         assert told.splitlines()[-1] == "  end-1: reads data only"
         assert "1 stage on 2 devices" in told
         assert "all forwards first" in told
+
+    def test_describe_layers_that_run_again(self) -> None:
+        graph = small_graph()
+        plan = hybrid_plan(graph)
+        first, *others = plan.stages
+        for ranges, words in (
+            (((0, 2), (2, 3)), "warm-up 5, recomputes in 2 parts"),
+            (((0, 1), (1, 2)), "warm-up 5, recomputes layers 0-1 in 2 parts"),
+            (((0, 1), (2, 3)), "warm-up 5, recomputes layers 0, 2 in 2 parts"),
+            (((2, 3),), "warm-up 5, recomputes layers 2 in 1 part"),
+        ):
+            stages = (first.model_copy(update={"recompute": ranges}), *others)
+            again = plan.model_copy(update={"stages": stages})
+            assert f"{words}  " in describe_plan(again, graph).splitlines()[1]
+            assert str(stage_map(graph, again, None)).count("recomputes") == 1
+        assert "recomputes" not in describe_plan(plan, graph)
 
     def test_plan_table(self) -> None:
         rows = [

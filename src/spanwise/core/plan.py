@@ -29,7 +29,9 @@ class Stage(Noun):
     Rows are assigned consecutively in replica order. ``warmup`` is how many forwards the stage may run
     ahead of its backwards; under 1f1b it must not rise from one stage to the next. ``order`` is what the
     stage computes, in order, as ``F0 F1 I0 W0 ...``: of zero_bubble plans only, where it was made by a
-    scheduler that knew seconds.
+    scheduler that knew seconds. ``recompute`` has half-open ranges of its layers, from the first to the last,
+    of which each keeps only what enters it between forward and backward, and runs its forward again just
+    before its own backward; layers in none of them keep what they save.
     """
 
     start: int = Field(ge=0)
@@ -37,6 +39,7 @@ class Stage(Noun):
     replicas: tuple[Replica, ...] = Field(min_length=1)
     warmup: int = Field(default=1, ge=1)
     order: str | None = None
+    recompute: tuple[tuple[int, int], ...] = ()
 
     @model_validator(mode="after")
     def _not_empty(self) -> Stage:
@@ -47,6 +50,14 @@ class Stage(Noun):
             raise PlanError(
                 f"plan: stage [{self.start}:{self.stop}) lists a device twice: {', '.join(devices)}"
             )
+        least = self.start
+        for a, b in self.recompute:
+            if not least <= a < b <= self.stop:
+                raise PlanError(
+                    f"plan: stage [{self.start}:{self.stop}) runs layers [{a}:{b}) again; ranges must lie in "
+                    "the stage, hold a layer and follow each other"
+                )
+            least = b
         return self
 
     @property

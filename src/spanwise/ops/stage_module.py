@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -13,11 +15,10 @@ from spanwise.core.errors import InputError
 from spanwise.core.model import ModelGraph
 from spanwise.ops.arguments import Argument, Ref, TorchName
 from spanwise.ops.deferred import Deferred, deferrable
+from spanwise.ops.flow import is_random, written
 from spanwise.ops.opgraph import Op, OpGraph
+from spanwise.ops.recompute import Forward, Recomputed, Scratch, Tensors, run_parts
 from spanwise.ops.resolve import resolve, torch_value, unpack_constant
-
-Tensors = tuple[Tensor, ...]
-Forward = Callable[[Tensors, Tensors, Deferred | None], Tensors]
 
 # Position of the flag that lets batch_norm use cuDNN, which a trace on a CPU leaves off.
 _CUDNN_FLAG = {"aten.batch_norm.default": 8}
@@ -35,6 +36,7 @@ class StageModule(nn.Module):
         start, stop: half-open range of layers.
         parameters, buffers: at least those that these layers use, on ``device``.
         device: where it runs, ``cpu`` or ``cuda:0``.
+        recompute: ranges of its layers whose forward runs again in backward (see ``Stage.recompute``).
 
     Raises:
         InputError: the range or the graph does not fit, or a tensor is missing or of another shape, dtype
@@ -51,6 +53,7 @@ class StageModule(nn.Module):
         parameters: Mapping[str, nn.Parameter],
         buffers: Mapping[str, Tensor],
         device: str = "cpu",
+        recompute: tuple[tuple[int, int], ...] = (),
     ) -> None:
         super().__init__()
         _check_range(ops, graph, start, stop)
@@ -69,9 +72,14 @@ class StageModule(nn.Module):
             self._results = tuple(Ref("node", spec.name) for spec in graph.layers[stop - 1].outputs)
         used = {ref for i in self._nodes for ref in ops.nodes[i].references()} | set(self._results)
         self._hold(ops, used, parameters, buffers)
-        self._whole = self._generate(ops, graph, used, deferring=False)
         self._halved: Forward | None = None  # made when it is first asked for
         self._make_halved = lambda: self._generate(ops, graph, used, deferring=True)
+        if recompute:
+            edges = sorted({start, stop, *chain(*recompute)})
+            parts = [self._part(ops, graph, a, b, (a, b) in recompute) for a, b in pairwise(edges)]
+            self._whole = self._halved = partial(run_parts, parts)
+        else:
+            self._whole = self._generate(ops, graph, used, deferring=False)
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -106,6 +114,50 @@ class StageModule(nn.Module):
         if self._halved is None:
             self._halved = self._make_halved()
         return self._halved(inputs, labels, later)
+
+    def _part(self, ops: OpGraph, graph: ModelGraph, start: int, stop: int, again: bool) -> Forward:
+        """Some of its layers; run again on copies of the buffers that they overwrite."""
+
+        def module(buffers: Mapping[str, Tensor]) -> StageModule:
+            parameters = {k: p for k, p in self._parameters.items() if p is not None}
+            return StageModule(
+                ops, graph, start, stop, parameters=parameters, buffers=buffers, device=str(self.device)
+            )
+
+        buffers = {k: b for k, b in self._buffers.items() if b is not None}
+        first = module(buffers)
+        if not again:
+            return first
+        scratch = first._scratch(ops)
+        copies = {name: copied.own for name, copied in scratch.items()}
+        outputs = graph.layers[stop - 1].outputs
+        return Recomputed(
+            first=first,
+            again=module(buffers | copies),
+            passed=tuple(
+                first._inputs.index(ref) if ref in first._inputs else None for ref in first._results
+            ),
+            fixed=tuple(index for index, spec in enumerate(outputs) if not spec.differentiable),
+            scratch=tuple(scratch.values()),
+            draws=any(is_random(ops.nodes[i].op) for i in first._nodes),
+            device=self.device,
+        )
+
+    def _scratch(self, ops: OpGraph) -> dict[str, Scratch]:
+        """The buffers that its operations overwrite, by name."""
+        groups = ops.flow.groups
+        writers: dict[int, list[str]] = {}
+        for node in (ops.nodes[i] for i in self._nodes):
+            for ref in written(node):
+                writers.setdefault(groups[ref], []).append(node.op)
+        found: dict[str, Scratch] = {}
+        for name, shared in self._buffers.items():
+            by = writers.get(groups[Ref("buffer", name)])
+            if by is not None and shared is not None:
+                # In training batch_norm only adds to its running statistics and never reads them.
+                reads = any(op != "aten.batch_norm.default" for op in by)
+                found[name] = Scratch(shared, shared.detach().clone(), reads)
+        return found
 
     def _hold(
         self,

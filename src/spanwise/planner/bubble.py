@@ -14,7 +14,7 @@ from itertools import chain
 
 from spanwise.core.order import Op, kept_over, order_text
 from spanwise.core.plan import Plan, Stage
-from spanwise.cost import stage_bytes
+from spanwise.cost import again_s, stage_bytes
 from spanwise.planner.build import warmup
 from spanwise.planner.feasible import shortage
 from spanwise.planner.problem import Problem
@@ -60,7 +60,8 @@ def _seconds(problem: Problem, stage: Stage) -> StageSeconds:
         where = (replica.device, stage.start, stage.stop, replica.rows)
         halves = problem.profile.halves_s(*where)
         forward = max(forward, problem.profile.forward_s(*where))
-        into, weight = max(into, halves[0]), max(weight, halves[1])
+        again = again_s(problem.profile, stage, replica.device, replica.rows)
+        into, weight = max(into, halves[0] + again), max(weight, halves[1])
     return StageSeconds(forward, into, weight)
 
 
@@ -99,7 +100,7 @@ def _fits(problem: Problem, stage: Stage, in_flight: int, halved: int) -> bool:
     return all(
         stage_bytes(
             problem.graph, stage.start, stage.stop, rows=replica.rows, in_flight=in_flight, halved=halved,
-            copies=problem.copies, synced=len(stage.replicas) > 1,
+            in_halves=True, recompute=stage.recompute, copies=problem.copies, synced=len(stage.replicas) > 1,
         ) <= problem.cluster.device(replica.device).memory_bytes
         for replica in stage.replicas
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import Literal
 
@@ -14,6 +15,7 @@ from spanwise.planner.feasible import Shortage, broken_rule, shortage
 from spanwise.planner.links import Shares
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.problem import Problem
+from spanwise.planner.recompute import eased
 from spanwise.planner.rows import min_max_rows
 
 Depth = Literal["deep", "shallow"]
@@ -42,8 +44,10 @@ def build(
 ) -> Plan:
     """The Plan of an outline, with warm-up depths lowered as far as memory asks.
 
+    Where that does not do, layers run again in backward instead.
+
     Raises:
-        InfeasibleError: memory is short even at the least depth, a link is missing, or data would leave.
+        InfeasibleError: memory is short even so, a link is missing, or data would leave.
     """
     count, total = outline.micro_batches, len(outline.spans)
     rows = problem.job.batch // count
@@ -59,7 +63,9 @@ def build(
             )
         replicas = tuple(Replica(device=ids[d], rows=int(y)) for d, y in shares)
         stages.append(Stage(start=span.start, stop=span.stop, replicas=replicas, warmup=ahead))
-    found, short = _fitted(problem, stages, schedule, count)
+    found, short = fitted(problem, stages, schedule, count)
+    if short is not None:
+        found, short = fitted(problem, stages, schedule, count, recompute=True)
     if short is not None:
         raise short.error()
     plan = Plan(
@@ -114,17 +120,32 @@ def _shares(problem: Problem, span: Span, rows: int, ahead: int) -> Shares:
     raise AssertionError("unreachable: rows without a cap are always feasible")
 
 
-def _fitted(
-    problem: Problem, stages: list[Stage], schedule: ScheduleName, micro_batches: int
+def fitted(
+    problem: Problem,
+    stages: Sequence[Stage],
+    schedule: ScheduleName,
+    micro_batches: int,
+    *,
+    recompute: bool = False,
 ) -> tuple[tuple[Stage, ...], Shortage | None]:
-    """Lowers the depth of the stage that keeps most until every device fits."""
+    """Lowers the depth of the stage that keeps most until every device fits.
+
+    With ``recompute`` layers run again as soon as that is enough, and where no depth is.
+    """
     current = tuple(stages)
     while True:
         short = shortage(problem, current, schedule, micro_batches)
-        if short is None or schedule == "gpipe":
+        if short is None:
             return current, short
         held = [i for i, s in enumerate(current) if short.device in s.devices and s.warmup > 1]
-        if not held:
+        lowest = not held or schedule == "gpipe"
+        again = (
+            eased(problem, current, short, schedule, micro_batches, enough=not lowest) if recompute else None
+        )
+        if again is not None:
+            current = again
+            continue
+        if lowest:
             return current, short
         saved = problem.tables.saved
         worst = max(held, key=lambda i: float(saved[current[i].stop] - saved[current[i].start]))

@@ -70,6 +70,8 @@ def memory_bytes(
                     rows=replica.rows,
                     in_flight=in_flight,
                     halved=halved,
+                    in_halves=stage.order is not None,
+                    recompute=stage.recompute,
                     copies=problem.copies,
                     synced=False,
                 )
@@ -113,6 +115,9 @@ def shortage(
             rows = "+".join(str(r.rows) for s in held for r in s.replicas if r.device == device)
             depth = "+".join(str(kept(s, schedule, micro_batches)[0].whole) for s in held)
             where = f"layers {ranges} at {rows} rows with {depth} of {micro_batches} micro-batches in flight"
+            again = sum(len(stage.recompute) for stage in held)
+            if again:
+                where += f" and {again} part{'s' if again > 1 else ''} run again in backward"
             worst = Shortage(device, needed, budget, where)
     return worst
 

@@ -8,7 +8,8 @@ from itertools import islice, pairwise, product
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.planner.bubble import zero_bubble_variants
-from spanwise.planner.build import Depth
+from spanwise.planner.build import Depth, fitted, warmup
+from spanwise.planner.feasible import shortage
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.pace import pace_s
 from spanwise.planner.problem import Problem
@@ -36,6 +37,7 @@ def at_both_depths(problem: Problem, strategy: str, outlines: Sequence[Outline],
     likely = climbed(problem, strategy, paced(problem, pool, limit), limit)
     ranked = simulated(problem, likely, 3 * limit)
     winner = shifted(problem, ranked[0], limit)
+    winner = recomputed(problem, list(dict.fromkeys((winner, *ranked[: max(2, limit // 4)]))))
     winner = halved(problem, list(dict.fromkeys((winner, *ranked))))
     if winner.schedule == "zero_bubble":
         winner = shifted(problem, winner, limit // 2)
@@ -103,6 +105,25 @@ def halved(problem: Problem, plans: Sequence[Plan]) -> Plan:
             first[variant] = plan
     best = _paying(problem, plans[0], list(first))
     return _paying(problem, best, list(zero_bubble_variants(problem, first.get(best, best))))
+
+
+def recomputed(problem: Problem, plans: Sequence[Plan]) -> Plan:
+    """The fastest of the plans at warm-up depth 2(P-p)-1 with layers run again, if that pays, else the first.
+
+    Only those whose depth memory does not allow otherwise.
+    """
+    variants: list[Plan] = []
+    for plan in plans:
+        total, count = len(plan.stages), plan.micro_batches
+        deep = [
+            stage.model_copy(update={"warmup": warmup("deep", number, total, count), "recompute": ()})
+            for number, stage in enumerate(plan.stages)
+        ]
+        if shortage(problem, tuple(deep), plan.schedule, count) is not None:
+            stages, short = fitted(problem, deep, plan.schedule, count, recompute=True)
+            if short is None and stages != plan.stages:
+                variants.append(plan.model_copy(update={"stages": stages}))
+    return _paying(problem, plans[0], variants)
 
 
 def segmented(problem: Problem, plan: Plan) -> Plan:

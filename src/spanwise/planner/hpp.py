@@ -32,7 +32,7 @@ def hpp(problem: Problem) -> Plan:
         outlines = refined_outlines(problem, singles=False, in_flight=0)
     elif _memory_binds(problem, outlines):
         outlines += refined_outlines(problem, singles=False, deep=True)
-        for in_flight in (2, 4):
+        for in_flight in (0, 2, 4):  # 0: layers may run again
             outlines += refined_outlines(problem, singles=False, in_flight=in_flight)
     if not problem.first_is_fixed:
         outlines += weighted_outlines(problem, 1)[:4] + pipeline_outlines(problem)[:FINALISTS]

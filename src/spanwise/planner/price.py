@@ -207,6 +207,8 @@ def _compute(problem: Problem, stage: Stage, messages: int, used: dict[str, floa
         extra = messages * float(tables.message_s[d])
         f = float(tables.forward[d, stage.stop, y] - tables.forward[d, stage.start, y]) + extra
         b = float(tables.backward[d, stage.stop, y] - tables.backward[d, stage.start, y]) + extra
+        for start, stop in stage.recompute:
+            b += float(tables.forward[d, stop, y] - tables.forward[d, start, y])
         used[replica.device] = used.get(replica.device, 0.0) + f + b
         forward, backward = max(forward, f), max(backward, b)
         update = max(update, float(tables.update_s_per_byte[d]) * nbytes)

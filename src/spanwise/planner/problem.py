@@ -19,6 +19,7 @@ from spanwise.planner.lanes import Lanes
 from spanwise.planner.links import Links
 from spanwise.planner.outline import Outline
 from spanwise.planner.tables import Tables
+from spanwise.planner.ways import Way
 
 MOST_MICRO_BATCHES = 64
 MOST_CHOICES = 8
@@ -30,7 +31,8 @@ Trial = tuple[str, Timeline | InfeasibleError]  # the strategy that asked first,
 class Memo:
     """What was worked out about one problem: kept so that strategies share tables and simulations.
 
-    ``trials`` has every plan that was simulated, under no strategy's name.
+    ``trials`` has every plan that was simulated, under no strategy's name, ``ways`` those to run layers of a
+    stage again, by its layers and rows.
     """
 
     index: dict[str, int] = field(default_factory=dict[str, int])
@@ -43,6 +45,9 @@ class Memo:
     )
     outlines: dict[str, list[Outline]] = field(default_factory=dict[str, "list[Outline]"])
     trials: dict[Plan, Trial] = field(default_factory=dict[Plan, "Trial"])
+    ways: dict[tuple[int, int, int], tuple[Way, ...]] = field(
+        default_factory=dict[tuple[int, int, int], tuple[Way, ...]]
+    )
     pipeline: Plan | None = None
 
 

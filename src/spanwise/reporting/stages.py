@@ -9,7 +9,7 @@ from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.core.units import format_bytes
 from spanwise.reporting.markup import Markup, el, fit, join, line, svg, text, text_width
-from spanwise.reporting.text import layer_names, layer_range
+from spanwise.reporting.text import layer_names, layer_range, recompute_text
 
 WIDTH = 1160.0
 _STRIP, _CUTS, _LINK, _LEAST_CARD, _GAP = 40.0, 58.0, 34.0, 170.0, 26.0
@@ -157,13 +157,14 @@ def _card(
     room, state = width - 24, sum(p.bytes for p in graph.parameters_of(stage.start, stage.stop))
     depth = "gpipe" if plan.schedule == "gpipe" else f"warm-up {min(stage.warmup, plan.micro_batches)}"
     layers = f"layers {layer_range(stage.start, stage.stop)} · {share:.0%} of work"
+    weights = " · ".join(filter(None, (f"{format_bytes(state)} of weights", recompute_text(stage))))
     parts: list[Markup] = [
         el("rect", x=x, y=y, width=width, height=height, rx=6, class_="card"),
         el("rect", x=x, y=y, width=width, height=5, rx=2, class_=f"s{index % 8}"),
         text(x + 12, y + 27, f"Stage {index}", class_="device-name"),
         text(x + width - 12, y + 27, depth, class_="fact", text_anchor="end"),
         text(x + 12, y + 46, fit(layers, room, 11.5), class_="fact"),
-        text(x + 12, y + 63, f"{format_bytes(state)} of weights", class_="fact"),
+        text(x + 12, y + 63, fit(weights, room, 11.5), class_="fact"),
         text(x + 12, y + 80, fit(layer_names(graph, stage), room, 11.5), class_="faint"),
     ]
     parts += _replicas(plan, index, x + 12, y + 101, room)

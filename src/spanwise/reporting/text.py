@@ -119,12 +119,36 @@ def _stage_row(index: int, plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
         f"layers {layer_range(stage.start, stage.stop)}",
         layer_names(graph, stage),
         ", ".join(f"{r.device} x {r.rows}" for r in stage.replicas),
-        "all forwards first"
-        if plan.schedule == "gpipe"
-        else f"warm-up {min(stage.warmup, plan.micro_batches)}",
+        ", ".join(filter(None, (_depth(plan, stage), recompute_text(stage)))),
         f"{format_bytes(state)} of weights",
         f"sends {format_bytes(cut)} a row" if index + 1 < len(plan.stages) else "ends in the loss",
     )
+
+
+def _depth(plan: Plan, stage: Stage) -> str:
+    if plan.schedule == "gpipe":
+        return "all forwards first"
+    return f"warm-up {min(stage.warmup, plan.micro_batches)}"
+
+
+def recompute_text(stage: Stage) -> str:
+    """'recomputes in 3 parts', with the layers if these are not all; empty if it keeps everything."""
+    if not stage.recompute:
+        return ""
+    ranges = stage.recompute
+    whole = sum(b - a for a, b in ranges) == stage.stop - stage.start
+    layers = "" if whole else f" layers {', '.join(layer_range(*r) for r in _joined(ranges))}"
+    return f"recomputes{layers} in {count_of(len(ranges), 'part')}"
+
+
+def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges that touch as one."""
+    out: list[tuple[int, int]] = []
+    for a, b in ranges:
+        if out and out[-1][1] == a:
+            a = out.pop()[0]
+        out.append((a, b))
+    return out
 
 
 def count_of(number: int, noun: str) -> str:

@@ -139,6 +139,7 @@ class DeviceRun:
             index: StageModule(
                 assignment.ops, assignment.graph, stage.start, stage.stop,
                 parameters=self.parameters, buffers=self.buffers, device=spec.torch_device,
+                recompute=stage.recompute,
             )
             for index, stage in own
         }  # fmt: skip

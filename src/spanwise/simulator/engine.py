@@ -134,6 +134,9 @@ class Engine:
                 self.memory.add(lane.name, self.costs.saved[lane.name, action.stage], now)
                 return self._compute(lane, action, self.costs.compute_s(lane.name, action), now)
             case "backward" | "backward_input" | "backward_weight":
+                again = self.costs.again.get((lane.name, action.stage, action.kind))
+                if again:
+                    self.memory.add(lane.name, again, now)
                 return self._compute(lane, action, self.costs.compute_s(lane.name, action), now)
             case "send":
                 self._send(lane, action, now)
@@ -191,9 +194,11 @@ class Engine:
         key = (lane.name, action.stage)
         match action.kind:
             case "backward":
-                self.memory.add(lane.name, -self.costs.saved[key], now)
+                kept = self.costs.saved[key] + self.costs.again.get((*key, action.kind), 0)
+                self.memory.add(lane.name, -kept, now)
             case "backward_input":
-                self.memory.add(lane.name, self.costs.deferred(action) - self.costs.saved[key], now)
+                kept = self.costs.saved[key] + self.costs.again.get((*key, action.kind), 0)
+                self.memory.add(lane.name, self.costs.deferred(action) - kept, now)
             case "backward_weight":
                 self.memory.add(lane.name, -self.costs.deferred(action), now)
             case _:

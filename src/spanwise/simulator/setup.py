@@ -11,7 +11,15 @@ from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.core.program import Action, Program
 from spanwise.core.routes import Routes
-from spanwise.cost import deferred_bytes, ring_edge_bytes, ring_rounds, saved_bytes, state_bytes
+from spanwise.cost import (
+    again_bytes,
+    again_s,
+    deferred_bytes,
+    kept_bytes,
+    ring_edge_bytes,
+    ring_rounds,
+    state_bytes,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +48,17 @@ class Costs:
         self._compute: dict[tuple[str, str, int], float] = {}
         #: Bytes by device and stage that are kept from a forward.
         self.saved: dict[tuple[str, int], int] = {}
+        #: More bytes by device, stage and kind of backward: held by the layers that it runs again.
+        self.again: dict[tuple[str, int, str], int] = {}
         for index, stage in enumerate(plan.stages):
             for replica in stage.replicas:
                 key = (replica.device, index)
-                self.saved[key] = saved_bytes(graph, stage.start, stage.stop, replica.rows)
+                ranges, rows = stage.recompute, replica.rows
+                self.saved[key] = kept_bytes(graph, stage.start, stage.stop, rows, ranges)
+                if ranges:
+                    for kind, in_halves in (("backward", False), ("backward_input", True)):
+                        held = again_bytes(graph, stage.stop, rows, ranges, in_halves=in_halves)
+                        self.again[replica.device, index, kind] = held
         self.update: dict[str, float] = {}
         self.message: dict[str, tuple[float, float]] = {}  # seconds of one, and per byte
         self.sum_byte_s: dict[str, float] = {}
@@ -82,14 +97,15 @@ class Costs:
 
     def _find_compute(self, device: str, action: Action) -> float:
         where = (device, *self._layers(action), action.rows[1] - action.rows[0])
+        again = again_s(self.profile, self.plan.stages[action.stage], device, where[-1])
         match action.kind:
             case "forward":
                 return self.profile.forward_s(*where)
             case "backward":
-                return self.profile.backward_s(*where)
+                return self.profile.backward_s(*where) + again
             case _:
                 into, weight = self.profile.halves_s(*where)
-                return into if action.kind == "backward_input" else weight
+                return into + again if action.kind == "backward_input" else weight
 
     def messages_s(self, device: str, action: Action) -> float:
         """Compute that a device spends on the messages of an action; of a ring on all rounds and the sum."""
