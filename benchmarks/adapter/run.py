@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from arena import CLUSTERS, job_of
 from chart import draw
-from harness import keep, need_lab, options, summary
+from harness import keep, need_lab, options, redrawn, summary
 
 from spanwise.api.in_lab import meet_in_lab, profile_in_lab
 from spanwise.api.planning import choose
@@ -248,6 +248,8 @@ def measure(stage: Stage) -> dict[str, Any]:
 
 def main() -> None:
     args = options(__doc__ or "")
+    if redrawn(args, HERE, "adapter", draw):
+        return
     torch.set_num_threads(1)
     if not args.short:
         need_lab(args)
@@ -256,9 +258,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         lab = None if args.short else stack.enter_context(Lab(where.cluster))
         result = measure(Stage(where, prepare(where.job), lab, folder))
-    keep(args, HERE, "adapter", result)
-    if not args.short:
-        draw(result, HERE / "adapter.svg")
+    keep(args, HERE, "adapter", result, draw=draw)
 
 
 if __name__ == "__main__":

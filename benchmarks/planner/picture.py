@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-mpl.use("svg")
-import matplotlib.pyplot as plt
 from cases import FAMILIES
+from pictures import OURS, PLAIN, canvas
 
-HERE = Path(__file__).parent
-OURS, CONTROL, TARGET = "#0072b2", "#d55e00", "#777777"
+HERE = Path(__file__).resolve().parent
+CONTROL, TARGET = PLAIN, "#777777"
 LEAST = 0.01  # per cent: where no gap at all is drawn
 
 
 def main() -> None:
-    mpl.rcParams.update({"svg.hashsalt": "planner", "font.size": 10, "axes.spines.top": False,
-                         "axes.spines.right": False})  # fmt: skip
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 2))
-    gaps(left, json.loads((HERE / "raw" / "quality.json").read_text())["rows"])
-    seconds(right, json.loads((HERE / "raw" / "planner.json").read_text())["compare"])
-    figure.tight_layout()
-    figure.savefig(HERE / "planner.svg", metadata={"Date": None})
+    with canvas(HERE / "planner.svg", (10, 3.8), (1, 2)) as (left, right):
+        gaps(left, json.loads((HERE / "raw" / "quality.json").read_text())["rows"])
+        seconds(right, json.loads((HERE / "raw" / "planner.json").read_text())["compare"])
 
 
 def gaps(axes: Any, rows: list[dict[str, Any]]) -> None:
