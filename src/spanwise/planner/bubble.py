@@ -67,10 +67,9 @@ def _seconds(problem: Problem, stage: Stage) -> StageSeconds:
 
 def _hops(problem: Problem, plan: Plan, number: int) -> tuple[Hop | None, Hop | None]:
     """Both directions of the link behind a stage."""
-    ids = problem.cluster.ids
     layer = problem.graph.layers[plan.stages[number].stop - 1]
     here, there = (
-        tuple((ids.index(r.device), float(r.rows)) for r in stage.replicas)
+        tuple((problem.index[r.device], float(r.rows)) for r in stage.replicas)
         for stage in plan.stages[number : number + 2]
     )
     found: list[Hop | None] = []

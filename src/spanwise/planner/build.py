@@ -24,7 +24,7 @@ Depth = Literal["deep", "shallow"]
 def fixed_span(problem: Problem, start: int, stop: int, micro_batches: int) -> Span:
     """A stage on the data devices with exactly their own rows."""
     replicas = problem.source_rows(problem.job.batch // micro_batches)
-    group = tuple(problem.cluster.ids.index(r.device) for r in replicas)
+    group = tuple(problem.index[r.device] for r in replicas)
     return Span(start, stop, group, tuple(r.rows for r in replicas))
 
 
@@ -59,7 +59,7 @@ def build(
         shares = _shares(problem, span, rows, ahead)
         if number == 0 and not problem.first_is_fixed:
             shares = problem.links.aligned(
-                shares, tuple((ids.index(s.device), float(s.rows)) for s in sources)
+                shares, tuple((problem.index[s.device], float(s.rows)) for s in sources)
             )
         replicas = tuple(Replica(device=ids[d], rows=int(y)) for d, y in shares)
         stages.append(Stage(start=span.start, stop=span.stop, replicas=replicas, warmup=ahead))

@@ -210,7 +210,7 @@ def _built(problem: Problem, strategy: str, outline: Outline, depth: Depth) -> l
 
 def _near(problem: Problem, plan: Plan) -> list[Outline]:
     """The same devices with one border, or both borders of a stage, one layer further."""
-    ids, last = problem.cluster.ids, len(plan.stages) - 1
+    last = len(plan.stages) - 1
     edges = [0, *(stage.stop for stage in plan.stages)]
     out: list[Outline] = []
     for first, width in product(range(1, last + 1), (1, 2)):
@@ -221,7 +221,7 @@ def _near(problem: Problem, plan: Plan) -> list[Outline]:
             spans: list[Span] = []
             for number, (stage, a, b) in enumerate(zip(plan.stages, new[:-1], new[1:], strict=True)):
                 fixed = (number == 0 and problem.first_is_fixed) or (number == last and problem.last_is_fixed)
-                group = tuple(ids.index(d) for d in stage.devices)
+                group = tuple(problem.index[d] for d in stage.devices)
                 rows = tuple(r.rows for r in stage.replicas) if fixed else None
                 spans.append(Span(a, b, group if fixed else tuple(sorted(group)), rows))
             out.append(Outline(plan.micro_batches, tuple(spans)))

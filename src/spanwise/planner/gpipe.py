@@ -24,7 +24,7 @@ def gpipe(problem: Problem) -> Plan:
     layers = len(problem.graph)
     order = list(range(len(problem.cluster.devices)))
     if problem.first_is_fixed:
-        first = problem.cluster.ids.index(problem.sources[0])
+        first = problem.index[problem.sources[0]]
         order = [first, *(d for d in order if d != first)]
         if problem.last_is_fixed and len(order) > 1 and layers > 2:
             order = [*order[: layers - 1], first]

@@ -102,7 +102,7 @@ def starting_orders(problem: Problem) -> Iterator[Group]:
 
 def _chains(problem: Problem, clusters: list[Group]) -> list[tuple[Group, ...]]:
     """Many clusters: those with data first, then whichever is linked best; the strongest first; both back."""
-    held = {problem.cluster.ids.index(source) for source in problem.sources}
+    held = {problem.index[source] for source in problem.sources}
     slowness = problem.tables.both[:, -1, -1]
     power = {c: float(np.sum(1.0 / np.maximum(slowness[list(c)], 1e-12))) for c in clusters}
     first = max(clusters, key=lambda c: (len(held.intersection(c)), power[c]))

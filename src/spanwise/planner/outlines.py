@@ -115,7 +115,7 @@ def _fixed_outlines(
 ) -> list[Outline]:
     """The data devices hold the first stage and, unless labels may leave, the last; others the middle."""
     layers = len(problem.graph)
-    held = tuple(problem.cluster.ids.index(d) for d in problem.sources)
+    held = tuple(problem.index[d] for d in problem.sources)
     alone = [Outline(m, (fixed_span(problem, 0, layers, m),)) for m in groups.micro_batches]
     if singles and len(held) > 1:
         return []

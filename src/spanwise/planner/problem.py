@@ -135,8 +135,8 @@ class Problem:
     def lanes(self) -> Lanes:
         """Messages between groups at typical rows."""
         if self.memo.lanes is None:
-            ids, batch = self.cluster.ids, self.job.batch
-            held = tuple((ids.index(r.device), r.rows / batch) for r in self.source_rows(batch))
+            batch = self.job.batch
+            held = tuple((self.index[r.device], r.rows / batch) for r in self.source_rows(batch))
             self.memo.lanes = Lanes(self.tables, self.links, held, self.kinds)
         return self.memo.lanes
 

@@ -222,7 +222,7 @@ def _edges(plan: Plan) -> list[int]:
 
 
 def _group(problem: Problem, replicas: Sequence[Replica]) -> tuple[int, ...]:
-    return tuple(problem.cluster.ids.index(replica.device) for replica in replicas)
+    return tuple(problem.index[replica.device] for replica in replicas)
 
 
 def _built(problem: Problem, plan: Plan, outline: Outline) -> Iterator[Plan]:

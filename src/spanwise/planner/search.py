@@ -364,7 +364,7 @@ class Search:
     def _given(self, group: Group, m: int) -> tuple[int, ...]:
         problem = self.groups.problem
         replicas = problem.source_rows(problem.job.batch // self.groups.micro_batches[m])
-        rows = {problem.cluster.ids.index(r.device): r.rows for r in replicas}
+        rows = {problem.index[r.device]: r.rows for r in replicas}
         return tuple(rows[d] for d in group)
 
 
