@@ -19,7 +19,7 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InputError, PeerError, ResourceError
 from spanwise.core.job import Job
 from spanwise.core.profile import Profile
-from spanwise.lab import LIBRARY_BYTES, Lab, check, reason_against, state
+from spanwise.lab import LIBRARY_BYTES, Lab, cgroups, check, reason_against, state
 from spanwise.lab.cgroups import detect
 from spanwise.lab.commands import NAMESPACES, call, require_tools
 from spanwise.lab.layout import PREFIX
@@ -242,6 +242,27 @@ def test_a_lab_leaves_nothing_behind_even_if_its_owner_is_killed(tmp_path: Path,
         owner.send_signal(signal.SIGKILL)
         owner.wait()
     assert soon(lambda: not traces())
+
+
+def test_a_process_that_enters_a_group_while_it_is_removed_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It happened: the owner's last child wrote itself into the group after the others were killed."""
+    groups = detect("late")
+    groups.create("hub", None, None)
+    child = subprocess.Popen(["sleep", "60"])
+    seen, real = [], cgroups._processes
+    try:
+        for entry in groups.entries("hub"):
+            entry.write_text(str(child.pid))
+        # The first look at each group is taken to be before the child came.
+        monkeypatch.setattr(
+            cgroups, "_processes", lambda f: (seen.append(f), real(f) if len(seen) > 1 else ())[1]
+        )
+        groups.remove()
+        assert child.wait(5) == -signal.SIGKILL
+        assert "late" not in state.left_behind()
+    finally:
+        child.kill()
+        child.wait()
 
 
 def test_commands(tmp_path: Path) -> None:

@@ -66,8 +66,7 @@ class Groups(ABC):
 
     def processes(self, name: str) -> tuple[int, ...]:
         """Processes in the group."""
-        path = self.entries(name)[0]
-        return tuple(int(pid) for pid in path.read_text(encoding="ascii").split()) if path.exists() else ()
+        return _processes(self.bases[0] / name)
 
     def names(self) -> tuple[str, ...]:
         """Groups that exist."""
@@ -75,20 +74,15 @@ class Groups(ABC):
 
     def signal(self, name: str, number: int) -> int:
         """Sends a signal to every process of a group; returns to how many."""
-        count = 0
-        for pid in self.processes(name):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-                count += 1
-        return count
+        return _signal(self.processes(name), number)
 
     def remove(self) -> None:
-        """Ends every process in the groups and removes them."""
+        """Ends every process in the groups and removes them, also those that enter meanwhile.
+
+        Raises:
+            ResourceError: a process outlives SIGKILL.
+        """
         end = time.monotonic() + _KILL_S
-        while sum(self.signal(name, signal.SIGKILL) for name in self.names()):
-            if time.monotonic() > end:
-                raise ResourceError(f"lab {self.lab}: processes outlive SIGKILL by {_KILL_S:g} s")
-            time.sleep(0.02)
         for base in self.bases:
             for folder in [*(base / name for name in _subfolders(base)), base]:
                 _remove(folder, end)
@@ -201,15 +195,34 @@ def leftovers(root: Path = ROOT) -> tuple[str, ...]:
 
 
 def _remove(folder: Path, end: float) -> None:
+    """Removes one group; a process on its way in when the others were killed is killed in its turn."""
     while folder.exists():
+        _signal(_processes(folder), signal.SIGKILL)
         try:
             folder.rmdir()
         except OSError as error:  # a killed process may take a moment to leave
             if time.monotonic() > end:
                 raise ResourceError(
-                    f"lab: control group {folder} cannot be removed ({error.strerror})"
+                    f"lab: control group {folder} cannot be removed ({error.strerror}), {_KILL_S:g} s after "
+                    f"SIGKILL to its processes {list(_processes(folder))}"
                 ) from None
             time.sleep(0.02)
+
+
+def _signal(processes: tuple[int, ...], number: int) -> int:
+    count = 0
+    for pid in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+            count += 1
+    return count
+
+
+def _processes(folder: Path) -> tuple[int, ...]:
+    try:
+        return tuple(int(pid) for pid in (folder / "cgroup.procs").read_text(encoding="ascii").split())
+    except OSError:  # the group, or its file, is gone
+        return ()
 
 
 def _subfolders(base: Path) -> tuple[str, ...]:

@@ -104,9 +104,10 @@ def one_at_a_time() -> Generator[None]:
 
 def remove(lab: str) -> None:
     """Ends all processes of a lab and removes everything that carries its id. Twice is no error."""
-    groups = cgroups.detect(lab)
-    groups.remove()
-    if NAMESPACES.is_dir():
-        for path in sorted(NAMESPACES.glob(f"{PREFIX}{lab}.*")):
-            call("ip", "netns", "del", path.name, check=False)
+    try:
+        cgroups.detect(lab).remove()
+    finally:  # a process that cannot be killed must not keep the network up
+        if NAMESPACES.is_dir():
+            for path in sorted(NAMESPACES.glob(f"{PREFIX}{lab}.*")):
+                call("ip", "netns", "del", path.name, check=False)
     shutil.rmtree(LabFolder.of(lab).path, ignore_errors=True)
