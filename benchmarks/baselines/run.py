@@ -1,0 +1,170 @@
+"""Planners of others from their published rules against `auto`, all on spanwise's runtime in one lab.
+
+A cell is one cluster, model and batch. Every planner gets the same profile; each different plan runs once a
+round, by turns, so that what differs is the plan alone. Plans that come out the same share one row's time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from arena import CLUSTERS, Arena, Measurement, failed, middle, predicted_s, prepared_job, shape
+from harness import keep, need_lab, parser, redrawn
+from models import RECIPES
+from pictures import OURS, PLAIN, canvas
+
+from spanwise.api.planning import choose
+from spanwise.core.cluster import Cluster
+from spanwise.core.errors import InfeasibleError, SpanwiseError
+from spanwise.core.plan import Plan
+from spanwise.planner import BASELINES
+from spanwise.reporting.text import layer_range
+
+HERE = Path(__file__).resolve().parent
+ENVIRONMENTS = ("spantrain-7-env1", "spantrain-7-env2", "two-site-wan")
+NAMES = ("auto", *BASELINES)
+ENOUGH_S = 8.0  # longer steps are timed once a round
+
+
+def options() -> argparse.Namespace:
+    found = parser(__doc__ or "")
+    found.add_argument("--environments", nargs="*", default=list(ENVIRONMENTS))
+    found.add_argument("--models", nargs="*", default=list(RECIPES))
+    found.add_argument("--batch", type=int, default=32)
+    found.add_argument("--rounds", type=int, default=2)
+    found.add_argument("--cache", type=Path, default=None, help="folder of profiles")
+    args = found.parse_args()
+    if args.short:
+        args.environments, args.models, args.rounds = [ENVIRONMENTS[0]], ["mobilenet_v2"], 1
+    return args
+
+
+def cell(arena: Arena, model: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Every planner's plan, simulated and measured."""
+    prepared = prepared_job(model, args.batch)
+    times = arena.profile(prepared, args.cache)
+    plans: dict[str, Plan] = {}
+    without: dict[str, str] = {}
+    for name in NAMES:
+        try:
+            plans[name], _ = choose(prepared.job, arena.cluster, prepared.traced.graph, times, name)
+        except InfeasibleError as error:
+            without[name] = str(error)
+    expected = {n: predicted_s(prepared, plan, times, arena.cluster) for n, plan in plans.items()}
+    first = {shape(plan): name for name, plan in reversed(plans.items())}  # who stands for equal plans
+    runs: dict[str, list[Measurement]] = {name: [] for name in first.values()}
+    for _ in range(args.rounds):
+        for name, found in runs.items():
+            found.append(_run(arena, prepared, plans[name], expected[name]))
+            one = found[-1]
+            text = one.error[:160] or f"{middle(one.step_s):.3f} s, predicted {expected[name]:.3f} s"
+            print(f"{arena.cluster.name} {model} {args.batch}: {name}: {text}", flush=True)
+    return {
+        "cluster": arena.cluster.name, "model": model, "batch": args.batch, "without": without,
+        "plans": {n: {"predicted_s": expected[n], "same_as": first[shape(p)], "plan": p.to_data()}
+                  for n, p in plans.items()},
+        "rounds": {name: [one.data() for one in found] for name, found in runs.items()},
+    }  # fmt: skip
+
+
+def _run(arena: Arena, prepared: Any, plan: Plan, expected_s: float) -> Measurement:
+    try:
+        return arena.plan(prepared, plan, steps=2 if expected_s > ENOUGH_S else 5)
+    except SpanwiseError as error:
+        return failed(f"{type(error).__name__}: {error}")
+
+
+def measured_s(cell: dict[str, Any], name: str) -> float | None:
+    """Median step over all rounds of a planner's plan."""
+    if name not in cell["plans"]:
+        return None
+    rounds = cell["rounds"][cell["plans"][name]["same_as"]]
+    steps = [s for one in rounds for s in one["step_s"]]
+    return middle(steps) if steps else None
+
+
+def plan_words(plan: dict[str, Any]) -> str:
+    """Stages as `layers devices`, micro-batches and schedule: short enough for a table."""
+    stages = []
+    for stage in plan["stages"]:
+        held = " ".join(f"{r['device']}:{r['rows']}" for r in stage["replicas"])
+        stages.append(f"{layer_range(stage['start'], stage['stop'])} {held}")
+    return f"{' / '.join(stages)}; {plan['micro_batches']} micro-batches, {plan['schedule']}"
+
+
+def table(cells: list[dict[str, Any]]) -> list[str]:
+    """Samples per second, one row a cell; `=` where a planner came to the plan of one named before."""
+    lines = []
+    for found in cells:
+        ours = measured_s(found, "auto")
+        words = []
+        for name in NAMES:
+            seconds = measured_s(found, name)
+            text = "no plan" if name in found["without"] else "failed"
+            if seconds:
+                same = found["plans"][name]["same_as"]
+                text = f"{found['batch'] / seconds:.1f}" + ("" if same == name else f" (= {same})")
+            words.append(text)
+        others = [s for n in BASELINES if (s := measured_s(found, n))]
+        ratio = f"{min(others) / ours:.2f}x" if ours and others else "-"
+        lines.append(
+            f"| {found['cluster']} | {found['model']} | {found['batch']} | {' | '.join(words)} | {ratio} |"
+        )
+    return lines
+
+
+def draw(data: dict[str, Any], path: Path) -> None:
+    """Throughput of every planner over that of `auto`, one panel a cluster."""
+    names = list(dict.fromkeys(c["cluster"] for c in data["cells"]))
+    colors = dict(zip(BASELINES, ("#9db4c0", "#c2b280", "#a0855b", "#b6a6ca", PLAIN), strict=True))
+    with canvas(path, (3.4 * len(names), 3.2), (1, len(names))) as axes:
+        for axis, name in zip(axes, names, strict=True):
+            mine = [c for c in data["cells"] if c["cluster"] == name]
+            for place, planner in enumerate(BASELINES):
+                pairs = [(measured_s(c, "auto"), measured_s(c, planner)) for c in mine]
+                heights = [a / b if a and b else 0.0 for a, b in pairs]
+                at = [i + (place - (len(BASELINES) - 1) / 2) * 0.16 for i in range(len(mine))]
+                axis.bar(at, heights, 0.15, color=colors[planner], label=planner)
+            axis.axhline(1.0, color=OURS, lw=1.5, label="auto")
+            axis.set_xticks(range(len(mine)), [c["model"] for c in mine], fontsize=7, rotation=20)
+            axis.set_title(name, loc="left", fontsize=9)
+        axes[0].set_ylabel("throughput over auto's")
+        axes[0].legend(ncol=3, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0.0, 1.32))
+
+
+def main() -> None:
+    args = options()
+    if redrawn(args, HERE, "baselines", draw):
+        return
+    need_lab(args)
+    partial = None if args.out is None else args.out.with_suffix(".partial.json")
+    cells: list[dict[str, Any]] = []
+    if partial is not None and partial.exists():  # go on where an earlier call was interrupted
+        cells = json.loads(partial.read_text(encoding="utf-8"))
+    done = {(c["cluster"], c["model"]) for c in cells}
+    for name in args.environments:
+        models = [m for m in args.models if (name, m) not in done]
+        if not models:
+            continue
+        with Arena(Cluster.load(CLUSTERS / f"{name}.toml"), []) as arena:
+            for model in models:
+                cells.append(cell(arena, model, args))
+                if partial is not None:
+                    partial.write_text(json.dumps(cells), encoding="utf-8")
+    for line in table(cells):
+        print(line)
+    for found in cells:
+        print(f"{found['cluster']}, {found['model']}, batch {found['batch']}:")
+        for planner, one in found["plans"].items():
+            print(f"  {planner}: {plan_words(one['plan'])}")
+    keep(args, HERE, "baselines", {"cells": cells}, quiet=True, draw=draw)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Throughput over the number of devices: `auto`, `pipeline` and PyTorch DDP on SpanTrain's scaling series.
+
+Each cluster file of the series (2, 4, 8, 12, 16 devices) becomes a lab; this machine's cores hold all of them.
+Efficiency is throughput over what the devices would do if compute were all, by the best rate of a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from arena import CLUSTERS, Arena, failed, middle, predicted_s, prepared_job
+from harness import keep, need_lab, parser, redrawn
+from pictures import OURS, PLAIN, canvas
+
+from spanwise.api.planning import choose
+from spanwise.core.cluster import Cluster
+from spanwise.core.errors import SpanwiseError
+
+HERE = Path(__file__).resolve().parent
+SIZES = (2, 4, 8, 12, 16)
+STRATEGIES = ("auto", "pipeline")
+MODELS = ("mobilenet_v2", "vit")
+LONG_S = 8.0
+
+
+def options() -> argparse.Namespace:
+    found = parser(__doc__ or "")
+    found.add_argument("--sizes", nargs="*", type=int, default=list(SIZES))
+    found.add_argument("--models", nargs="*", default=list(MODELS))
+    found.add_argument("--batch", type=int, default=128)
+    found.add_argument("--rounds", type=int, default=2)
+    found.add_argument("--cache", type=Path, default=None, help="folder of profiles")
+    args = found.parse_args()
+    if args.short:
+        args.sizes, args.models, args.rounds, args.batch = list(SIZES[:1]), [MODELS[0]], 1, 32
+    return args
+
+
+def cell(arena: Arena, model: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One number of devices: spanwise and DDP by turns, and the fastest device alone."""
+    cluster = arena.cluster
+    prepared = prepared_job(model, args.batch)
+    times = arena.profile(prepared, args.cache)
+    graph = prepared.traced.graph
+    plans = {s: choose(prepared.job, cluster, graph, times, s)[0] for s in STRATEGIES}
+    expected = {s: predicted_s(prepared, plan, times, cluster) for s, plan in plans.items()}
+    fastest = max(cluster.devices, key=lambda d: d.speed).id
+    peers = {"ddp": ("ddp", list(cluster.ids)), "single": ("single", [fastest])}
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in (*plans, *peers)}
+    for turn in range(args.rounds):
+        for name, plan in plans.items():
+            try:
+                one = arena.plan(prepared, plan, steps=4)
+            except SpanwiseError as error:
+                one = failed(f"{type(error).__name__}: {error}")
+            rounds[name].append(one.data())
+        for name, (peer, ranks) in peers.items():
+            if turn and _step_s(rounds[name]) > LONG_S:
+                continue  # slow and settled
+            one = arena.peer(peer, ranks, model, args.batch, steps=2)
+            rounds[name].append(one.data())
+    for name in rounds:
+        predicted = f", predicted {expected[name]:.3f} s" if name in expected else ""
+        print(f"{cluster.name} {model}: {name}: {_step_s(rounds[name]):.3f} s{predicted}", flush=True)
+    return {
+        "cluster": cluster.name, "devices": len(cluster.ids), "model": model, "batch": args.batch,
+        "cores": sum(d.speed for d in cluster.devices) * cluster.core_share,
+        "single_cores": max(d.speed for d in cluster.devices) * cluster.core_share,
+        "predicted_s": expected, "plans": {n: p.to_data() for n, p in plans.items()}, "rounds": rounds,
+    }  # fmt: skip
+
+
+def _step_s(rounds: list[dict[str, Any]]) -> float:
+    steps = [s for one in rounds for s in one["step_s"]]
+    return middle(steps) if steps else float("nan")
+
+
+def efficiency(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per cell and system: samples per second, and these over the bound of its devices' cores."""
+    out: list[dict[str, Any]] = []
+    for found in cells:
+        mine = [c for c in cells if c["model"] == found["model"]]
+        core = max(c["batch"] / _step_s(c["rounds"]["single"]) / c["single_cores"] for c in mine)
+        rates = {n: found["batch"] / _step_s(r) for n, r in found["rounds"].items()}
+        out.append(
+            {
+                "cluster": found["cluster"], "devices": found["devices"], "model": found["model"],
+                "samples_per_s": rates,
+                "of_bound": {n: r / (core * found["cores"]) for n, r in rates.items()},
+            }
+        )  # fmt: skip
+    return out
+
+
+def draw(data: dict[str, Any], path: Path) -> None:
+    """Efficiency over devices, one panel a model."""
+    rows = efficiency(data["cells"])
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    looks = {"auto": (OURS, "o"), "pipeline": (PLAIN, "s"), "ddp": ("#9db4c0", "^")}
+    with canvas(path, (4.2 * len(models), 3.0), (1, len(models))) as axes:
+        for axis, model in zip(axes, models, strict=True):
+            mine = [row for row in rows if row["model"] == model]
+            for name, (color, mark) in looks.items():
+                axis.plot(
+                    [row["devices"] for row in mine], [100 * row["of_bound"][name] for row in mine],
+                    color=color, marker=mark, label={"ddp": "PyTorch DDP"}.get(name, name),
+                )  # fmt: skip
+            axis.set(xlabel="devices", ylim=(0, 100), xticks=[row["devices"] for row in mine])
+            axis.set_title(model, loc="left", fontsize=10)
+        axes[0].set_ylabel("of the compute bound, %")
+        axes[0].legend(frameon=False, fontsize=8)
+
+
+def main() -> None:
+    args = options()
+    if redrawn(args, HERE, "scaling", draw):
+        return
+    need_lab(args)
+    partial = None if args.out is None else args.out.with_suffix(".partial.json")
+    cells: list[dict[str, Any]] = []
+    if partial is not None and partial.exists():
+        cells = json.loads(partial.read_text(encoding="utf-8"))
+    done = {(c["devices"], c["model"]) for c in cells}
+    for size in args.sizes:
+        models = [m for m in args.models if (size, m) not in done]
+        if not models:
+            continue
+        with Arena(Cluster.load(CLUSTERS / f"spantrain-{size}.toml"), models) as arena:
+            for model in models:
+                cells.append(cell(arena, model, args))
+                if partial is not None:
+                    partial.write_text(json.dumps(cells), encoding="utf-8")
+    for row in efficiency(cells):
+        texts = (
+            f"{row['samples_per_s'][n]:.1f} ({row['of_bound'][n]:.0%})" for n in ("auto", "pipeline", "ddp")
+        )
+        print(f"| {row['model']} | {row['devices']} | {' | '.join(texts)} |")
+    keep(args, HERE, "scaling", {"cells": cells}, quiet=True, draw=draw)
+
+
+if __name__ == "__main__":
+    main()
