@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from test_planner_estimate import CLUSTER, PIPE, problem
@@ -14,7 +16,7 @@ from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.lowering import moves
 from spanwise.planner import Problem, make_plan
-from spanwise.planner.adapter import BAN_STEPS, Adapter, Change, Search, found_in
+from spanwise.planner.adapter import BAN_STEPS, HOLD_STEPS, Adapter, Change, Search, found_in
 from spanwise.planner.explore import FORGET_S, Explorer
 from spanwise.planner.replan import candidates, kind_of, replan, same_rows
 from spanwise.planner.trial import timeline
@@ -84,6 +86,42 @@ def test_a_device_at_40_percent_leads_to_other_rows_or_layers() -> None:
     assert device in adapter.records[0].reason
     assert gain > 0.05
     assert gain == pytest.approx(adapter.records[0].predicted_gain, abs=0.1)
+
+
+def test_errors_of_the_simulation_for_every_plan_bring_no_changes() -> None:
+    """Each plan, and each device under it, is off by its own 0.8 to 1.3 of what is simulated, for good."""
+    task = problem()
+    adapter = start(task)
+
+    def odd(plan: Plan) -> Profile:
+        wheel = random.Random(plan.digest)
+        world = task.profile
+        for device in task.cluster.ids:
+            world = slower(world, device, wheel.uniform(0.8, 1.3))
+        return world
+
+    for step in range(40):
+        step_s, seen = shown(task, adapter.plan, odd(adapter.plan), noise=0.03, seed=step)
+        wanted = adapter.observe(step, step_s, seen, float(step))
+        if isinstance(wanted, Search):
+            wanted = result(adapter, wanted, step)
+        if isinstance(wanted, Change):
+            adapter.changed(wanted, step + 1, 0, 0.1)
+    assert adapter.records == []
+
+
+def test_a_change_is_held_and_judged_even_if_much_moves_meanwhile() -> None:
+    """A device that is now slow, now fast: not every turn of it is worth a change of plan."""
+    task = problem()
+    adapter, at = start(task), list[int]()
+    device = max(adapter.plan.stages[-1].replicas, key=lambda r: r.rows).device
+    step = drive(adapter, task, task.profile, 0, 8)
+    for turn in range(12):
+        world = slower(task.profile, device, 2.5 if turn % 2 == 0 else 1.0)
+        step = drive(adapter, task, world, step, 3, at=at)
+    assert at
+    assert all(b - a > HOLD_STEPS or adapter.records[i + 1].undone for i, (a, b) in enumerate(pairwise(at)))
+    assert all(r.realised_gain is not None for r in adapter.records[:-1] if r.reason.find("longer") < 0)
 
 
 def test_a_change_must_pay_for_itself_in_the_steps_that_are_left() -> None:

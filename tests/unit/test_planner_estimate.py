@@ -13,7 +13,7 @@ from spanwise.core.observed import MOST_MESSAGES, Arrival, Departure, DeviceStep
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.planner import Problem
-from spanwise.planner.estimate import Estimator, Tracker
+from spanwise.planner.estimate import Estimator, Tracker, Usual
 from spanwise.planner.ratios import Expected
 
 CLUSTER = Cluster.parse(
@@ -102,6 +102,24 @@ def test_noise_and_one_odd_step_are_no_drift() -> None:
     assert follow(task, calm, 0.06).drift() is None
     odd = slower(task.profile, "s1", 3.0)
     assert follow(task, [*calm[:4], odd, *calm[:4]]).drift() is None
+
+
+def test_what_a_plan_shows_from_the_start_is_no_drift_and_what_comes_later_counts_in_full() -> None:
+    """The simulation is off by 1.3 for one device; then that device takes 2.5 times as long."""
+    task = problem()
+    off = slower(task.profile, "s1", 1.3)
+    assert follow(task, [off] * 12, 0.03).drift() is None
+    estimator = follow(task, [off] * 6 + [slower(task.profile, "s1", 1.3 * 2.5)] * 3, 0.03)
+    assert estimator.usual["s1"] == pytest.approx(1.3, rel=0.05)
+    drift = estimator.drift()
+    assert drift is not None
+    assert drift.big
+    assert {d.device: d.factor for d in estimator.fitted().devices}["s1"] == pytest.approx(2.5, rel=0.05)
+    # What is far off from the start has moved before: it is not what the plan was made for.
+    assert Usual(1.5).over(2.5, 2.0) == []
+    assert Usual(1.5, 1.3).over(2.6, 1.0) == [(2.0, 1.0)]
+    far = Usual(1.5)
+    assert [far.over(2.5, 1.0) for _ in range(3)][-1] == [(2.5, 1.0)] * 3
 
 
 def moved(*found: float, seconds: float = 1.0) -> tuple[bool, bool]:

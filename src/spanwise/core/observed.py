@@ -15,7 +15,11 @@ MOST_ENTRIES = 4096  # accepted of one device and step
 
 @dataclass(frozen=True, slots=True)
 class ComputeTime:
-    """Median seconds of one kind of compute of a stage over the micro-batches of the step."""
+    """Mean seconds of one kind of compute of a stage over the micro-batches of the step.
+
+    The mean, as it stands for the sum: a CPU quota comes in portions, so that single actions take no time at
+    all or a whole period.
+    """
 
     kind: str
     stage: int

@@ -7,7 +7,7 @@ follow the bandwidth, is that of SpanTrain (Big Data Research 2025).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from statistics import median
@@ -39,7 +39,7 @@ class Adaptation:
     """One change of plan, as a record.
 
     ``step`` is the first under the new plan; gains are parts of the step time before. ``realised_gain`` is
-    None until enough steps have shown it, or if conditions changed meanwhile.
+    None until enough steps have shown it.
     """
 
     step: int
@@ -139,7 +139,7 @@ class Adapter:
         self._now_s = now_s
         drift = self._estimator.drift()
         if self._trial is not None:
-            undo = self._judge(step, step_s, drift)
+            undo = self._judge(step, step_s)
             if undo is not None:
                 return undo
         forgotten = self._explorer.forgotten(self.profile, self.plan.devices, now_s)
@@ -147,8 +147,11 @@ class Adapter:
             drift = Drift(big=False, conditions=True)
         if self._searching is not None or drift is None or self._last_step - step < HOLD_STEPS:
             return None
-        held = step < self._hold_until or now_s < max(self._hold_until_s, self._quiet_until_s)
-        if self._trial is not None or (held and not (drift.big and drift.conditions)):
+        held = step < self._hold_until or now_s < self._hold_until_s
+        hurried = (
+            drift.big and drift.conditions
+        )  # what has moved far may take more than its share of searching
+        if self._trial is not None or held or not (hurried or now_s >= self._quiet_until_s):
             return None
         fitted = self._fitted()
         reasons = [self._estimator.changes(fitted)] if self._estimator.drift() is not None else []
@@ -184,7 +187,7 @@ class Adapter:
         predicted_s = self._expected(search.problem.profile).step_s
         if self._estimator.profile is not search.problem.profile:
             self._bias = self._pace_s / predicted_s if predicted_s else 1.0
-            self._estimator = self._follow(search.problem.profile)
+            self._estimator = self._follow(search.problem.profile, self._estimator.usual)
         if search.plan is not self.plan:  # a small change was made meanwhile
             anew = [candidate(search.problem, self.plan, c.plan) for c in found]
             found = [c for c in anew if c is not None]
@@ -222,7 +225,7 @@ class Adapter:
         entries = [(seconds, seconds) for seconds in self._times[-KEPT:]]
         return median(newest(entries, JUDGED_STEPS, JUDGED_S) or self._times)
 
-    def _judge(self, step: int, step_s: float, drift: Drift | None) -> Change | None:
+    def _judge(self, step: int, step_s: float) -> Change | None:
         """Compares steps after a change with those before; a Change back if it does not pay."""
         trial = self._trial
         assert trial is not None
@@ -230,8 +233,6 @@ class Adapter:
         if len(trial.seen) < JUDGED_STEPS or sum(trial.seen) < JUDGED_S:
             return None
         self._trial = None
-        if drift is not None and drift.conditions and drift.big:
-            return None  # the comparison would be of conditions, not of plans
         realised = 1 - median(trial.seen) / trial.before_s
         worse = realised < -LOSS
         record = replace(trial.record, realised_gain=realised, undone=worse)
@@ -253,12 +254,11 @@ class Adapter:
             profile = self._estimator.again(profile, self._expected(profile)).fitted()
         return profile
 
-    def _follow(self, profile: Profile) -> Estimator:
-        """Follows the plan that runs, against these numbers."""
+    def _follow(self, profile: Profile, usual: Mapping[str | Link, float] | None = None) -> Estimator:
+        """Follows the plan that runs, against these numbers and what it has shown to be usual, if it has."""
         expected = self._expected(profile)
-        return Estimator(
-            profile, self._problem.cluster, replace(expected, step_s=expected.step_s * self._bias)
-        )
+        expected = replace(expected, step_s=expected.step_s * self._bias)
+        return Estimator(profile, self._problem.cluster, expected, usual)
 
     def _expected(self, profile: Profile) -> Expected:
         problem = self._problem

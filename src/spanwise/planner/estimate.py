@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TypeVar
@@ -28,6 +28,9 @@ DEVICE_BAND = 1.15
 LINK_BAND = 1.2
 BIG = 1.5  # beyond this the shorter time is enough
 CALM_WEIGHT = 0.3  # of the newest step in the smoothed ratio
+# What a plan's first steps may be off a simulation by without anything having moved. Of links more, as two
+# messages that meet on a pipe in one of both and not in the other are twice as slow.
+OWN_DEVICE, OWN_LINK = 1.5, 2.2
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,43 @@ class Tracker:
         return bool(last) and max(above, below) >= AGREE * len(last)
 
 
-class Estimator:
-    """Follows a run against one expectation; ``fitted`` gives the numbers to plan with."""
+class Usual:
+    """What is usual of one device or link under a plan: its ratio in the first steps.
 
-    def __init__(self, profile: Profile, cluster: Cluster, expected: Expected) -> None:
+    A simulation is off by a little for every plan, device and link. That is no drift, so later steps are
+    held against the first ones, unless those are far off themselves.
+    """
+
+    def __init__(self, most: float, ratio: float | None = None) -> None:
+        self.ratio, self._most = ratio, most
+        self._first: list[tuple[float, float]] = []
+
+    def over(self, ratio: float, seconds: float) -> list[tuple[float, float]]:
+        """(ratio over the usual one, seconds) of a step; of all so far when that is first known."""
+        if self.ratio is not None:
+            return [(ratio / self.ratio, seconds)]
+        self._first.append((seconds, ratio))
+        first = newest(self._first, WINDOW, WINDOW_S)
+        if not first:
+            return []
+        middle = median(first)
+        self.ratio = usual = middle if 1 / self._most <= middle <= self._most else 1.0
+        return [(found / usual, length_s) for length_s, found in self._first]
+
+
+class Estimator:
+    """Follows a run against one expectation; ``fitted`` gives the numbers to plan with.
+
+    ``usual`` is what another Estimator of the same plan has found to be usual, by device and link.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        cluster: Cluster,
+        expected: Expected,
+        usual: Mapping[str | Link, float] | None = None,
+    ) -> None:
         self.profile, self.expected = profile, expected
         self._cluster = cluster
         self._routes = Routes(cluster, profile.links)
@@ -117,17 +153,29 @@ class Estimator:
         self._devices: dict[str, Tracker] = {}
         self._links: dict[Link, Tracker] = {}
         self._shown: set[Link] = set()  # by messages of the run, not by probes
+        self._usual_step = Usual(OWN_DEVICE)
+        self._usual: dict[str | Link, Usual] = {
+            key: Usual(OWN_LINK, found) for key, found in (usual or {}).items()
+        }
+
+    @property
+    def usual(self) -> dict[str | Link, float]:
+        """Measured over expected of devices and links in the first steps, as far as it is known."""
+        return {key: found.ratio for key, found in self._usual.items() if found.ratio is not None}
 
     def add(self, step_s: float, observed: Sequence[DeviceStep]) -> Ratios:
         """Takes a step in."""
         found = ratios(self.expected, step_s, observed, self._latency_s)
         self._recent.append((step_s, observed))
-        self._step.add(found.step, step_s)
-        for device, ratio in found.devices.items():
-            self._devices.setdefault(device, Tracker(DEVICE_BAND)).add(ratio, step_s)
+        for ratio, seconds in self._usual_step.over(found.step, step_s):
+            self._step.add(ratio, seconds)
+        for device, measured in found.devices.items():
+            for ratio, seconds in self._usual.setdefault(device, Usual(OWN_DEVICE)).over(measured, step_s):
+                self._devices.setdefault(device, Tracker(DEVICE_BAND)).add(ratio, seconds)
         self._shown.update(found.links)
-        for link, ratio in found.links.items():
-            self._links.setdefault(link, Tracker(LINK_BAND)).add(ratio, step_s)
+        for link, measured in found.links.items():
+            for ratio, seconds in self._usual.setdefault(link, Usual(OWN_LINK)).over(measured, step_s):
+                self._links.setdefault(link, Tracker(LINK_BAND)).add(ratio, seconds)
         return found
 
     def probed(self, link: Link, samples: Sequence[tuple[int, float]]) -> None:
@@ -182,7 +230,8 @@ class Estimator:
         drift = self.drift()
         span = (BIG_WINDOW, BIG_WINDOW_S) if drift is not None and drift.big else (WINDOW, WINDOW_S)
         recent = [(step_s, (step_s, observed)) for step_s, observed in self._recent]
-        estimator = Estimator(profile, self._cluster, expected)
+        usual = dict.fromkeys(self._usual, 1.0) | self.usual  # those unknown yet are not waited for again
+        estimator = Estimator(profile, self._cluster, expected, usual)
         for step_s, observed in newest(recent, *span) or self._recent:
             estimator.add(step_s, observed)
         return estimator

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean
 
 from spanwise.core.observed import Arrival, Departure, DeviceStep
 from spanwise.core.program import Action
@@ -32,7 +32,7 @@ class Expected:
     """What a simulation says that devices will show.
 
     ``compute_s`` by device, kind of compute and stage; ``rates`` are bytes per second of each link while it
-    carries a message, shared as it is with others. Seconds are those of one of ``micro_batches``.
+    carries a message, shared as it is with others. Seconds are the mean over ``micro_batches``.
     """
 
     step_s: float
@@ -67,7 +67,7 @@ class Expected:
             if (seconds := sum(s for _, s in large)) > 0:
                 rates[link] = sum(n for n, _ in large) / seconds
         count = max((len(found) for found in compute.values()), default=1)
-        return cls(timeline.step_time_s, {key: median(found) for key, found in compute.items()}, rates, count)
+        return cls(timeline.step_time_s, {key: fmean(found) for key, found in compute.items()}, rates, count)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -207,7 +207,7 @@ class DeviceRun:
             if lane == self.device and kind not in ("wait", "step"):
                 stage = Action.parse(text).stage
                 seconds.setdefault((kind, stage), []).append(end - start)
-        compute = tuple(ComputeTime(kind, stage, median(found)) for (kind, stage), found in seconds.items())
+        compute = tuple(ComputeTime(kind, stage, fmean(found)) for (kind, stage), found in seconds.items())
         sent, received = self._timed.taken()
         return DeviceStep(self.device, compute, sent, received)
 
