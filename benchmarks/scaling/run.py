@@ -1,6 +1,6 @@
 """Throughput over the number of devices: `auto`, `pipeline` and PyTorch DDP on SpanTrain's scaling series.
 
-Each cluster file of the series (2, 4, 8, 12, 16 devices) becomes a lab; this machine's cores hold all of them.
+Each cluster file of the series (2, 4, 8, 12, 16 devices) becomes a lab; the cores here hold all of them.
 Efficiency is throughput over what the devices would do if compute were all, by the best rate of a core.
 """
 

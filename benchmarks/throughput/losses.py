@@ -23,9 +23,8 @@ CAUSES = ("network", "messages", "quota", "rest")
 
 def losses(prepared: Prepared, plan: Plan, times: Profile, cluster: Cluster) -> Mapping[str, float]:
     """Seconds of the predicted step by cause, and ``bound``: what would be left if compute were all."""
-    silent = times.model_copy(
-        update={"tables": tuple(t.model_copy(update={"message_s": 0.0}) for t in times.tables)}
-    )
+    nothing = dict.fromkeys(("message_s", "message_s_per_byte", "sum_s_per_byte"), 0.0)
+    silent = times.model_copy(update={"tables": tuple(t.model_copy(update=nothing) for t in times.tables)})
     free = _free_network(cluster)
     steps = (
         predicted_s(prepared, plan, times, cluster),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spanwise.lowering.check import check
-from spanwise.lowering.lower import holders, lower, natural_syncs
+from spanwise.lowering.lower import holders, lower, natural_syncs, unchecked
 from spanwise.lowering.moves import Move, buffer_holders, move_bytes, moves
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "move_bytes",
     "moves",
     "natural_syncs",
+    "unchecked",
 ]

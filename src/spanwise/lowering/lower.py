@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Literal, NamedTuple
 
 from spanwise.core.errors import PlanError
 from spanwise.core.model import ModelGraph, Parameter, TensorSpec
 from spanwise.core.plan import Plan, Stage, Sync, row_ranges
-from spanwise.core.precision import wire_row_bytes
+from spanwise.core.precision import Precision, wire_row_bytes
 from spanwise.core.program import Action, Buckets, Payload, Program
 from spanwise.lowering.check import check
 from spanwise.lowering.order import StageOp, compute_order
@@ -35,9 +36,18 @@ def lower(plan: Plan, graph: ModelGraph, *, clip: bool = False) -> Program:
             f"plan '{plan.strategy}' covers layers [0:{plan.stages[-1].stop}), model "
             f"'{graph.name}' has {len(graph)}; plan again"
         )
-    program = _Lowering(plan, graph, clip).program()
+    program = unchecked(plan, graph, clip=clip)
     check(program, plan, graph)
     return program
+
+
+def unchecked(plan: Plan, graph: ModelGraph, *, clip: bool = False) -> Program:
+    """As ``lower`` for one of many plans that a planner tries: the one that it keeps is lowered again.
+
+    Raises:
+        PlanError: a sync has a gap or an overlap.
+    """
+    return _Lowering(plan, graph, clip).program()
 
 
 def holders(stages: tuple[Stage, ...], graph: ModelGraph) -> dict[str, tuple[str, ...]]:
@@ -120,6 +130,15 @@ def _segments(parameters: list[Parameter], count: int) -> tuple[tuple[str, ...],
     return tuple(map(tuple, pieces))
 
 
+class _Meeting(NamedTuple):
+    """Rows of a device that another has to do with, the same in every micro-batch."""
+
+    peer: str
+    rows: tuple[int, int]
+    nbytes: int
+    precision: Precision
+
+
 class _Lowering:
     """State of one lowering: transfer numbers and the growing lists."""
 
@@ -132,6 +151,7 @@ class _Lowering:
         self.sources = row_ranges(plan.sources)
         self.ranges = tuple(stage.row_ranges() for stage in plan.stages)
         self.numbers: dict[tuple[str, int, int, str, str], int] = {}
+        self.meetings: dict[tuple[str, str, Payload, int], tuple[_Meeting, ...]] = {}
 
     def program(self) -> Program:
         order = compute_order(self.plan)
@@ -285,7 +305,7 @@ class _Lowering:
 
     def _moves(
         self,
-        kind: str,
+        kind: Literal["send", "recv"],
         device: str,
         payload: Payload,
         stage: int,
@@ -294,6 +314,35 @@ class _Lowering:
         others: tuple[tuple[str, int, int], ...],
     ) -> None:
         """One send or recv per other device whose rows meet ours; rows that stay here need none."""
+        which = (kind, device, payload, stage)
+        met = self.meetings.get(which)
+        if met is None:
+            met = self.meetings[which] = tuple(self._meet(kind, device, payload, stage, rows, others))
+        for peer, shared, nbytes, precision in met:
+            key = (payload, stage, micro_batch, *((device, peer) if kind == "send" else (peer, device)))
+            self.actions[device].append(
+                Action(
+                    kind,
+                    stage=stage,
+                    micro_batch=micro_batch,
+                    rows=shared,
+                    payload=payload,
+                    peer=peer,
+                    transfer=self.numbers.setdefault(key, len(self.numbers)),
+                    nbytes=nbytes,
+                    precision=precision,
+                )
+            )
+
+    def _meet(
+        self,
+        kind: str,
+        device: str,
+        payload: Payload,
+        stage: int,
+        rows: tuple[int, int],
+        others: tuple[tuple[str, int, int], ...],
+    ) -> Iterator[_Meeting]:
         specs = self._specs(payload, stage)
         if not any(spec.row_bytes for spec in specs):
             return
@@ -302,22 +351,8 @@ class _Lowering:
             if peer == device or first >= last:
                 continue
             ends = (device, peer) if kind == "send" else (peer, device)
-            key = (payload, stage, micro_batch, *ends)
-            number = self.numbers.setdefault(key, len(self.numbers))
             precision = self.plan.precision(*ends) if stage >= 0 else "full"  # raw rows stay as they are
-            self.actions[device].append(
-                Action(
-                    "send" if kind == "send" else "recv",
-                    stage=stage,
-                    micro_batch=micro_batch,
-                    rows=(first, last),
-                    payload=payload,
-                    peer=peer,
-                    transfer=number,
-                    nbytes=wire_row_bytes(specs, precision) * (last - first),
-                    precision=precision,
-                )
-            )
+            yield _Meeting(peer, (first, last), wire_row_bytes(specs, precision) * (last - first), precision)
 
     def _specs(self, payload: Payload, stage: int) -> tuple[TensorSpec, ...]:
         match payload:

@@ -29,7 +29,7 @@ def zero_bubble_variants(problem: Problem, plan: Plan) -> Iterator[Plan]:
     back = [hop for _, hop in hops if hop is not None]
     if total == 1 or len(forth) + len(back) < 2 * (total - 1):
         return
-    seconds = [_seconds(problem, stage) for stage in plan.stages]
+    seconds = [stage_seconds(problem, stage) for stage in plan.stages]
     ahead = [_ahead(problem, plan, number) for number in range(total)]
     own = [stage.warmup for stage in plan.stages]
     limits = ((ahead, _kept(problem, plan, ahead)), (ahead, ahead), (own, _kept(problem, plan, own)))
@@ -53,8 +53,8 @@ def _with_orders(plan: Plan, orders: tuple[tuple[Op, ...], ...]) -> Plan:
     return plan.model_copy(update={"stages": stages, "schedule": "zero_bubble"})
 
 
-def _seconds(problem: Problem, stage: Stage) -> StageSeconds:
-    """Those of the slowest replica, each by itself: the others wait for it."""
+def stage_seconds(problem: Problem, stage: Stage) -> StageSeconds:
+    """A micro-batch in halves; those of the slowest replica, each by itself: the others wait for it."""
     forward = into = weight = 0.0
     for replica in stage.replicas:
         where = (replica.device, stage.start, stage.stop, replica.rows)

@@ -21,6 +21,8 @@ MOST_PACED_EFFORT = 30_000
 BUILT = 8  # plans are built and priced in the time that the pace of one takes
 MOST_PACED = 5  # times as many plans as are simulated, at most
 SEGMENTS = (2, 4)
+FIRST_HALVED = 2  # zero_bubble variants of every plan whose pace is worked out
+MOST_HALVED = 6  # of all of these, so many are simulated
 # By which part such variants of a plan must be faster: more actions cost what the simulator does not show.
 LEAST_GAIN = 0.005
 
@@ -95,16 +97,13 @@ def climbed(problem: Problem, strategy: str, likely: Sequence[Priced], limit: in
 def halved(problem: Problem, plans: Sequence[Plan]) -> Plan:
     """The fastest zero_bubble variant of any of the plans if that pays, else the first plan.
 
-    Which plan is best in halves is not known from how fast it is without: one variant of each is tried, and
-    of the best the others too.
+    Which plan is best in halves is not known from how fast it is without, but by the pace of its variants.
     """
-    first: dict[Plan, Plan] = {}
-    for plan in plans:
-        variant = next(zero_bubble_variants(problem, plan), None)
-        if variant is not None:
-            first[variant] = plan
-    best = _paying(problem, plans[0], list(first))
-    return _paying(problem, best, list(zero_bubble_variants(problem, first.get(best, best))))
+    firsts = dict.fromkeys(v for p in plans for v in islice(zero_bubble_variants(problem, p), FIRST_HALVED))
+    order = sorted(firsts, key=lambda variant: pace_s(problem, variant))
+    best = _paying(problem, plans[0], order[:MOST_HALVED])
+    more = zero_bubble_variants(problem, best) if best in firsts else ()
+    return _paying(problem, best, [variant for variant in more if variant not in firsts])
 
 
 def recomputed(problem: Problem, plans: Sequence[Plan]) -> Plan:
@@ -186,10 +185,9 @@ def _promising(problem: Problem, plan: Plan, limit: int) -> Iterator[Plan]:
         outlines += _recounted(problem, plan)
     near = [p for o in outlines for p in _built(problem, plan.strategy, o, depth)]
     near.sort(key=lambda entry: entry.price_s)
-    if plan.schedule == "zero_bubble":  # neither formula nor pace knows halves: neither is a bound
-        for entry in near:
-            yield from islice(zero_bubble_variants(problem, entry.plan), 1)
-        return
+    if plan.schedule == "zero_bubble":  # the formula does not know halves
+        halves = (v for e in near[: 2 * limit] for v in islice(zero_bubble_variants(problem, e.plan), 1))
+        near = [Priced(variant, 0.0) for variant in halves]
     if Priced(plan, 0.0).kind[1]:
         hopeless = HOPELESS * timeline(problem, plan).step_time_s
     else:

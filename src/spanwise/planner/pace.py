@@ -11,11 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from spanwise.core.plan import Plan
+from spanwise.core.order import Op, OpKind
+from spanwise.core.plan import Plan, Stage
+from spanwise.planner.bubble import stage_seconds
 from spanwise.planner.links import Lane
 from spanwise.planner.price import INFINITE, Pipeline, Step, pipeline_of, price
 from spanwise.planner.problem import Problem
-from spanwise.schedules import Op, stage_order
+from spanwise.schedules import stage_order
 
 ROUNDS = 2  # steps, one after the other; the time from the end of the first to that of the second counts
 
@@ -49,8 +51,9 @@ class _Way:
 class _Stage:
     """A stage with its orders, and when what it waits for arrives, by micro-batch."""
 
-    step: Step
+    sum_s: float
     ops: tuple[Op, ...]
+    seconds: dict[OpKind, float]
     onward: _Way | None
     back: _Way | None
     free: float = 0.0
@@ -82,7 +85,7 @@ def pace_s(problem: Problem, plan: Plan) -> float:
         begin = stages[0].free if waits else 0.0  # devices that only hold data run ahead
         _round(stages, {m: raw.arrival(begin) for m in range(plan.micro_batches)})
         for stage in stages:
-            stage.free += stage.step.sum_s
+            stage.free += stage.sum_s
         ends.append(max(stage.free for stage in stages))
         if problem.job.clip_norm is not None:
             for stage in stages:
@@ -100,9 +103,26 @@ def _stages(problem: Problem, plan: Plan, found: Pipeline, free: dict[str, float
         back.append(_Way.of(into, rows * layer.gradient_cut_bytes, free))
     forth.append(None)
     return [
-        _Stage(step, stage_order(plan.schedule, plan.micro_batches, stage.warmup), onward, backward)
+        _Stage(
+            step.sum_s,
+            stage_order(plan.schedule, plan.micro_batches, stage.warmup, stage.order),
+            _seconds(problem, plan, stage, step),
+            onward,
+            backward,
+        )
         for stage, step, onward, backward in zip(plan.stages, computing, forth, back, strict=True)
     ]
+
+
+def _seconds(problem: Problem, plan: Plan, stage: Stage, step: Step) -> dict[OpKind, float]:
+    if plan.schedule != "zero_bubble":
+        return {"forward": step.forward_s, "backward": step.backward_s}
+    halves = stage_seconds(problem, stage)
+    return {
+        "forward": halves.forward_s,
+        "backward_input": halves.input_s,
+        "backward_weight": halves.weight_s,
+    }
 
 
 def _round(stages: list[_Stage], inputs: dict[int, float]) -> None:
@@ -123,7 +143,7 @@ def _round(stages: list[_Stage], inputs: dict[int, float]) -> None:
             _begin(stages, number + 1, queue)
         elif kind == "forward":
             stage.gradients[m] = end
-        elif stage.back is not None:
+        elif kind != "backward_weight" and stage.back is not None:
             stages[number - 1].gradients[m] = stage.back.arrival(end)
             _begin(stages, number - 1, queue)
         _begin(stages, number, queue)
@@ -135,10 +155,14 @@ def _begin(stages: list[_Stage], number: int, queue: list[tuple[float, int]]) ->
     if stage.runs or stage.at == len(stage.ops):
         return
     kind, m = stage.ops[stage.at]
-    ready = (stage.inputs if kind == "forward" else stage.gradients).get(m)
+    # A weight half follows its input half on the same stage, so it is always ready.
+    ready = stage.free if kind == "backward_weight" else _arrivals(stage, kind).get(m)
     if ready is None:
         return
-    seconds = stage.step.forward_s if kind == "forward" else stage.step.backward_s
-    stage.free = (ready if ready > stage.free else stage.free) + seconds
+    stage.free = (ready if ready > stage.free else stage.free) + stage.seconds[kind]
     stage.runs = True
     heappush(queue, (stage.free, number))
+
+
+def _arrivals(stage: _Stage, kind: OpKind) -> dict[int, float]:
+    return stage.inputs if kind == "forward" else stage.gradients

@@ -10,7 +10,7 @@ from spanwise.core.errors import InfeasibleError, PlanError
 from spanwise.core.plan import Plan, ScheduleName
 from spanwise.core.timeline import Timeline
 from spanwise.core.units import format_bytes
-from spanwise.lowering import lower
+from spanwise.lowering import unchecked
 from spanwise.planner.build import Depth, build
 from spanwise.planner.feasible import ShortageError, closest
 from spanwise.planner.outline import Outline
@@ -68,18 +68,17 @@ def timeline(problem: Problem, plan: Plan) -> Timeline:
 
 def _simulated(problem: Problem, plan: Plan) -> Timeline | InfeasibleError:
     try:
-        program = lower(plan, problem.graph, clip=problem.job.clip_norm is not None)
+        result = simulate(
+            unchecked(plan, problem.graph, clip=problem.job.clip_norm is not None),
+            plan,
+            problem.graph,
+            problem.profile,
+            problem.cluster,
+            optimizer_copies=problem.copies,
+            spans=False,
+        )
     except PlanError as error:
         return InfeasibleError(str(error))
-    result = simulate(
-        program,
-        plan,
-        problem.graph,
-        problem.profile,
-        problem.cluster,
-        optimizer_copies=problem.copies,
-        spans=False,
-    )
     for use in result.devices:
         budget = problem.cluster.device(use.device).memory_bytes
         if use.peak_memory_bytes > budget:

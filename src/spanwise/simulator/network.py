@@ -62,9 +62,11 @@ class Network:
     capacities: list[float]
     at: At
     users: list[dict[Flow, None]] = field(init=False)  # dicts keep their order: same run, same order
+    _known: dict[tuple[tuple[int, ...], ...], list[float]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.users = [{} for _ in self.capacities]
+        self._known = {}
 
     def start(self, now: float, resources: tuple[int, ...], nbytes: float, finish: Finish) -> None:
         """Begins to transmit; ``finish(t)`` is called when the last byte has left."""
@@ -115,9 +117,13 @@ class Network:
                         if resource not in seen:
                             seen.add(resource)
                             front.append(resource)
-        flows = list(found)
-        for flow, rate in zip(
-            flows, max_min_rates([f.resources for f in flows], self.capacities), strict=True
-        ):
+        for flow, rate in zip(found, self._rates(tuple(f.resources for f in found)), strict=True):
             if abs(rate - flow.rate) > 1e-12 * rate:
                 self._set_rate(flow, now, rate)
+
+    def _rates(self, flows: tuple[tuple[int, ...], ...]) -> list[float]:
+        """Worked out once: micro-batches bring the same few sets of messages again and again."""
+        rates = self._known.get(flows)
+        if rates is None:
+            rates = self._known[flows] = max_min_rates(flows, self.capacities)
+        return rates
