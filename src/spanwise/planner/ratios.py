@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import NamedTuple
 
 from spanwise.core.observed import Arrival, Departure, DeviceStep
 from spanwise.core.program import Action
@@ -96,43 +97,49 @@ def ratios(
         if awaited >= LEAST_COMPUTE_S and counted >= LEAST_SHARE * expected.step_s:
             devices[seen.device] = seconds / awaited
     links: dict[Link, float] = {}
-    for link, (nbytes, seconds) in _carried(observed, latency_s).items():
+    for link, messages in link_messages(observed, latency_s).items():
         if link in expected.rates:
-            awaited = nbytes / expected.rates[link]
+            seconds = sum(message.seconds for message in messages)
+            awaited = sum(message.nbytes for message in messages) / expected.rates[link]
             if max(awaited, seconds) >= max(LEAST_LINK_S, LEAST_SHARE * expected.step_s):
                 links[link] = max(seconds, SHORTEST_S) / awaited
     return Ratios(step_s / expected.step_s if expected.step_s else 1.0, devices, links)
 
 
-def _carried(
+class Message(NamedTuple):
+    """Bytes of a message, and the seconds for which a link had it: without latency and waiting for others."""
+
+    nbytes: int
+    seconds: float
+
+
+def link_messages(
     observed: Sequence[DeviceStep], latency_s: Mapping[Link, float]
-) -> dict[Link, tuple[float, float]]:
-    """Bytes of messages for which a link's time is known for sure, and that time."""
+) -> dict[Link, list[Message]]:
+    """Messages of a step for which a link's time is known for sure; links without any are left out."""
     came = {(a.peer, seen.device, a.tag): a for seen in observed for a in seen.received}
-    out: dict[Link, tuple[float, float]] = {}
+    out: dict[Link, list[Message]] = {}
     for seen in observed:
         by_peer: dict[str, list[Departure]] = {}
         for departure in seen.sent:
             by_peer.setdefault(departure.peer, []).append(departure)
         for peer, departures in by_peer.items():
             arrivals = [came.get((seen.device, peer, d.tag)) for d in departures]
-            found = _link_time(departures, arrivals, latency_s.get((seen.device, peer), 0.0))
-            if found[0]:
+            found = _known(departures, arrivals, latency_s.get((seen.device, peer), 0.0))
+            if found:
                 out[seen.device, peer] = found
     return out
 
 
-def _link_time(
-    sent: Sequence[Departure], came: Sequence[Arrival | None], latency_s: float
-) -> tuple[float, float]:
-    """(bytes, seconds) of the messages of one link.
+def _known(sent: Sequence[Departure], came: Sequence[Arrival | None], latency_s: float) -> list[Message]:
+    """Those of one link.
 
     Messages of a link follow each other. One has the link from when it was handed over, or from when the one
     before had left it if that is later, until its arrival less the latency. Its arrival is known if somebody
     waited for it; that of the one before must be known too, or be over when this one was handed over.
     """
     pairs = sorted(((d, a) for d, a in zip(sent, came, strict=True)), key=lambda pair: pair[0].at_s)
-    nbytes, seconds = 0.0, 0.0
+    out: list[Message] = []
     free_s, sure = -math.inf, True  # when the link is free, and whether that is exact
     for departure, arrival in pairs:
         if arrival is None:
@@ -141,7 +148,6 @@ def _link_time(
         left_s = arrival.at_s - latency_s
         known = arrival.waited and (sure or free_s <= departure.at_s)
         if known and departure.nbytes >= LEAST_MESSAGE_BYTES:
-            nbytes += departure.nbytes
-            seconds += max(0.0, left_s - max(departure.at_s, free_s))
+            out.append(Message(departure.nbytes, max(0.0, left_s - max(departure.at_s, free_s))))
         free_s, sure = left_s, arrival.waited
-    return nbytes, seconds
+    return out
