@@ -23,12 +23,12 @@ from spanwise.api.planning import choose
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InfeasibleError, SpanwiseError
 from spanwise.core.plan import Plan
-from spanwise.planner import BASELINES
 from spanwise.reporting.text import layer_range
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = ("spantrain-7-env1", "spantrain-7-env2", "two-site-wan")
-NAMES = ("auto", *BASELINES)
+RIVALS = ("asteroid", "pipedream", "dapple", "hetpipe", "gpipe")
+NAMES = ("auto", *RIVALS)
 ENOUGH_S = 8.0  # longer steps are timed once a round
 
 
@@ -39,9 +39,11 @@ def options() -> argparse.Namespace:
     found.add_argument("--batch", type=int, default=32)
     found.add_argument("--rounds", type=int, default=2)
     found.add_argument("--cache", type=Path, default=None, help="folder of profiles")
+    found.add_argument("--planners", nargs="*", choices=NAMES, default=list(NAMES))
     args = found.parse_args()
     if args.short:
         args.environments, args.models, args.rounds = [ENVIRONMENTS[0]], ["mobilenet_v2"], 1
+        args.planners = list(NAMES[:3])
     return args
 
 
@@ -51,7 +53,7 @@ def cell(arena: Arena, model: str, args: argparse.Namespace) -> dict[str, Any]:
     times = arena.profile(prepared, args.cache)
     plans: dict[str, Plan] = {}
     without: dict[str, str] = {}
-    for name in NAMES:
+    for name in args.planners:
         try:
             plans[name], _ = choose(prepared.job, arena.cluster, prepared.traced.graph, times, name)
         except InfeasibleError as error:
@@ -106,12 +108,12 @@ def table(cells: list[dict[str, Any]]) -> list[str]:
         words = []
         for name in NAMES:
             seconds = measured_s(found, name)
-            text = "no plan" if name in found["without"] else "failed"
+            text = "no plan" if name in found["without"] else "failed" if name in found["plans"] else "-"
             if seconds:
                 same = found["plans"][name]["same_as"]
                 text = f"{found['batch'] / seconds:.1f}" + ("" if same == name else f" (= {same})")
             words.append(text)
-        others = [s for n in BASELINES if (s := measured_s(found, n))]
+        others = [s for n in RIVALS if (s := measured_s(found, n))]
         ratio = f"{min(others) / ours:.2f}x" if ours and others else "-"
         lines.append(
             f"| {found['cluster']} | {found['model']} | {found['batch']} | {' | '.join(words)} | {ratio} |"
@@ -122,14 +124,14 @@ def table(cells: list[dict[str, Any]]) -> list[str]:
 def draw(data: dict[str, Any], path: Path) -> None:
     """Throughput of every planner over that of `auto`, one panel a cluster."""
     names = list(dict.fromkeys(c["cluster"] for c in data["cells"]))
-    colors = dict(zip(BASELINES, ("#9db4c0", "#c2b280", "#a0855b", "#b6a6ca", PLAIN), strict=True))
+    colors = dict(zip(RIVALS, ("#9db4c0", "#c2b280", "#a0855b", "#b6a6ca", PLAIN), strict=True))
     with canvas(path, (3.4 * len(names), 3.2), (1, len(names))) as axes:
         for axis, name in zip(axes, names, strict=True):
             mine = [c for c in data["cells"] if c["cluster"] == name]
-            for place, planner in enumerate(BASELINES):
+            for place, planner in enumerate(RIVALS):
                 pairs = [(measured_s(c, "auto"), measured_s(c, planner)) for c in mine]
                 heights = [a / b if a and b else 0.0 for a, b in pairs]
-                at = [i + (place - (len(BASELINES) - 1) / 2) * 0.16 for i in range(len(mine))]
+                at = [i + (place - (len(RIVALS) - 1) / 2) * 0.16 for i in range(len(mine))]
                 axis.bar(at, heights, 0.15, color=colors[planner], label=planner)
             axis.axhline(1.0, color=OURS, lw=1.5, label="auto")
             axis.set_xticks(range(len(mine)), [c["model"] for c in mine], fontsize=7, rotation=20)
