@@ -352,16 +352,19 @@ DATA_ON_A = {
 @pytest.mark.parametrize(
     ("sizes", "world", "fault", "reason"),
     [
-        ((64, 256, 256, 256), {}, "slow:a*6@6", "a takes"),
-        ((512, 64), DATA_ON_A, "slow:a>b*4@6", "a>b has"),
+        ((64, 256, 256, 256), {}, "slow:a*6@30", "a takes"),
+        ((512, 64), DATA_ON_A, "slow:a>b*4@30", "a>b has"),
     ],
     ids=["device", "link"],
 )
 def test_a_run_follows_what_drifts_and_ends_with_the_same_parameters(
     tmp_path: Path, sizes: tuple[int, ...], world: dict[str, Any], fault: str, reason: str
 ) -> None:
-    """On the portable emulation, on threads: everything from the measurement to the migration is real."""
-    task = drifting_job(44, *sizes)
+    """On the portable emulation, on threads: everything from the measurement to the migration is real.
+
+    With ``single``, whose first plan is the same however busy this machine is.
+    """
+    task = drifting_job(90, *sizes)
     plain = run_job(
         task, machines(emulated=False, **world),
         TrainOptions(run=tmp_path / "plain", strategy="single", backend="threads"),
@@ -369,12 +372,12 @@ def test_a_run_follows_what_drifts_and_ends_with_the_same_parameters(
     adapted = run_job(
         task, machines(**world),
         TrainOptions(
-            run=tmp_path / "adapted", strategy="hpp", backend="threads", adapt=True,
+            run=tmp_path / "adapted", strategy="single", backend="threads", adapt=True,
             faults=(Fault.of(fault),),
         ),
     )  # fmt: skip
     records = adapted.summary["adaptations"]
-    assert any(r["step"] > 6 and reason in r["reason"] for r in records), records
+    assert any(r["step"] > 30 and reason in r["reason"] for r in records), records
     written = [m for m in adapted.folder.read_metrics() if m["event"] == "adaptation"]
     assert {m["step"] for m in written} == {r["step"] for r in records}
     a, b = plain.model.state_dict(), adapted.model.state_dict()

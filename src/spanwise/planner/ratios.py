@@ -92,10 +92,11 @@ def ratios(
             if (seen.device, entry.kind, entry.stage) in expected.compute_s
         ]
         awaited, seconds = sum(s for _, s in pairs), sum(s for s, _ in pairs)
-        # What is compared is one micro-batch; at stake are all of the step.
-        counted = max(awaited, seconds) * expected.micro_batches
-        if awaited >= LEAST_COMPUTE_S and counted >= LEAST_SHARE * expected.step_s:
-            devices[seen.device] = seconds / awaited
+        # What is compared is one micro-batch; at stake are all of the step. A device that is hardly at work
+        # is calm in that step: else only steps in which something held it up would say anything of it.
+        counted = max(awaited, seconds) * expected.micro_batches >= LEAST_SHARE * expected.step_s
+        if awaited >= LEAST_COMPUTE_S:
+            devices[seen.device] = seconds / awaited if counted else 1.0
     links: dict[Link, float] = {}
     for link, messages in link_messages(observed, latency_s).items():
         if link in expected.rates:
