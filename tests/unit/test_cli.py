@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from spanwise.cli import main
+from spanwise.planner import BASELINES
 
 JOB = """\
 batch = 16
@@ -122,7 +123,7 @@ def test_plan_says_how_near_it_is_and_what_would_help(
     assert found["bound"]["gap"] == pytest.approx(found["step_time_s"] / found["bound"]["step_time_s"] - 1)
     assert found["bound"].keys() == {"step_time_s", "compute_s", "gap", "term"}
     assert found["left_out"]["island"].startswith("no link from island to a")
-    assert list(found["baselines"]) == ["asteroid", "pipedream", "dapple", "hetpipe", "gpipe"]
+    assert list(found["baselines"]) == list(BASELINES)
     for entry in found["baselines"].values():
         assert (entry["plan"] is None) == (entry["ratio"] is None) == bool(entry["reason"])
     assert len(found["what_if"]["found"]) == 1

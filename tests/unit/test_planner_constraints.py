@@ -197,6 +197,8 @@ def test_registry_is_literal_and_complete() -> None:
         "weighted_data_parallel",
         "gpipe",
         "pipeline",
+        "hiertrain",
+        "hiertrain_n",
         "hpp",
     ]
 

@@ -51,7 +51,7 @@ class Device(Noun):
 
     Attributes:
         id: unique name.
-        tier: ``cloud``, ``edge`` or ``end``; for people and reports, no rule depends on it.
+        tier: ``cloud``, ``edge`` or ``end``; for people, reports and two baselines, no rule depends on it.
         site: devices of one site reach each other over the site's own network.
         torch_device: where tensors live, ``cpu`` or ``cuda:0``.
         threads: torch intra-op threads.

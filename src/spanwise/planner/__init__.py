@@ -14,6 +14,8 @@ from spanwise.planner.data_parallel import data_parallel, weighted_data_parallel
 from spanwise.planner.feasible import broken_rule
 from spanwise.planner.gpipe import gpipe
 from spanwise.planner.hetpipe import hetpipe
+from spanwise.planner.hiertrain import hiertrain, hiertrain_n
+from spanwise.planner.hiertrain_baselines import all_cloud, all_device, all_edge, split_two, two_tier
 from spanwise.planner.hpp import hpp
 from spanwise.planner.left_out import left_out
 from spanwise.planner.pipedream import pipedream
@@ -51,6 +53,8 @@ STRATEGIES: dict[str, Callable[[Problem], Plan]] = {
     "weighted_data_parallel": weighted_data_parallel,
     "gpipe": gpipe,
     "pipeline": pipeline,
+    "hiertrain": hiertrain,
+    "hiertrain_n": hiertrain_n,
     "hpp": hpp,
 }
 
@@ -61,6 +65,11 @@ BASELINES: dict[str, Callable[[Problem], Plan]] = {
     "dapple": dapple,
     "hetpipe": hetpipe,
     "gpipe": gpipe,
+    "all_device": all_device,
+    "all_edge": all_edge,
+    "all_cloud": all_cloud,
+    "split_two": split_two,
+    "two_tier": two_tier,
 }
 
 

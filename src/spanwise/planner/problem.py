@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import reduce
 from math import floor
+from typing import TYPE_CHECKING
 
 from spanwise.core.cluster import Cluster, DataShare
 from spanwise.core.errors import InfeasibleError
@@ -21,6 +22,9 @@ from spanwise.planner.outline import Outline
 from spanwise.planner.tables import Tables
 from spanwise.planner.ways import Way
 
+if TYPE_CHECKING:
+    from spanwise.planner.hiertrain_plan import Arena
+
 MOST_MICRO_BATCHES = 64
 MOST_CHOICES = 8
 
@@ -32,7 +36,7 @@ class Memo:
     """What was worked out about one problem: kept so that strategies share tables and simulations.
 
     ``trials`` has every plan that was simulated, under no strategy's name, ``ways`` those to run layers of a
-    stage again, by its layers and rows.
+    stage again, by its layers and rows, ``arenas`` HierTrain's numbers, by devices.
     """
 
     index: dict[str, int] = field(default_factory=dict[str, int])
@@ -49,6 +53,7 @@ class Memo:
         default_factory=dict[tuple[int, int, int], tuple[Way, ...]]
     )
     pipeline: Plan | None = None
+    arenas: dict[Group, Arena] = field(default_factory=dict[Group, "Arena"])
 
 
 @dataclass(frozen=True, slots=True)
