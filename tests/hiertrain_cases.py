@@ -14,7 +14,8 @@ from spanwise.core.profile import DeviceTimes, LayerTimes, Profile, TimeTable
 from spanwise.planner import Problem
 from spanwise.planner.hiertrain_layout import Instance, Layout, Machine, Roles
 from spanwise.planner.hiertrain_model import Form
-from spanwise.planner.hiertrain_search import Bounds, Numbers, all_cuts_of, bounds, roles_of
+from spanwise.planner.hiertrain_rows import Room
+from spanwise.planner.hiertrain_search import Bounds, Numbers, Rooms, all_cuts_of, bounds, roles_of
 
 IDS = ("end", "edge", "cloud")
 
@@ -153,6 +154,25 @@ def exhaustive(inst: Instance, form: Form) -> float:
                 for bl in range(inst.rows - bs + 1 if ml else 1):
                     best = min(best, price(inst.rows - bs - bl, bs, bl))
     return best
+
+
+def ample(machines: int, total: int, *, starts: bool = True) -> Room:
+    """At least one row each, none of the finisher if it does not start any; memory without end."""
+    return Room(
+        lower=(1 if starts else 0,) + (1,) * (machines - 1),
+        upper=(total if starts else 0,) + (total,) * (machines - 1),
+        weights=(0.0,) * machines,
+    )
+
+
+def no_limit(inst: Instance) -> Rooms:
+    """Every machine has memory for all rows."""
+
+    def room(layout: Layout, micro_batches: int) -> Room:
+        roles = layout.roles
+        return ample(1 + len(roles.workers), inst.rows // micro_batches, starts=roles.starts)
+
+    return room
 
 
 def families(inst: Instance, most_helpers: int = 2) -> list[Bounds]:

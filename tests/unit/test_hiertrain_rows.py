@@ -9,12 +9,12 @@ from itertools import product
 import numpy as np
 import pytest
 
-from hiertrain_cases import exhaustive, families, layouts, random_instance, random_layout
+from hiertrain_cases import ample, exhaustive, families, layouts, no_limit, random_instance, random_layout
 from spanwise.planner.hiertrain_grow import grown, widened
 from spanwise.planner.hiertrain_layout import Instance, Layout, Roles, Terms
 from spanwise.planner.hiertrain_model import Form, step_time_s, terms
 from spanwise.planner.hiertrain_rows import Room, best_rows
-from spanwise.planner.hiertrain_search import Candidate, Numbers, Search, no_limit
+from spanwise.planner.hiertrain_search import Candidate, Numbers, Search
 
 FORMS: tuple[Form, ...] = ("event", "barrier")
 
@@ -69,7 +69,7 @@ def test_rows_are_those_of_an_integer_programme() -> None:
         inst = random_instance(seed, 5, 128)
         chosen = [layout for layout in layouts(inst) if len(layout.cuts) == 2 and layout.roles.starts]
         for layout, form in product(random.Random(seed).sample(chosen, 3), FORMS):
-            formula, room = terms(inst, layout, form=form), Room.of(3, 128)
+            formula, room = terms(inst, layout, form=form), ample(3, 128)
             found = best_rows(formula, 128, room)
             assert found is not None
             assert found.seconds == pytest.approx(milp_s(formula, 128, room), rel=1e-9)
@@ -81,7 +81,7 @@ def test_no_layout_has_an_integer_programme_with_a_shorter_step() -> None:
     prices = []
     for layout in layouts(inst):
         count, starts = 1 + len(layout.cuts), layout.roles.starts
-        prices.append(milp_s(terms(inst, layout), 128, Room.of(count, 128, starts=starts)))
+        prices.append(milp_s(terms(inst, layout), 128, ample(count, 128, starts=starts)))
     assert min(prices) == pytest.approx(found.price_s, rel=1e-9)
 
 
@@ -106,7 +106,7 @@ def test_rows_keep_to_memory_and_are_the_best_that_do() -> None:
         assert (found is None) == (not allowed)
         if found is not None:
             assert found.seconds == pytest.approx(min(allowed), rel=1e-12)
-            free = best_rows(formula, 12, Room.of(3, 12))
+            free = best_rows(formula, 12, ample(3, 12))
             assert free is not None
             bound += found.seconds > free.seconds
     assert bound > 20  # the case is one
@@ -140,7 +140,7 @@ def test_the_floor_is_weighed_against_the_rest() -> None:
             replace(m, input_loads=((f"{i}", seed * 4e-3 * (1 + i)),)) for i, m in enumerate(inst.machines)
         )
         formula = terms(replace(inst, machines=slow), layout)
-        found = best_rows(formula, 40, Room.of(3, 40))
+        found = best_rows(formula, 40, ample(3, 40))
         assert found is not None
         every = [(40 - y - z, y, z) for y in range(1, 39) for z in range(1, 40 - y)]
         least = min(formula.seconds(rows) for rows in every)

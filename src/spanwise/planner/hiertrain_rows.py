@@ -37,15 +37,6 @@ class Room:
     weights: tuple[float, ...]
     most: float = inf
 
-    @classmethod
-    def of(cls, machines: int, total: int, *, starts: bool = True) -> Room:
-        """At least one row each, none of the finisher if it does not start any; memory without end."""
-        return cls(
-            lower=(1 if starts else 0,) + (1,) * (machines - 1),
-            upper=(total if starts else 0,) + (total,) * (machines - 1),
-            weights=(0.0,) * machines,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Rows:

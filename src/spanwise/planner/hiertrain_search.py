@@ -175,16 +175,6 @@ def roles_of(machines: Iterable[int], helpers: int, *, starts: bool = True) -> I
         yield Roles(order[0], order[1:], starts)
 
 
-def no_limit(instance: Instance) -> Rooms:
-    """Every machine has memory for all rows."""
-
-    def room(layout: Layout, micro_batches: int) -> Room:
-        roles = layout.roles
-        return Room.of(1 + len(roles.workers), instance.rows // micro_batches, starts=roles.starts)
-
-    return room
-
-
 @dataclass(slots=True)
 class Search:
     """The best layouts among those whose bounds are given.
