@@ -26,6 +26,17 @@ def lower(plan: Plan, graph: ModelGraph, *, clip: bool = False) -> Program:
     Raises:
         PlanError: the plan is for another model, does not cover it, or cannot end.
     """
+    program = unchecked(plan, graph, clip=clip)
+    check(program, plan, graph)
+    return program
+
+
+def unchecked(plan: Plan, graph: ModelGraph, *, clip: bool = False) -> Program:
+    """As ``lower`` for one of many plans that a planner tries: the one that it keeps is lowered again.
+
+    Raises:
+        PlanError: the plan is for another model or does not cover it, or a sync has a gap or an overlap.
+    """
     if plan.graph_digest != graph.digest:
         raise PlanError(
             f"plan '{plan.strategy}' was made for model {plan.graph_digest}, not for "
@@ -36,17 +47,6 @@ def lower(plan: Plan, graph: ModelGraph, *, clip: bool = False) -> Program:
             f"plan '{plan.strategy}' covers layers [0:{plan.stages[-1].stop}), model "
             f"'{graph.name}' has {len(graph)}; plan again"
         )
-    program = unchecked(plan, graph, clip=clip)
-    check(program, plan, graph)
-    return program
-
-
-def unchecked(plan: Plan, graph: ModelGraph, *, clip: bool = False) -> Program:
-    """As ``lower`` for one of many plans that a planner tries: the one that it keeps is lowered again.
-
-    Raises:
-        PlanError: a sync has a gap or an overlap.
-    """
     return _Lowering(plan, graph, clip).program()
 
 

@@ -148,9 +148,7 @@ class Adapter:
         if self._searching is not None or drift is None or self._last_step - step < HOLD_STEPS:
             return None
         held = step < self._hold_until or now_s < self._hold_until_s
-        hurried = (
-            drift.big and drift.conditions
-        )  # what has moved far may take more than its share of searching
+        hurried = drift.big and drift.conditions  # then searching may take more than its share
         if self._trial is not None or held or not (hurried or now_s >= self._quiet_until_s):
             return None
         fitted = self._fitted()
