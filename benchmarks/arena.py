@@ -30,6 +30,7 @@ from spanwise.api.in_lab import meet_in_lab, profile_in_lab
 from spanwise.api.planning import predict
 from spanwise.api.prepare import Prepared, prepare
 from spanwise.core.cluster import Cluster
+from spanwise.core.errors import SpanwiseError
 from spanwise.core.job import Job
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
@@ -150,6 +151,13 @@ class Arena:
         found = step_times(reports, skip=0)
         return self._measured(found, before, lambda device: pids[device], {}, steps + 1)
 
+    def attempt(self, prepared: Prepared, plan: Plan, *, steps: int) -> Measurement:
+        """The same; a plan that does not run is kept as failed."""
+        try:
+            return self.plan(prepared, plan, steps=steps)
+        except SpanwiseError as error:
+            return failed(f"{type(error).__name__}: {error}")
+
     def _reading(self, pid: Any) -> dict[str, Any]:
         for device in self.cluster.ids:
             with contextlib.suppress(OSError):  # starts the kernel's peak of resident memory anew
@@ -203,6 +211,12 @@ def prepared_job(model: str, batch: int) -> Prepared:
 def middle(values: Sequence[float]) -> float:
     """Median."""
     return statistics.median(values)
+
+
+def step_s(rounds: Sequence[Mapping[str, Any]]) -> float | None:
+    """Median step over all rounds, as the raw file has them."""
+    values = [s for one in rounds for s in one["step_s"]]
+    return middle(values) if values else None
 
 
 def _resident(pid: int, key: str) -> int:

@@ -55,6 +55,22 @@ def redrawn(args: argparse.Namespace, folder: Path, name: str, draw: Draw) -> bo
     return bool(args.redraw)
 
 
+class Cells:
+    """Results of a long run, written beside ``--out`` as they come: an interrupted run goes on from there."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._path = None if args.out is None else args.out.with_suffix(".partial.json")
+        self.found: list[dict[str, Any]] = []
+        if self._path is not None and self._path.exists():
+            self.found = json.loads(self._path.read_text(encoding="utf-8"))
+
+    def add(self, cell: dict[str, Any]) -> None:
+        """Keeps one more."""
+        self.found.append(cell)
+        if self._path is not None:
+            self._path.write_text(json.dumps(self.found), encoding="utf-8")
+
+
 def keep(
     args: argparse.Namespace,
     folder: Path,

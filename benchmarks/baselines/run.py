@@ -7,21 +7,20 @@ round, by turns, so that what differs is the plan alone. Plans that come out the
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arena import CLUSTERS, Arena, Measurement, failed, middle, predicted_s, prepared_job, shape
-from harness import keep, need_lab, parser, redrawn
+from arena import CLUSTERS, Arena, Measurement, middle, predicted_s, prepared_job, shape, step_s
+from harness import Cells, keep, need_lab, parser, redrawn
 from models import RECIPES
 from pictures import OURS, PLAIN, canvas
 
 from spanwise.api.planning import choose
 from spanwise.core.cluster import Cluster
-from spanwise.core.errors import InfeasibleError, SpanwiseError
+from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.reporting.text import layer_range
 
@@ -63,7 +62,8 @@ def cell(arena: Arena, model: str, args: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, list[Measurement]] = {name: [] for name in first.values()}
     for _ in range(args.rounds):
         for name, found in runs.items():
-            found.append(_run(arena, prepared, plans[name], expected[name]))
+            steps = 2 if expected[name] > ENOUGH_S else 5
+            found.append(arena.attempt(prepared, plans[name], steps=steps))
             one = found[-1]
             text = one.error[:160] or f"{middle(one.step_s):.3f} s, predicted {expected[name]:.3f} s"
             print(f"{arena.cluster.name} {model} {args.batch}: {name}: {text}", flush=True)
@@ -75,20 +75,11 @@ def cell(arena: Arena, model: str, args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _run(arena: Arena, prepared: Any, plan: Plan, expected_s: float) -> Measurement:
-    try:
-        return arena.plan(prepared, plan, steps=2 if expected_s > ENOUGH_S else 5)
-    except SpanwiseError as error:
-        return failed(f"{type(error).__name__}: {error}")
-
-
 def measured_s(cell: dict[str, Any], name: str) -> float | None:
     """Median step over all rounds of a planner's plan."""
     if name not in cell["plans"]:
         return None
-    rounds = cell["rounds"][cell["plans"][name]["same_as"]]
-    steps = [s for one in rounds for s in one["step_s"]]
-    return middle(steps) if steps else None
+    return step_s(cell["rounds"][cell["plans"][name]["same_as"]])
 
 
 def plan_words(plan: dict[str, Any]) -> str:
@@ -145,10 +136,8 @@ def main() -> None:
     if redrawn(args, HERE, "baselines", draw):
         return
     need_lab(args)
-    partial = None if args.out is None else args.out.with_suffix(".partial.json")
-    cells: list[dict[str, Any]] = []
-    if partial is not None and partial.exists():  # go on where an earlier call was interrupted
-        cells = json.loads(partial.read_text(encoding="utf-8"))
+    kept = Cells(args)
+    cells = kept.found
     done = {(c["cluster"], c["model"]) for c in cells}
     for name in args.environments:
         models = [m for m in args.models if (name, m) not in done]
@@ -156,9 +145,7 @@ def main() -> None:
             continue
         with Arena(Cluster.load(CLUSTERS / f"{name}.toml"), []) as arena:
             for model in models:
-                cells.append(cell(arena, model, args))
-                if partial is not None:
-                    partial.write_text(json.dumps(cells), encoding="utf-8")
+                kept.add(cell(arena, model, args))
     for line in table(cells):
         print(line)
     for found in cells:

@@ -7,20 +7,18 @@ Efficiency is throughput over what the devices would do if compute were all, by 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arena import CLUSTERS, Arena, failed, middle, predicted_s, prepared_job
-from harness import keep, need_lab, parser, redrawn
+from arena import CLUSTERS, Arena, predicted_s, prepared_job, step_s
+from harness import Cells, keep, need_lab, parser, redrawn
 from pictures import OURS, PLAIN, canvas
 
 from spanwise.api.planning import choose
 from spanwise.core.cluster import Cluster
-from spanwise.core.errors import SpanwiseError
 
 HERE = Path(__file__).resolve().parent
 SIZES = (2, 4, 8, 12, 16)
@@ -55,11 +53,7 @@ def cell(arena: Arena, model: str, args: argparse.Namespace) -> dict[str, Any]:
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in (*plans, *peers)}
     for turn in range(args.rounds):
         for name, plan in plans.items():
-            try:
-                one = arena.plan(prepared, plan, steps=4)
-            except SpanwiseError as error:
-                one = failed(f"{type(error).__name__}: {error}")
-            rounds[name].append(one.data())
+            rounds[name].append(arena.attempt(prepared, plan, steps=4).data())
         for name, (peer, ranks) in peers.items():
             if turn and _step_s(rounds[name]) > LONG_S:
                 continue  # slow and settled
@@ -77,8 +71,7 @@ def cell(arena: Arena, model: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _step_s(rounds: list[dict[str, Any]]) -> float:
-    steps = [s for one in rounds for s in one["step_s"]]
-    return middle(steps) if steps else float("nan")
+    return step_s(rounds) or float("nan")
 
 
 def efficiency(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -122,10 +115,8 @@ def main() -> None:
     if redrawn(args, HERE, "scaling", draw):
         return
     need_lab(args)
-    partial = None if args.out is None else args.out.with_suffix(".partial.json")
-    cells: list[dict[str, Any]] = []
-    if partial is not None and partial.exists():
-        cells = json.loads(partial.read_text(encoding="utf-8"))
+    kept = Cells(args)
+    cells = kept.found
     done = {(c["devices"], c["model"]) for c in cells}
     for size in args.sizes:
         models = [m for m in args.models if (size, m) not in done]
@@ -133,9 +124,7 @@ def main() -> None:
             continue
         with Arena(Cluster.load(CLUSTERS / f"spantrain-{size}.toml"), models) as arena:
             for model in models:
-                cells.append(cell(arena, model, args))
-                if partial is not None:
-                    partial.write_text(json.dumps(cells), encoding="utf-8")
+                kept.add(cell(arena, model, args))
     for row in efficiency(cells):
         texts = (
             f"{row['samples_per_s'][n]:.1f} ({row['of_bound'][n]:.0%})" for n in ("auto", "pipeline", "ddp")

@@ -7,7 +7,6 @@ machine meets all of them; the median step of all rounds counts. `auto` is what 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -16,11 +15,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arena import CLUSTERS, Arena, Measurement, failed, middle, predicted_s, prepared_job, shape
-from harness import keep, need_lab
+from arena import CLUSTERS, Arena, Measurement, failed, middle, predicted_s, prepared_job, shape, step_s
+from harness import Cells, keep, need_lab
 from losses import losses
 from models import RECIPES
-from table import draw, step_s, summarize
+from table import draw, summarize
 
 from spanwise.api.planning import choose
 from spanwise.core.cluster import Cluster
@@ -99,7 +98,7 @@ def cell(
         else:
             found[name] = [failed(reason)]
         _say(arena, model, batch, name, found[name][0])
-    found["auto"] = [_auto(arena, prepared, plan, 3)]
+    found["auto"] = [arena.attempt(prepared, plan, steps=3)]
     _say(arena, model, batch, f"auto ({plan.strategy}, predicted {expected:.3f} s)", found["auto"][0])
     ran = [name for name in peers if found[name][0].step_s]
     best = min(ran, key=lambda n: middle(found[n][0].step_s), default="")
@@ -107,7 +106,7 @@ def cell(
         if best:
             found[best].append(arena.peer(model=model, batch=batch, steps=3, **peers[best]))
             _say(arena, model, batch, best, found[best][-1])
-        found["auto"].append(_auto(arena, prepared, plan, 5))
+        found["auto"].append(arena.attempt(prepared, plan, steps=5))
         _say(arena, model, batch, "auto", found["auto"][-1])
     return {
         "cluster": arena.cluster.name,
@@ -129,13 +128,6 @@ def _steps(name: str, expects: dict[str, float]) -> dict[str, int]:
         # Its bytes take so long that what the first step costs once is small.
         return {"steps": 1, "warmup": 0}
     return {"steps": 1 if name in SLOW or expects["single"] > LONG_STEP_S else 2}
-
-
-def _auto(arena: Arena, prepared: Any, plan: Any, steps: int) -> Measurement:
-    try:
-        return arena.plan(prepared, plan, steps=steps)
-    except SpanwiseError as error:
-        return failed(f"{type(error).__name__}: {error}")
 
 
 def _others(
@@ -187,10 +179,8 @@ def _say(arena: Arena, model: str, batch: int, name: str, one: Measurement) -> N
 def main() -> None:
     args = options()
     need_lab(args)
-    cells: list[dict[str, Any]] = []
-    partial = None if args.out is None else args.out.with_suffix(".partial.json")
-    if partial is not None and partial.exists():  # go on where an earlier call was interrupted
-        cells = json.loads(partial.read_text(encoding="utf-8"))
+    kept = Cells(args)
+    cells = kept.found
     began = time.monotonic()
     for name in args.environments:
         done = {(c["model"], c["batch"]): c for c in cells if c["cluster"] == name}
@@ -203,9 +193,7 @@ def main() -> None:
                 earlier = done.get((model, min(args.batches)))
                 for batch in todo[model]:
                     earlier = cell(arena, model, batch, args, earlier)
-                    cells.append(earlier)
-                    if partial is not None:
-                        partial.write_text(json.dumps(cells), encoding="utf-8")
+                    kept.add(earlier)
     result = {"seconds": time.monotonic() - began, "cells": cells}
     rows = summarize(cells)
     for row in rows:

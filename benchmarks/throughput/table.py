@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arena import CLUSTERS
+from arena import CLUSTERS, step_s
 from losses import CAUSES
 from pictures import OURS, PLAIN, canvas
 
@@ -22,12 +22,6 @@ TITLES = {
     "ddp": "DDP", "fsdp2": "FSDP2", "gpipe": "GPipe", "1f1b": "1F1B", "single": "best device",
     "cloud_only": "cloud only", "auto": "spanwise auto",
 }  # fmt: skip
-
-
-def step_s(rounds: list[dict[str, Any]]) -> float | None:
-    """Median step over all rounds."""
-    values = [s for one in rounds for s in one["step_s"]]
-    return statistics.median(values) if values else None
 
 
 def throughput(cell: dict[str, Any]) -> dict[str, float]:
