@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from spanwise.runtime.transport import Transport
+from spanwise.runtime.transport import Pending, Transport
+
+_AHEAD = 3  # receives of a ring posted at once
 
 
 def ring_all_reduce(
@@ -17,33 +20,38 @@ def ring_all_reduce(
 
     Every piece is added up in ring order and then copied, so all members end with the same bits.
     Uses tags ``tag .. tag + 2(n-1) - 1``. Patarasuk and Yuan, JPDC 2009.
+
+    Receives are posted some turns ahead. A sender may not begin before it hears that the receiver is ready,
+    and that word would otherwise queue behind the pieces that travel the other way. A piece that is posted
+    in place is not overwritten too early: what comes for it was made from what went out of it.
     """
     n = len(members)
     rank = members.index(me)
     after, before = members[(rank + 1) % n], members[(rank - 1) % n]
     pieces = flat.tensor_split(n)
-    spare = torch.empty_like(pieces[0])
-    ends = (after, before)
+    spare = [torch.empty_like(pieces[0]) for _ in range(min(_AHEAD, n - 1))]
+    # Per turn: what goes out, where what comes in lands, and what it is added to.
+    turns: list[tuple[Tensor, Tensor, Tensor | None]] = []
     for turn in range(n - 1):
         outgoing, incoming = pieces[(rank - turn) % n], pieces[(rank - turn - 1) % n]
-        buffer = spare[: incoming.numel()]
-        _pass_on(transport, ends, tag + turn, outgoing, buffer, timeout_s)
-        incoming.add_(buffer)
+        turns.append((outgoing, spare[turn % len(spare)][: incoming.numel()], incoming))
     for turn in range(n - 1):
-        outgoing, incoming = pieces[(rank + 1 - turn) % n], pieces[(rank - turn) % n]
-        _pass_on(transport, ends, tag + n - 1 + turn, outgoing, incoming, timeout_s)
+        turns.append((pieces[(rank + 1 - turn) % n], pieces[(rank - turn) % n], None))
+    posted: deque[Pending | None] = deque()
+    for turn, (outgoing, _, total) in enumerate(turns):
+        for ahead in range(turn + len(posted), min(turn + _AHEAD, len(turns))):
+            posted.append(_receive(transport, before, tag + ahead, turns[ahead][1]))
+        sent = transport.send(after, tag + turn, [outgoing]) if outgoing.numel() else None
+        for transfer in (posted.popleft(), sent):
+            if transfer is not None:
+                transfer.wait(timeout_s)
+        if total is not None:
+            total.add_(turns[turn][1])
 
 
-def _pass_on(
-    transport: Transport, ends: tuple[str, str], tag: int, outgoing: Tensor, buffer: Tensor, timeout_s: float
-) -> None:
-    """Sends to the one after and receives from the one before; empty pieces do not travel."""
-    after, before = ends
-    pending = [transport.recv(before, tag, [buffer])] if buffer.numel() else []
-    if outgoing.numel():
-        pending.append(transport.send(after, tag, [outgoing]))
-    for transfer in pending:
-        transfer.wait(timeout_s)
+def _receive(transport: Transport, peer: str, tag: int, buffer: Tensor) -> Pending | None:
+    """Empty pieces do not travel."""
+    return transport.recv(peer, tag, [buffer]) if buffer.numel() else None
 
 
 def ring_tags(members: int) -> int:

@@ -163,14 +163,16 @@ class Engine:
 
     def _pay_messages(self, lane: _Lane, action: Action, now: float) -> bool:
         """Takes the processor time of messages from the device; a ring's is taken where the ring begins."""
-        cost = self.costs.messages_s(lane.name, action)
+        cost = self._messages_s(lane, action)
         if not cost:
             return False
-        if self.costs.faults:
-            cost *= self.costs.slowdown(lane.name, lane.step)
         self.trace.busy[lane.name][lane.step] += cost
         self._at(now + cost, lambda t: self._advance(lane, t))
         return True
+
+    def _messages_s(self, lane: _Lane, action: Action) -> float:
+        seconds = self.costs.messages_s(lane.name, action)
+        return seconds * self.costs.slowdown(lane.name, lane.step) if self.costs.faults else seconds
 
     def _block(self, lane: _Lane, now: float) -> bool:
         lane.blocked_since = now
@@ -271,11 +273,16 @@ class Engine:
             self._ring(queue, lane.step, now)
 
     def _ring(self, queue: deque[tuple[Action, list[_Lane]]], step: int, now: float) -> None:
-        """One flow per edge; done when the slowest is, plus one latency a round."""
-        action, _ = queue[0]
+        """One flow per edge; done when the slowest is, plus one latency a round, plus what the messages take.
+
+        A round's messages are taken from the processors before and after its flow, not beside it, as each
+        round waits for the one before. The slowest member holds up all.
+        """
+        action, lanes = queue[0]
         edges = ring_edges(action)
         nbytes = ring_edge_bytes(len(edges), action.nbytes)
         latency_s = ring_rounds(len(edges)) * self._farthest(edges, step)
+        latency_s += max(self._messages_s(lane, action) for lane in lanes)
         left = len(edges)
 
         def edge_done(source: str, target: str, t: float) -> None:
