@@ -18,9 +18,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arena import CLUSTERS, Arena, Measurement, job_of, predicted_s, shape
-from harness import Cells, keep, need_lab, parser, redrawn
+from harness import Cells, keep, need_lab, parser
 from measured import middle
-from speedups import CLOUD, NAMES, SUBJECT, draw, tables
+from speedups import CLOUD, NAMES, SUBJECT, tables
+from speedups import main as show
 
 from spanwise.api.prepare import Prepared, prepare
 from spanwise.core.cluster import Cluster
@@ -34,7 +35,6 @@ HERE = Path(__file__).resolve().parent
 SITES = ("local", "datacenter")
 MBITS = (5.0, 10.0, 20.0, 50.0, 100.0)
 SWEEP = (5.0, 7.0, 10.0, 14.0, 20.0, 30.0, 50.0, 70.0, 100.0)  # simulated only
-ROWS = 512  # of the training set
 LONG_S = 6.0  # longer steps are timed once, without a step of warm-up
 ENOUGH_S = 3.0  # of steps in a turn, if they are not longer
 MOST_STEPS = 20
@@ -47,16 +47,15 @@ class Setting:
     """A model and the batch with which a step takes a few seconds on the machines that matter."""
 
     batch: int
-    factory: str
-    channels: int = 3
+    shape: tuple[int, int, int] = (3, 32, 32)
 
     def prepared(self, model: str) -> Prepared:
-        """The traced model with its data, images of 32 x 32."""
+        """The traced model with its data: four batches of images."""
         tables_of = {
-            "model": {"name": f"spanwise.zoo:{self.factory}", "num_classes": 10},
+            "model": {"name": f"spanwise.zoo:{model}", "num_classes": 10},
             "data": {
-                "name": "spanwise.zoo.data:synthetic_images", "rows": ROWS, "classes": 10,
-                "shape": (self.channels, 32, 32),
+                "name": "spanwise.zoo.data:synthetic_images", "rows": 4 * self.batch, "test_rows": 10,
+                "classes": 10, "shape": self.shape,
             },
             "loss": "cross_entropy",
         }  # fmt: skip
@@ -64,10 +63,12 @@ class Setting:
 
 
 SETTINGS = {
-    "lenet5": Setting(128, "lenet5", channels=1),
-    "alexnet": Setting(64, "alexnet"),
-    "mobilenet_v2": Setting(32, "mobilenet_v2"),
+    "lenet5": Setting(512, (1, 32, 32)),
+    "alexnet": Setting(64),
+    "mobilenet_v2": Setting(32),
+    "alexnet_224": Setting(16, (3, 224, 224)),
 }
+MODELS = ("lenet5", "alexnet", "mobilenet_v2")  # unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Case:
 
 def options() -> argparse.Namespace:
     found = parser(__doc__ or "")
-    found.add_argument("--models", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
+    found.add_argument("--models", nargs="*", choices=list(SETTINGS), default=list(MODELS))
     found.add_argument("--mbits", nargs="*", type=float, default=list(MBITS), help="to the cloud, Mbit/s")
     found.add_argument("--strategies", nargs="*", choices=NAMES, default=list(NAMES))
     found.add_argument("--rounds", type=int, default=2)
@@ -184,8 +185,8 @@ def measure(arena: Arena, model: str, mbits: Sequence[float], kept: Cells, args:
         ]
         kept.add({"sweep_of": model, "points": points})
     print(
-        f"{model}: planned and simulated in {time.monotonic() - began:.0f} s; its {len(todo)} cells take "
-        f"about {seconds_of(todo, args.rounds) / 60:.1f} minutes",
+        f"{model}: planned and simulated in {time.monotonic() - began:.0f} s; cells left: {len(todo)}, about "
+        f"{seconds_of(todo, args.rounds) / 60:.1f} min",
         flush=True,
     )
     for case in todo:
@@ -194,7 +195,8 @@ def measure(arena: Arena, model: str, mbits: Sequence[float], kept: Cells, args:
 
 def main() -> None:
     args = options()
-    if redrawn(args, HERE, "hiertrain", draw):
+    if args.redraw:
+        show()
         return
     need_lab(args)
     kept = Cells(args)
@@ -203,7 +205,7 @@ def main() -> None:
     todo = {model: mbits for model, mbits in todo.items() if mbits}
     left = sum(map(len, todo.values()))
     about_s = len(todo) * PROFILE_S + left * args.rounds * len(args.strategies) * (SETUP_S + ENOUGH_S)
-    print(f"{left} cells, at most about {about_s / 60:.0f} minutes where no step is long", flush=True)
+    print(f"cells to measure: {left}; about {about_s / 60:.0f} min, more if steps are long", flush=True)
     if todo:
         with Arena(Cluster.load(CLUSTERS / "hiertrain-3.toml"), []) as arena:
             for model, mbits in todo.items():
@@ -212,8 +214,11 @@ def main() -> None:
         "cells": [c for c in kept.found if "plans" in c],
         "sweep": [point for c in kept.found if "sweep_of" in c for point in c["points"]],
     }
-    print("\n".join(tables(data)))
-    keep(args, HERE, "hiertrain", data, quiet=True, draw=draw)
+    if args.short or args.out is not None:
+        print("\n".join(tables(data)))
+    keep(args, HERE, "hiertrain", data, quiet=True)
+    if not args.short and args.out is None:
+        show()
 
 
 if __name__ == "__main__":

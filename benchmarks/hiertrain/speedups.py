@@ -212,7 +212,9 @@ def simulated(point: dict[str, Any], name: str) -> float | None:
 
 
 def main() -> None:
-    data = json.loads((HERE / "raw" / "hiertrain.json").read_text(encoding="utf-8"))
+    raw = [path for path in sorted((HERE / "raw").glob("*.json")) if ".partial" not in path.suffixes]
+    parts = [json.loads(path.read_text(encoding="utf-8")) for path in raw]
+    data = {key: [entry for part in reversed(parts) for entry in part[key]] for key in ("cells", "sweep")}
     print("\n".join(tables(data)))
     draw(data, HERE / "hiertrain.svg")
 

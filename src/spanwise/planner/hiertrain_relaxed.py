@@ -64,12 +64,13 @@ def relaxed_rows(terms: Terms, total: int, room: Room) -> RealRows | None:
     assert not terms.floor
     limits = _planes(_limits(room), total)
     groups = [_planes(group, total) for group in terms.groups]
-    crossings = [(lines[:, None] - lines[None, :])[np.triu_indices(len(lines), 1)] for lines in groups]
-    points = _corners(np.concatenate([limits, *crossings]))
-    points = points[(points @ limits.T >= -CLOSE).all(axis=1)]
+    points = _corners(np.concatenate([limits, *map(_differences, groups)]))
+    points = points[np.all(_values(limits, points) >= -CLOSE, axis=1)]
     if not len(points):
         return None
-    seconds = terms.constant_s + sum((points @ lines.T).max(axis=1) for lines in groups)
+    seconds: Floats = np.full(len(points), terms.constant_s)
+    for lines in groups:
+        seconds = seconds + np.max(_values(lines, points), axis=1)
     at = int(np.argmin(seconds))
     _, y, z = (float(x) for x in points[at])
     return RealRows(float(seconds[at]), (total - y - z, y, z)[:count])
@@ -95,8 +96,19 @@ def _limits(room: Room) -> list[Line]:
 def _planes(lines: Iterable[Line], total: int) -> Floats:
     """``[line, 3]``: seconds if the finisher starts all rows, and what one of either worker's changes."""
     padded = [(*line, *[0.0] * EXACT)[: 1 + EXACT] for line in lines]
-    once, own, first, second = np.array(padded).T
-    return np.stack([once + total * own, first - own, second - own], axis=1)
+    planes = [(once + total * own, first - own, second - own) for once, own, first, second in padded]
+    return np.array(planes, dtype=np.float64)
+
+
+def _values(planes: Floats, points: Floats) -> Floats:
+    """``[point, line]``."""
+    return points @ np.transpose(planes)
+
+
+def _differences(planes: Floats) -> Floats:
+    """Of every two lines: zero where they cross."""
+    one, other = np.triu_indices(len(planes), 1)
+    return planes[one] - planes[other]
 
 
 def _corners(borders: Floats) -> Floats:
@@ -104,12 +116,9 @@ def _corners(borders: Floats) -> Floats:
     steep = np.hypot(borders[:, 1], borders[:, 2])
     lines = borders[steep > 0] / steep[steep > 0, None]
     one, other = np.triu_indices(len(lines), 1)
-    (a, b, c), (d, e, f) = lines[one].T, lines[other].T
-    turn = b * f - c * e
-    met = np.abs(turn) > PARALLEL
-    with np.errstate(divide="ignore", invalid="ignore"):
-        points = np.stack([np.ones(len(turn)), (c * d - f * a) / turn, (e * a - b * d) / turn], axis=1)
-    return points[met]
+    across: Floats = np.cross(lines[one], lines[other])  # (1, y, z) times the sine of the angle between them
+    met = np.abs(across[:, 0]) > PARALLEL
+    return across[met] / across[met, :1]
 
 
 def _has_room(room: Room, rows: Sequence[int]) -> bool:
