@@ -38,16 +38,20 @@ SWEEP = (5.0, 7.0, 10.0, 14.0, 20.0, 30.0, 50.0, 70.0, 100.0)  # simulated only
 LONG_S = 6.0  # longer steps are timed once, without a step of warm-up
 ENOUGH_S = 3.0  # of steps in a turn, if they are not longer
 MOST_STEPS = 20
-SETUP_S = 1.5  # of a turn: weights go to the devices
+SETUP_S, SETUP_BYTES_PER_S = 1.5, 25e6  # of a turn: weights go to the devices
 PROFILE_S = 60.0  # of a model: layer times, its pace under the quotas, and the sweep
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and the batch with which a step takes a few seconds on the machines that matter."""
+    """A model and the batch with which a step takes a few seconds on the machines that matter.
+
+    ``least_gib``: what every device must have for it; the file's memory is synthetic.
+    """
 
     batch: int
     shape: tuple[int, int, int] = (3, 32, 32)
+    least_gib: int = 0
 
     def prepared(self, model: str) -> Prepared:
         """The traced model with its data: four batches of images."""
@@ -66,7 +70,7 @@ SETTINGS = {
     "lenet5": Setting(512, (1, 32, 32)),
     "alexnet": Setting(64),
     "mobilenet_v2": Setting(32),
-    "alexnet_224": Setting(16, (3, 224, 224)),
+    "alexnet_224": Setting(16, (3, 224, 224), least_gib=4),
 }
 MODELS = ("lenet5", "alexnet", "mobilenet_v2")  # unless told otherwise
 
@@ -99,6 +103,16 @@ def options() -> argparse.Namespace:
         args.models, args.mbits, args.rounds, args.sweep = ["lenet5"], [MBITS[0]], 1, [SWEEP[0], SWEEP[-1]]
         args.strategies = [SUBJECT, CLOUD, "two_tier"]
     return args
+
+
+def cluster_for(models: Sequence[str]) -> Cluster:
+    """The cluster, with as much memory as these models need."""
+    cluster = Cluster.load(CLUSTERS / "hiertrain-3.toml")
+    least = max((SETTINGS[model].least_gib for model in models), default=0) * 2**30
+    devices = tuple(
+        d.model_copy(update={"memory_bytes": max(d.memory_bytes, least)}) for d in cluster.devices
+    )
+    return cluster.model_copy(update={"devices": devices})
 
 
 def at_rate(cluster: Cluster, mbit_per_s: float) -> Cluster:
@@ -141,10 +155,11 @@ def turns(case: Case, rounds: int) -> Iterator[tuple[str, int, int]]:
                 yield name, steps, warmup
 
 
-def seconds_of(cases: Sequence[Case], rounds: int) -> float:
+def seconds_of(cases: Sequence[Case], rounds: int, parameter_bytes: int) -> float:
     """About how long the cells will take."""
+    setup_s = SETUP_S + parameter_bytes / SETUP_BYTES_PER_S
     return sum(
-        SETUP_S + (steps + warmup + 1) * case.expected[name]
+        setup_s + (steps + warmup + 1) * case.expected[name]
         for case in cases
         for name, steps, warmup in turns(case, rounds)
     )
@@ -178,6 +193,7 @@ def measure(arena: Arena, model: str, mbits: Sequence[float], kept: Cells, args:
         return [planned(prepared, times, arena.cluster, rate, args.strategies) for rate in rates]
 
     todo = cases(mbits)
+    left_s = seconds_of(todo, args.rounds, prepared.traced.graph.parameter_bytes)
     if not any(found.get("sweep_of") == model for found in kept.found):
         points = [
             {"model": model, "mbit_per_s": case.mbit_per_s, "predicted_s": case.expected}
@@ -186,7 +202,7 @@ def measure(arena: Arena, model: str, mbits: Sequence[float], kept: Cells, args:
         kept.add({"sweep_of": model, "points": points})
     print(
         f"{model}: planned and simulated in {time.monotonic() - began:.0f} s; cells left: {len(todo)}, about "
-        f"{seconds_of(todo, args.rounds) / 60:.1f} min",
+        f"{left_s / 60:.1f} min",
         flush=True,
     )
     for case in todo:
@@ -207,7 +223,7 @@ def main() -> None:
     about_s = len(todo) * PROFILE_S + left * args.rounds * len(args.strategies) * (SETUP_S + ENOUGH_S)
     print(f"cells to measure: {left}; about {about_s / 60:.0f} min, more if steps are long", flush=True)
     if todo:
-        with Arena(Cluster.load(CLUSTERS / "hiertrain-3.toml"), []) as arena:
+        with Arena(cluster_for(list(todo)), []) as arena:
             for model, mbits in todo.items():
                 measure(arena, model, mbits, kept, args)
     data = {
