@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 import fleet
+from measured import middle as middle
+from measured import step_s as step_s
 from models import RECIPES
 
 from spanwise.api.in_lab import meet_in_lab, profile_in_lab
@@ -67,13 +68,16 @@ def failed(reason: str) -> Measurement:
     return Measurement((), {}, {}, reason)
 
 
-def job_of(model: str, batch: int, steps: int = 4) -> Job:
-    """The job that trains a benchmark model, as the peers train it."""
+def job_of(model: str, batch: int, steps: int = 4, tables: Mapping[str, Any] | None = None) -> Job:
+    """The job that trains a benchmark model, as the peers train it.
+
+    ``tables``: model, data and loss of one that the peers do not know.
+    """
     return Job.parse(
         {
             "name": f"{model}-{batch}", "batch": batch, "steps": steps, "checkpoint_every": 0,
             "optimizer": {"name": "SGD", "lr": 0.01, "momentum": 0.9}, "transfer_timeout_s": 120.0,
-            **RECIPES[model].tables(),
+            **(RECIPES[model].tables() if tables is None else tables),
         }
     )  # fmt: skip
 
@@ -144,17 +148,18 @@ class Arena:
         tensors = {k: v.detach() for k, v in traced.parameters.items()} | dict(traced.buffers)
         with self.lab.eased():
             session = ProcessSession(self.pool, assignment, tensors, prepared.train)
-        list(session.run(0, warmup))
+        if warmup:
+            list(session.run(0, warmup))
         pids = self.pool.process_ids
         before = self._reading(lambda device: pids[device])
         reports = list(session.run(warmup, steps + 1))  # a step counts from the end of the one before
         found = step_times(reports, skip=0)
         return self._measured(found, before, lambda device: pids[device], {}, steps + 1)
 
-    def attempt(self, prepared: Prepared, plan: Plan, *, steps: int) -> Measurement:
+    def attempt(self, prepared: Prepared, plan: Plan, *, steps: int, warmup: int = 1) -> Measurement:
         """The same; a plan that does not run is kept as failed."""
         try:
-            return self.plan(prepared, plan, steps=steps)
+            return self.plan(prepared, plan, steps=steps, warmup=warmup)
         except SpanwiseError as error:
             return failed(f"{type(error).__name__}: {error}")
 
@@ -206,17 +211,6 @@ def shape(plan: Plan) -> str:
 def prepared_job(model: str, batch: int) -> Prepared:
     """The traced model with its data."""
     return prepare(job_of(model, batch))
-
-
-def middle(values: Sequence[float]) -> float:
-    """Median."""
-    return statistics.median(values)
-
-
-def step_s(rounds: Sequence[Mapping[str, Any]]) -> float | None:
-    """Median step over all rounds, as the raw file has them."""
-    values = [s for one in rounds for s in one["step_s"]]
-    return middle(values) if values else None
 
 
 def _resident(pid: int, key: str) -> int:

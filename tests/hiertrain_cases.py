@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from itertools import combinations_with_replacement, pairwise, permutations
 
 import numpy as np
+import pytest
 
 from planner_cases import make_graph, make_job
 from spanwise.core.cluster import Cluster, Route
 from spanwise.core.profile import DeviceTimes, LayerTimes, Profile, TimeTable
 from spanwise.planner import Problem
-from spanwise.planner.hiertrain_layout import Instance, Layout, Machine, Roles
+from spanwise.planner.hiertrain_layout import Instance, Layout, Machine, Roles, Terms
 from spanwise.planner.hiertrain_model import Form
 from spanwise.planner.hiertrain_rows import Room
 from spanwise.planner.hiertrain_search import Bounds, Numbers, Rooms, all_cuts_of, bounds, roles_of
@@ -194,6 +195,30 @@ def layouts(inst: Instance, most_helpers: int = 2) -> Iterator[Layout]:
     for family in families(inst, most_helpers):
         for cuts in family.cuts:
             yield Layout(family.roles, tuple(int(m) for m in cuts))
+
+
+def programme_s(formula: Terms, total: int, room: Room, *, whole: bool = True) -> float:
+    """The least step time by HiGHS: rows whole or real, one real variable for every maximum."""
+    optimize = pytest.importorskip("scipy.optimize")
+    count, tops = len(room.lower), len(formula.groups)
+    rows: list[list[float]] = [[1.0] * count + [0.0] * tops, [*room.weights] + [0.0] * tops]
+    least, most = [float(total), -np.inf], [float(total), room.most]
+    for number, group in enumerate(formula.groups):
+        for line in group:
+            top = [0.0] * tops
+            top[number] = 1.0
+            rows.append([-c for c in line[1:]] + top)
+            least.append(line[0])
+            most.append(np.inf)
+    found = optimize.milp(
+        np.array([0.0] * count + [1.0] * tops),
+        constraints=optimize.LinearConstraint(np.array(rows), np.array(least), np.array(most)),
+        integrality=np.array([int(whole)] * count + [0] * tops),
+        bounds=optimize.Bounds([*room.lower, *[0.0] * tops], [*room.upper, *[np.inf] * tops]),
+        options={"mip_rel_gap": 0.0},
+    )
+    assert found.success
+    return formula.constant_s + float(found.fun)
 
 
 def three_problem(

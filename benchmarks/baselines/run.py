@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arena import CLUSTERS, Arena, Measurement, middle, predicted_s, prepared_job, shape, step_s
 from harness import Cells, keep, need_lab, parser, redrawn
+from measured import plan_words
 from models import RECIPES
 from pictures import OURS, PLAIN, canvas
 
@@ -22,7 +23,6 @@ from spanwise.api.planning import choose
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
-from spanwise.reporting.text import layer_range
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = ("spantrain-7-env1", "spantrain-7-env2", "two-site-wan")
@@ -80,15 +80,6 @@ def measured_s(cell: dict[str, Any], name: str) -> float | None:
     if name not in cell["plans"]:
         return None
     return step_s(cell["rounds"][cell["plans"][name]["same_as"]])
-
-
-def plan_words(plan: dict[str, Any]) -> str:
-    """Stages as `layers devices`, micro-batches and schedule: short enough for a table."""
-    stages = []
-    for stage in plan["stages"]:
-        held = " ".join(f"{r['device']}:{r['rows']}" for r in stage["replicas"])
-        stages.append(f"{layer_range(stage['start'], stage['stop'])} {held}")
-    return f"{' / '.join(stages)}; {plan['micro_batches']} micro-batches, {plan['schedule']}"
 
 
 def table(cells: list[dict[str, Any]]) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 from hiertrain_cases import IDS, random_layout, three_problem
 from planner_cases import make_cluster, make_graph, make_job, make_problem, make_profile
 from spanwise.core.cluster import Cluster
-from spanwise.core.errors import InfeasibleError
+from spanwise.core.errors import InfeasibleError, InputError
 from spanwise.core.plan import Plan
 from spanwise.core.program import Action, Program
 from spanwise.lowering import check, lower
@@ -303,3 +303,16 @@ def test_where_raw_rows_share_a_link_they_wait_for_each_other() -> None:
     layout = Layout(Roles(0, (1, 2)), (5, 5))
     both, each = (step_time_s(replace(inst, machines=m), layout, (1, 7, 8)) for m in (shared, apart))
     assert each < both <= each + 8 * 2e-3 + 1e-12
+
+
+@pytest.mark.parametrize("strategy", ["hiertrain", "hiertrain_n", *OURS, "rounded_lp"])
+def test_times_that_are_no_numbers_give_no_plan(strategy: str) -> None:
+    """Fitted under way, a profile is not validated again: the planner sees to it that its times are."""
+    problem = three_problem(0)
+    devices = tuple(d.model_copy(update={"factor": float("nan")}) for d in problem.profile.devices)
+    profile = problem.profile.model_copy(update={"devices": devices})
+    broken = Problem(problem.graph, profile, problem.cluster, problem.job)
+    with pytest.raises(
+        InputError, match=r"^hiertrain: forward of machine 0 takes nan s for layer 0; times must"
+    ):
+        make_plan(broken, strategy)

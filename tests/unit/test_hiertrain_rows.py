@@ -9,9 +9,19 @@ from itertools import product
 import numpy as np
 import pytest
 
-from hiertrain_cases import ample, exhaustive, families, layouts, no_limit, random_instance, random_layout
+from hiertrain_cases import (
+    ample,
+    exhaustive,
+    families,
+    layouts,
+    no_limit,
+    programme_s,
+    random_instance,
+    random_layout,
+)
+from spanwise.core.errors import InputError
 from spanwise.planner.hiertrain_grow import grown, widened
-from spanwise.planner.hiertrain_layout import Instance, Layout, Roles, Terms
+from spanwise.planner.hiertrain_layout import Instance, Layout, Roles
 from spanwise.planner.hiertrain_model import Form, step_time_s, terms
 from spanwise.planner.hiertrain_rows import Room, best_rows
 from spanwise.planner.hiertrain_search import Candidate, Numbers, Search
@@ -37,32 +47,6 @@ def test_search_is_exhaustive_search_on_small_instances(form: Form) -> None:
     assert wrong == 0
 
 
-def milp_s(formula: Terms, total: int, room: Room) -> float:
-    """The least step time by HiGHS: integer rows, one real variable for every maximum."""
-    optimize = pytest.importorskip("scipy.optimize")
-    count, tops = len(room.lower), len(formula.groups)
-    rows, least = [], []
-    for number, group in enumerate(formula.groups):
-        for line in group:
-            top = [0.0] * tops
-            top[number] = 1.0
-            rows.append([-c for c in line[1:]] + top)
-            least.append(line[0])
-    rows.append([1.0] * count + [0.0] * tops)
-    constraint = optimize.LinearConstraint(
-        np.array(rows), np.array([*least, total]), np.array([*[np.inf] * len(least), total])
-    )
-    found = optimize.milp(
-        np.array([0.0] * count + [1.0] * tops),
-        constraints=constraint,
-        integrality=np.array([1] * count + [0] * tops),
-        bounds=optimize.Bounds([*room.lower, *[0.0] * tops], [*room.upper, *[np.inf] * tops]),
-        options={"mip_rel_gap": 0.0},
-    )
-    assert found.success
-    return formula.constant_s + float(found.fun)
-
-
 def test_rows_are_those_of_an_integer_programme() -> None:
     """5 layers, a batch of 128: 24 layouts of three machines, in both forms."""
     for seed in range(4):
@@ -72,7 +56,7 @@ def test_rows_are_those_of_an_integer_programme() -> None:
             formula, room = terms(inst, layout, form=form), ample(3, 128)
             found = best_rows(formula, 128, room)
             assert found is not None
-            assert found.seconds == pytest.approx(milp_s(formula, 128, room), rel=1e-9)
+            assert found.seconds == pytest.approx(programme_s(formula, 128, room), rel=1e-9)
 
 
 def test_no_layout_has_an_integer_programme_with_a_shorter_step() -> None:
@@ -81,7 +65,7 @@ def test_no_layout_has_an_integer_programme_with_a_shorter_step() -> None:
     prices = []
     for layout in layouts(inst):
         count, starts = 1 + len(layout.cuts), layout.roles.starts
-        prices.append(milp_s(terms(inst, layout), 128, ample(count, 128, starts=starts)))
+        prices.append(programme_s(terms(inst, layout), 128, ample(count, 128, starts=starts)))
     assert min(prices) == pytest.approx(found.price_s, rel=1e-9)
 
 
@@ -288,3 +272,44 @@ def test_no_baseline_has_a_shorter_step(seed: int) -> None:
     ]
     equal = step_time_s(inst, Layout(Roles(0, (1, 2)), (4, 4)), (8, 8, 8))
     assert least <= min(*alone, *split, *two, equal) * (1 + 1e-12)
+
+
+def test_bad_numbers_are_refused() -> None:
+    """No layers, machines or rows; times and sizes that are negative, not numbers, or of another model."""
+    inst = random_instance(0, 3, 8)
+    first, *rest = inst.machines
+    empty = replace(first, forward_s=(0.0,), backward_s=(0.0,), forward_once_s=(0.0,), backward_once_s=(0.0,))
+    none = {"out_bytes": (0.0,), "back_bytes": (0.0,), "parameters": np.zeros((1, 1)), "machines": (empty,)}
+    cases: list[tuple[dict[str, object], str]] = [
+        (none, "0 layers, 1 machines and 8 rows; there must be at least one of each"),
+        ({"machines": ()}, "3 layers, 0 machines and 8 rows"),
+        ({"rows": 0}, "3 layers, 3 machines and 0 rows"),
+        (
+            {"out_bytes": (0.0, 1.0, -2.0, 0.0)},
+            "outputs of 3 layers, the least -2 bytes; sizes must be known",
+        ),
+        ({"back_bytes": (0.0, 1.0, np.nan, 0.0)}, "gradients of 3 layers, the least nan bytes"),
+        ({"back_bytes": (0.0, 1.0, 0.0)}, "gradients of 2 layers, .* known of all 3, finite"),
+        ({"parameters": np.full((4, 4), np.inf)}, "parameters of 3 layers, the least inf bytes"),
+    ]
+    for key in ("forward_s", "backward_s", "forward_once_s", "backward_once_s"):
+        what = key.removesuffix("_s").replace("_", " ")
+        for times, words in (
+            (
+                (0.0, 1.0, 0.5, 2.0),
+                "takes -0.5 s for layer 1; times must be finite and not negative, profile",
+            ),
+            ((0.0, np.nan, 2.0, 3.0), "takes nan s for layer 0"),
+            ((0.0, 1.0, 2.0, np.inf), "takes inf s for layer 2"),
+            ((0.0, 1.0, 2.0), "has 2 layers of 3"),
+        ):
+            bad = replace(first, **{key: times})
+            cases.append(({"machines": (*rest, bad)}, f"{what} of machine 2 {words}"))
+    cases += [
+        ({"machines": (replace(first, update_s_per_byte=s),)}, "machine 0 updates a byte in")
+        for s in (-1e-9, np.nan, np.inf)
+    ]
+    for changes, words in cases:
+        with pytest.raises(InputError, match=f"^hiertrain: {words}"):
+            replace(inst, **changes)
+    assert replace(inst).layers == 3  # control: the same numbers unchanged

@@ -53,6 +53,18 @@ def changed(index: int, **changes: Any) -> ModelGraph:
     return ModelGraph.parse(data)
 
 
+def test_a_model_has_a_layer() -> None:
+    with pytest.raises(InputError, match="layers: Tuple should have at least 1 item"):
+        ModelGraph.parse(chain(3).to_data() | {"layers": []})
+
+
+@pytest.mark.parametrize("flops", [-1.0, float("nan"), float("inf")])
+def test_work_of_a_layer_is_a_number(flops: float) -> None:
+    for key in ("forward_flops", "backward_flops", "weight_flops"):
+        with pytest.raises(InputError, match=rf"layers\.1\.{key}"):
+            changed(1, **{key: flops})
+
+
 def test_layers_follow_each_other() -> None:
     with pytest.raises(InputError, match="'l2' starts at operation 5, but 'l1' ends at 2"):
         changed(2, ops=[5, 6])

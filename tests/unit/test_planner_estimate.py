@@ -9,7 +9,7 @@ from plan_cases import plan, stage
 from planner_cases import make_graph, make_job, make_profile
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import PeerError
-from spanwise.core.observed import MOST_MESSAGES, Arrival, Departure, DeviceStep, noted
+from spanwise.core.observed import MOST_LARGE, MOST_SMALL, Arrival, Departure, DeviceStep, noted
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.planner import Problem
@@ -187,8 +187,27 @@ def test_both_ends_choose_the_same_messages() -> None:
     sizes = [(tag, 1000 if tag % 2 else 10) for tag in range(200)]
     chosen = noted(sizes)
     assert noted(reversed(sizes)) == chosen
-    assert len(chosen) == MOST_MESSAGES
-    assert all(tag % 2 for tag in chosen)
+    assert len([tag for tag in chosen if tag % 2]) == MOST_LARGE
+    assert len(chosen) == MOST_LARGE + MOST_SMALL
+
+
+def test_small_messages_of_all_sizes_are_noted() -> None:
+    """Many of 100 bytes come first; one of every other size is chosen all the same. Few are chosen all."""
+    sizes = [*((tag, 100) for tag in range(50)), (50, 4000), (51, 40_000), (52, 1_000_000)]
+    assert {50, 51, 52} <= noted(sizes)
+    assert len(noted(sizes)) == 1 + MOST_SMALL
+    assert noted(sizes[40:]) == set(range(40, 53))
+    assert noted([]) == frozenset()
+
+
+def test_small_messages_tell_no_rate() -> None:
+    """They take far longer by the byte; a link is no slower for it."""
+    task = problem()
+    estimator = Estimator(task.profile, CLUSTER, Expected(1.0, {}, {("n1", "s1"): 1e6}))
+    sent = (Departure("s1", 0, 5000, 0.0), Departure("s1", 1, 100_000, 0.5))
+    came = (Arrival("n1", 0, 0.105, True), Arrival("n1", 1, 0.605, True))
+    seen = (DeviceStep("n1", sent=sent), DeviceStep("s1", received=came))
+    assert estimator.add(1.0, seen).links["n1", "s1"] == pytest.approx(1.0)
 
 
 def test_what_travels_is_checked() -> None:

@@ -8,7 +8,7 @@ from statistics import median
 
 import pytest
 
-from spanwise.core.observed import Arrival, Departure, DeviceStep
+from spanwise.core.observed import Arrival, Departure, DeviceStep, least_large, noted
 from spanwise.planner.message_fit import KEPT_OF_SIZE, LinkMessages, MessageFit, fit_messages
 from spanwise.planner.ratios import Message, link_messages
 
@@ -161,3 +161,24 @@ def test_messages_of_a_run_are_what_is_fitted() -> None:
     assert fit.trusted
     assert fit.overhead_s == pytest.approx(OVERHEAD_S)
     assert fit.bytes_per_s == pytest.approx(RATE)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_what_devices_report_of_steps_tells_overhead_from_rate(small: bool) -> None:
+    """Activations and small messages beside them. Control: of the large ones alone no fit is sure."""
+    sizes = [10_000_000, 20_000, 9_000_000, 300_000, 10_000_000]
+    link = LinkMessages()
+    for step in range(8):
+        times = [m.seconds for m in seen(sizes, step)]
+        least = 0 if small else least_large(sizes)
+        chosen = [tag for tag in noted(enumerate(sizes)) if sizes[tag] >= least]
+        ends = [sum(times[: tag + 1]) + 0.1 * tag for tag in range(len(sizes))]
+        sent = tuple(Departure("server", tag, sizes[tag], ends[tag] - times[tag]) for tag in sorted(chosen))
+        came = tuple(Arrival("cam", tag, ends[tag], True) for tag in sorted(chosen))
+        steps = (DeviceStep("cam", sent=sent), DeviceStep("server", received=came))
+        link.add(link_messages(steps, {})["cam", "server"], 1.0)
+    assert link.fit is not None
+    assert link.fit.trusted == small
+    if small:
+        assert link.fit.overhead_s == pytest.approx(OVERHEAD_S, rel=0.1)
+        assert link.fit.bytes_per_s == pytest.approx(RATE, rel=0.1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -68,6 +69,18 @@ def test_every_layer_has_a_time_for_every_row_count(times: list[float]) -> None:
     for forward, backward in ((times, [1, 1]), ([1, 1], times)):
         with pytest.raises(InputError, match="layer 0 needs 2 times, none negative"):
             TimeTable.parse({"rows": [1, 2], "layers": [{"forward_s": forward, "backward_s": backward}]})
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -math.inf])
+def test_times_are_finite(seconds: float) -> None:
+    for forward, backward in (([seconds], [1.0]), ([1.0], [seconds])):
+        with pytest.raises(InputError, match="finite number"):
+            TimeTable.parse({"rows": [1], "layers": [{"forward_s": forward, "backward_s": backward}]})
+
+
+def test_a_table_has_a_layer() -> None:
+    with pytest.raises(InputError, match="layers: Tuple should have at least 1 item"):
+        TimeTable.parse({"rows": [1], "layers": []})
 
 
 def profile(**changes: Any) -> Profile:

@@ -32,6 +32,7 @@ def batch_for(name: str, rows: int) -> tuple[Tensor, Tensor]:
         return torch.randint(11, (rows, 6)), torch.randint(11, (rows, 6))
     # The residual networks end in a global mean, so small images keep the test short.
     shapes = {"mlp": (16,), "lenet5": (1, 32, 32), "vgg11": (3, 32, 32), "alexnet": (3, 32, 32)}
+    shapes["alexnet_224"] = (3, 224, 224)
     return torch.randn(rows, *shapes.get(name, (3, 16, 16))), torch.randint(10, (rows,))
 
 
@@ -53,6 +54,7 @@ def results(module: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor
         ("vgg11", {"batch_norm": True}),
         ("alexnet", {}),
         ("alexnet", {"stem": 11}),
+        ("alexnet_224", {"num_classes": 10, "hidden": 8}),
         ("lenet5", {}),
         ("gpt", {"vocab": 11, "n_layer": 2, "n_head": 2, "d_model": 8, "seq": 6, "tied": True}),
         ("gpt", {"vocab": 11, "n_layer": 2, "n_head": 2, "d_model": 8, "seq": 6, "tied": False}),
@@ -77,7 +79,7 @@ def test_exported_training_step_equals_eager(name: str, args: dict[str, Any]) ->
 
 def test_no_model_works_in_place() -> None:
     """A cut may fall between any two operations: what arrives behind it must not be overwritten."""
-    for name in ("mobilenet_v2", "resnet18", "vgg11", "alexnet"):
+    for name in ("mobilenet_v2", "resnet18", "vgg11", "alexnet", "alexnet_224"):
         with torch.device("meta"):
             model = getattr(zoo, name)()
         assert not any(getattr(module, "inplace", False) for module in model.modules())

@@ -78,6 +78,9 @@ def vgg_by_hand(*, batch_norm: bool) -> int:
         (lambda: zoo.alexnet(stem=11), 2_469_696 + linear(256, 10), 2_472_266),
         (lambda: zoo.alexnet(), 2_251_584 + linear(1024, 4096) + linear(4096, 4096) + linear(4096, 10),
          23_272_266),
+        (lambda: zoo.alexnet_224(), conv(11, 3, 64, bias=True) + conv(5, 64, 192, bias=True)
+         + conv(3, 192, 384, bias=True) + conv(3, 384, 256, bias=True) + conv(3, 256, 256, bias=True)
+         + linear(9216, 4096) + linear(4096, 4096) + linear(4096, 1000), 61_100_840),
         (lambda: zoo.lenet5(), 61_706, 61_706),
         (lambda: zoo.mlp(sizes=(4, 5, 3)), linear(4, 5) + linear(5, 3), 43),
     ],
@@ -110,6 +113,17 @@ def test_cifar_strides(name: str, args: dict[str, int], stages: dict[int, int]) 
         assert model(torch.empty(3, 3, 32, 32)).shape == (3, 10)
 
 
+def test_alexnet_for_large_images_strides() -> None:
+    with torch.device("meta"):
+        model = zoo.alexnet_224(num_classes=10)
+        x, sizes = torch.empty(2, 3, 224, 224), []
+        for layer in model.features:
+            x = layer(x)
+            sizes.append(x.shape[2])
+        assert (sizes[0], sizes[2], sizes[5], sizes[12]) == (55, 27, 13, 6)
+        assert model(torch.empty(2, 3, 224, 224)).shape == (2, 10)
+
+
 def test_mobilenet_has_52_batch_norms_and_10_shortcuts() -> None:
     with torch.device("meta"):
         model = zoo.mobilenet_v2()
@@ -125,7 +139,7 @@ def test_mobilenet_width_rounds_to_8_and_keeps_the_last_width() -> None:
     assert max(widths) == 1280
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "alexnet"])
+@pytest.mark.parametrize("name", ["mobilenet_v2", "alexnet", "alexnet_224"])
 def test_dropout_only_on_request(name: str) -> None:
     with torch.device("meta"):
         off, on = getattr(zoo, name)(), getattr(zoo, name)(dropout=0.5)

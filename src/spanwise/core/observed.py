@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
 from spanwise.core.errors import PeerError
 
-MOST_MESSAGES = 32  # reported of each link and step
+MOST_LARGE = 32  # messages reported of each link and step
+MOST_SMALL = 16  # of less than half the size of the largest, besides
 MOST_ENTRIES = 4096  # accepted of one device and step
 
 
@@ -89,11 +91,24 @@ class DeviceStep:
 def noted(sizes: Iterable[tuple[int, int]]) -> frozenset[int]:
     """Which of the (tag, bytes) of a link and step are reported: the same choice at both ends.
 
-    Those of at least half the size of the largest, as small ones tell no rate; the first by tag.
+    Large ones, as small ones tell no rate; the first by tag. Beside them small ones, as only sizes that
+    differ tell an overhead from a rate: one of every size, up to a factor of two, before a second of any.
     """
     found = sorted(sizes)
-    least = max((nbytes for _, nbytes in found), default=0) / 2
-    return frozenset([tag for tag, nbytes in found if nbytes >= least][:MOST_MESSAGES])
+    least = least_large(nbytes for _, nbytes in found)
+    large = [tag for tag, nbytes in found if nbytes >= least]
+    alike: Counter[int] = Counter()
+    small: list[tuple[int, int, int]] = []
+    for tag, nbytes in found:
+        if nbytes < least:
+            small.append((alike[nbytes.bit_length()], -nbytes, tag))
+            alike[nbytes.bit_length()] += 1
+    return frozenset([*large[:MOST_LARGE], *(tag for _, _, tag in sorted(small)[:MOST_SMALL])])
+
+
+def least_large(sizes: Iterable[float]) -> float:
+    """From how many bytes on messages of a link and step are large: half the size of the largest."""
+    return max(sizes, default=0) / 2
 
 
 def _entries(value: Any) -> list[list[Any]]:

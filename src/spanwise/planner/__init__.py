@@ -15,7 +15,14 @@ from spanwise.planner.feasible import broken_rule
 from spanwise.planner.gpipe import gpipe
 from spanwise.planner.hetpipe import hetpipe
 from spanwise.planner.hiertrain import hiertrain, hiertrain_n
-from spanwise.planner.hiertrain_baselines import all_cloud, all_device, all_edge, split_two, two_tier
+from spanwise.planner.hiertrain_baselines import (
+    all_cloud,
+    all_device,
+    all_edge,
+    rounded_lp,
+    split_two,
+    two_tier,
+)
 from spanwise.planner.hpp import hpp
 from spanwise.planner.left_out import left_out
 from spanwise.planner.pipedream import pipedream
@@ -70,6 +77,7 @@ BASELINES: dict[str, Callable[[Problem], Plan]] = {
     "all_cloud": all_cloud,
     "split_two": split_two,
     "two_tier": two_tier,
+    "rounded_lp": rounded_lp,
 }
 
 

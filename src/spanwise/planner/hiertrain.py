@@ -59,11 +59,7 @@ def hiertrain(problem: Problem) -> Plan:
     Raises:
         InfeasibleError: memory, links or data constraints allow none.
     """
-    if problem.first_is_fixed and len(problem.sources) > 3:
-        raise InfeasibleError(
-            f"raw data on {' and '.join(problem.sources)} must not leave them (private = true), "
-            "but at most three devices share the work here; use hiertrain_n"
-        )
+    refuse_many_sources(problem)
     arena = Arena.on(problem, promising(problem, MACHINES))
     return finished(arena, "hiertrain", of_families(arena, "hiertrain", THREE_MACHINES))
 
@@ -89,6 +85,15 @@ def hiertrain_n(problem: Problem) -> Plan:
     if not found:
         raise closest(reasons)
     return finished(arena, "hiertrain_n", found)
+
+
+def refuse_many_sources(problem: Problem) -> None:
+    """``InfeasibleError`` where more devices than three must start rows of their own."""
+    if problem.first_is_fixed and len(problem.sources) > 3:
+        raise InfeasibleError(
+            f"raw data on {' and '.join(problem.sources)} must not leave them (private = true), "
+            "but at most three devices share the work here; use hiertrain_n"
+        )
 
 
 def of_families(arena: Arena, strategy: str, families: Sequence[tuple[Kind, ...]]) -> list[Simulated]:

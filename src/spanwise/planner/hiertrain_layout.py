@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from spanwise.core.cluster import Route
+from spanwise.core.errors import InputError
 from spanwise.planner.tables import Floats
 
 Exchange = Literal["ring", "server"]
@@ -35,6 +38,16 @@ class Machine:
     input_latency_s: float = 0.0
 
     @property
+    def sums(self) -> tuple[tuple[str, tuple[float, ...]], ...]:
+        """What is summed over layers, with its name."""
+        return (
+            ("forward", self.forward_s),
+            ("backward", self.backward_s),
+            ("forward once", self.forward_once_s),
+            ("backward once", self.backward_once_s),
+        )
+
+    @property
     def input_s(self) -> float:
         """Seconds a raw row is on its way if nothing else is."""
         return max((load for _, load in self.input_loads), default=0.0)
@@ -56,6 +69,9 @@ class Instance:
         exchange: how gradients of prefixes are summed: by rings over all that hold a layer, as our plans do,
             or as published on a server, the sum sent back. The server is the finisher, of layers that it does
             not hold the longest worker.
+
+    Raises:
+        InputError: there is no layer, machine or row, or a time or size is negative or not finite.
     """
 
     rows: int
@@ -66,6 +82,24 @@ class Instance:
     routes: Mapping[tuple[int, int], Route]
     sources: tuple[int, ...] | None = None
     exchange: Exchange = "ring"
+
+    def __post_init__(self) -> None:
+        if self.layers < 1 or not self.machines or self.rows < 1:
+            raise InputError(
+                f"hiertrain: {self.layers} layers, {len(self.machines)} machines and {self.rows} rows; "
+                "there must be at least one of each"
+            )
+        for number, machine in enumerate(self.machines):
+            for what, sums in machine.sums:
+                _check_sums(f"{what} of machine {number}", sums, self.layers)
+            if not 0 <= machine.update_s_per_byte < np.inf:
+                raise InputError(
+                    f"hiertrain: machine {number} updates a byte in {machine.update_s_per_byte:g} s; "
+                    "times must be finite and not negative, profile again"
+                )
+        for what, sizes in (("outputs", self.out_bytes), ("gradients", self.back_bytes)):
+            _check_sizes(what, np.array(sizes), self.layers + 1)
+        _check_sizes("parameters", self.parameters, self.layers + 1)
 
     @property
     def layers(self) -> int:
@@ -79,6 +113,29 @@ class Instance:
     def link_s(self, a: int, b: int) -> float:
         """Seconds a byte from one machine to another."""
         return 1 / self.routes[a, b].bandwidth_bytes_per_s
+
+
+def _check_sums(what: str, sums: tuple[float, ...], layers: int) -> None:
+    """``InputError`` unless each layer adds a time."""
+    if len(sums) != layers + 1:
+        raise InputError(f"hiertrain: {what} has {len(sums) - 1} layers of {layers}; profile this model")
+    times = np.diff(np.array(sums))
+    wrong = np.flatnonzero(~(np.isfinite(times) & (times >= 0)))
+    if len(wrong):
+        raise InputError(
+            f"hiertrain: {what} takes {times[wrong[0]]:g} s for layer {wrong[0]}; "
+            "times must be finite and not negative, profile again"
+        )
+
+
+def _check_sizes(what: str, sizes: Floats, count: int) -> None:
+    """``InputError`` unless there are sizes for every place between layers."""
+    least = float(np.min(sizes)) if len(sizes) == count else np.nan
+    if not (least >= 0 and np.isfinite(sizes).all()):
+        raise InputError(
+            f"hiertrain: {what} of {len(sizes) - 1} layers, the least {least:g} bytes; "
+            f"sizes must be known of all {count - 1}, finite and not negative"
+        )
 
 
 @dataclass(frozen=True, slots=True)

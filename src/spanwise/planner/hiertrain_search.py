@@ -24,14 +24,15 @@ from itertools import combinations_with_replacement, pairwise, permutations
 import numpy as np
 
 from spanwise.planner.hiertrain_exchange import ExchangeCost, exchange_cost
-from spanwise.planner.hiertrain_layout import Instance, Layout, Roles, runs_ahead
+from spanwise.planner.hiertrain_layout import Instance, Layout, Roles, Terms, runs_ahead
 from spanwise.planner.hiertrain_model import Form, terms
-from spanwise.planner.hiertrain_rows import Room, best_rows
+from spanwise.planner.hiertrain_rows import Room, Rows, best_rows
 from spanwise.planner.tables import Floats, Ints
 
 TINY = 1e-300
 SLACK = 1e-12  # rounding of the bound
 Rooms = Callable[[Layout, int], "Room | None"]  # by layout and micro-batches; none = nothing fits
+RowsRule = Callable[[Terms, int, Room], "Rows | None"]  # how all rows are shared out; none = they do not fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +180,14 @@ def roles_of(machines: Iterable[int], helpers: int, *, starts: bool = True) -> I
 class Search:
     """The best layouts among those whose bounds are given.
 
-    ``solved`` counts the layouts whose rows were worked out.
+    ``rule`` gives a layout its rows, and the step time by which it is compared: at least that of the best
+    real rows. ``solved`` counts the layouts whose rows were worked out.
     """
 
     instance: Instance
     rooms: Rooms
     form: Form = "event"
+    rule: RowsRule = best_rows
     solved: int = 0
     known: dict[tuple[Layout, int], Candidate | None] = field(
         default_factory=dict[tuple[Layout, int], "Candidate | None"]
@@ -226,5 +229,5 @@ class Search:
         if room is None:
             return None
         formula = terms(self.instance, layout, form=self.form, micro_batches=micro_batches)
-        found = best_rows(formula, self.instance.rows // micro_batches, room)
+        found = self.rule(formula, self.instance.rows // micro_batches, room)
         return found and Candidate(found.seconds, layout, found.rows, micro_batches)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import NamedTuple
 
-from spanwise.core.observed import Arrival, Departure, DeviceStep
+from spanwise.core.observed import Arrival, Departure, DeviceStep, least_large
 from spanwise.core.program import Action
 from spanwise.core.timeline import Timeline
 from spanwise.cost import ring_edge_bytes
@@ -45,7 +45,7 @@ class Expected:
     def of(cls, timeline: Timeline) -> Expected:
         """From a simulated Timeline with spans: its last step, as the first begins with empty links.
 
-        Of messages only those count that devices would report of a step, see ``core.observed.noted``.
+        Of messages only large ones count, see ``core.observed.least_large``.
         """
         last = max((span.step for span in timeline.spans), default=0)
         compute: dict[tuple[str, str, int], list[float]] = {}
@@ -63,7 +63,7 @@ class Expected:
             carried.setdefault((source, target), []).append((*sizes, span.seconds))
         rates: dict[Link, float] = {}
         for link, found in carried.items():
-            least = max(size for size, _, _ in found) / 2
+            least = least_large(size for size, _, _ in found)
             large = [(nbytes, seconds) for size, nbytes, seconds in found if size >= least]
             if (seconds := sum(s for _, s in large)) > 0:
                 rates[link] = sum(n for n, _ in large) / seconds
@@ -83,7 +83,7 @@ class Ratios:
 def ratios(
     expected: Expected, step_s: float, observed: Sequence[DeviceStep], latency_s: Mapping[Link, float]
 ) -> Ratios:
-    """How one step compares with what was expected of it."""
+    """How one step compares with what was expected of it. Of messages only large ones count."""
     devices: dict[str, float] = {}
     for seen in observed:
         pairs = [
@@ -98,13 +98,19 @@ def ratios(
         if awaited >= LEAST_COMPUTE_S:
             devices[seen.device] = seconds / awaited if counted else 1.0
     links: dict[Link, float] = {}
-    for link, messages in link_messages(observed, latency_s).items():
+    for link, messages in link_messages([_large_only(seen) for seen in observed], latency_s).items():
         if link in expected.rates:
             seconds = sum(message.seconds for message in messages)
             awaited = sum(message.nbytes for message in messages) / expected.rates[link]
             if max(awaited, seconds) >= max(LEAST_LINK_S, LEAST_SHARE * expected.step_s):
                 links[link] = max(seconds, SHORTEST_S) / awaited
     return Ratios(step_s / expected.step_s if expected.step_s else 1.0, devices, links)
+
+
+def _large_only(seen: DeviceStep) -> DeviceStep:
+    """Without the small messages that it sent."""
+    least = {d.peer: least_large(x.nbytes for x in seen.sent if x.peer == d.peer) for d in seen.sent}
+    return replace(seen, sent=tuple(d for d in seen.sent if d.nbytes >= least[d.peer]))
 
 
 class Message(NamedTuple):

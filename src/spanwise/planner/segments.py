@@ -87,7 +87,7 @@ class Exchange:
     """What one worker exchanges with its server in a step: parameters, then gradients, of the same layers.
 
     Raises:
-        InputError: the three do not have the same number of layers.
+        InputError: the three do not have the same number of layers, or a layer has fewer bytes than none.
     """
 
     pull: Chain
@@ -100,6 +100,11 @@ class Exchange:
             raise InputError(
                 f"segments: {counts[0]} layers to pull, {counts[1]} to push, bytes of {counts[2]}; "
                 "all layers travel both ways"
+            )
+        if min(self.layer_bytes) < 0:
+            raise InputError(
+                f"segments: a layer of {min(self.layer_bytes)} bytes; "
+                "sizes must not be negative, profile again"
             )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from spanwise.zoo.data import cifar10, cifar100, digits, synthetic_images, synthetic_text, synthetic_vectors
 from spanwise.zoo.losses import language_model_loss
-from spanwise.zoo.models.alexnet import alexnet
+from spanwise.zoo.models.alexnet import alexnet, alexnet_224
 from spanwise.zoo.models.gpt import gpt
 from spanwise.zoo.models.lenet import lenet5
 from spanwise.zoo.models.mlp import mlp
@@ -18,6 +18,7 @@ from spanwise.zoo.models.vgg import vgg11
 
 __all__ = [
     "alexnet",
+    "alexnet_224",
     "cifar10",
     "cifar100",
     "digits",

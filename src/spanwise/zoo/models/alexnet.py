@@ -1,4 +1,4 @@
-"""AlexNet for 32 x 32 images."""
+"""AlexNet for 32 x 32 and for 224 x 224 images."""
 
 from __future__ import annotations
 
@@ -31,6 +31,23 @@ def alexnet(num_classes: int = 10, stem: int = 3, dropout: float = 0.0) -> nn.Mo
     return AlexNet(num_classes, stem, dropout)
 
 
+def alexnet_224(num_classes: int = 1000, dropout: float = 0.0, hidden: int = _HIDDEN) -> nn.Module:
+    """AlexNet for 224 x 224 images, one tower, no local response normalisation: 61,100,840 parameters.
+
+    Krizhevsky, "One weird trick for parallelizing convolutional neural networks", arXiv 1404.5997, 2014; its
+    pooling overlaps, as in section 3.4 of the paper of 2012.
+
+    Args:
+        num_classes: outputs.
+        dropout: probability in front of each hidden linear layer (0.5 in the paper).
+        hidden: width of the two hidden linear layers.
+
+    Returns:
+        A module from (rows, 3, 224, 224) to (rows, num_classes) logits.
+    """
+    return AlexNet224(num_classes, dropout, hidden)
+
+
 class AlexNet(nn.Module):
     """Five convolutions, three max-poolings, and one or three linear layers."""
 
@@ -45,15 +62,40 @@ class AlexNet(nn.Module):
             nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
             nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         )  # fmt: skip
-        hidden: list[nn.Module] = []
         width = 256 * 2 * 2 if stem == 3 else 256
-        for _ in range(2 if stem == 3 else 0):
-            hidden += [nn.Dropout(dropout)] if dropout else []
-            hidden += [nn.Linear(width, _HIDDEN), nn.ReLU()]
-            width = _HIDDEN
-        self.classifier = nn.Sequential(*hidden, nn.Linear(width, num_classes))
+        self.classifier = _head(width, (_HIDDEN, _HIDDEN) if stem == 3 else (), num_classes, dropout)
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, 3, 32, 32) to (rows, num_classes)."""
         return self.classifier(self.features(x).flatten(1))
+
+
+class AlexNet224(nn.Module):
+    """Five convolutions, three overlapping max-poolings, and three linear layers."""
+
+    def __init__(self, num_classes: int, dropout: float, hidden: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
+            nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2),
+        )  # fmt: skip
+        self.classifier = _head(256 * 6 * 6, (hidden, hidden), num_classes, dropout)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, 3, 224, 224) to (rows, num_classes)."""
+        return self.classifier(self.features(x).flatten(1))
+
+
+def _head(width: int, hidden: tuple[int, ...], num_classes: int, dropout: float) -> nn.Sequential:
+    """Hidden linear layers and the last one."""
+    layers: list[nn.Module] = []
+    for size in hidden:
+        layers += [nn.Dropout(dropout)] if dropout else []
+        layers += [nn.Linear(width, size), nn.ReLU()]
+        width = size
+    return nn.Sequential(*layers, nn.Linear(width, num_classes))
