@@ -129,6 +129,8 @@ def bottleneck(problem: Problem, plan: Plan, timeline: Timeline) -> str:
     busiest = max(timeline.devices, key=lambda use: use.utilization, default=None)
     if busiest is not None and busiest.utilization >= 0.9:
         return f"compute on {busiest.device} ({100 * min(busiest.utilization, 1.0):.0f} % busy)"
+    if plan.servers:  # the formula knows gradient sums by rings only
+        return f"messages to and from {', '.join(sync.server for sync in plan.servers)}"
     return price(problem, plan).bottleneck
 
 

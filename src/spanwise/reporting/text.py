@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from spanwise.core.model import ModelGraph
-from spanwise.core.plan import Plan, Stage
+from spanwise.core.plan import Plan, ServerSync, Stage, Sync
 from spanwise.core.units import format_bytes, format_seconds
 from spanwise.reporting.record import as_number
 
@@ -28,16 +28,25 @@ def describe_plan(plan: Plan, graph: ModelGraph) -> str:
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    sums = [
-        f"  sum of gradients of layers {', '.join(layer_range(*r) for r in sync.layers)} "
-        f"over {', '.join(sync.devices)}{f', in {sync.segments} segments' if sync.segments > 1 else ''}"
-        for sync in plan.syncs
-    ]
+    sums = [f"  {_sum(sync)}" for sync in plan.syncs]
     wires = [f"{w.precision} precision from {w.source} to {w.target}" for w in plan.wires]
     reduced = [] if plan.exact else [f"  not exact: {', '.join(wires)}"]
     outside = [s.device for s in plan.sources if s.device not in {d for t in plan.stages for d in t.devices}]
     feeds = [f"  {', '.join(outside)}: reads data only"] if outside else []
     return "\n".join([head, *lines, *sums, *reduced, *feeds])
+
+
+def _sum(sync: Sync | ServerSync) -> str:
+    """Who sums the gradients of which layers, and how they travel."""
+    layers = ", ".join(layer_range(*r) for r in sync.layers)
+    if isinstance(sync, Sync):
+        parts = f", in {sync.segments} segments" if sync.segments > 1 else ""
+        return f"sum of gradients of layers {layers} over {', '.join(sync.devices)}{parts}"
+    when = "each as soon as it is updated" if sync.as_aggregated else "after all gradients are in"
+    return (
+        f"{sync.server} updates layers {layers} for {', '.join(sync.devices)}: gradients in "
+        f"{count_of(len(sync.pushes), 'segment')}, parameters in {len(sync.pulls)}, {when}"
+    )
 
 
 def layer_range(start: int, stop: int) -> str:
