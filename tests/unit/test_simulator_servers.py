@@ -63,6 +63,42 @@ def test_pulls_as_aggregated_take_what_the_formula_says() -> None:
             )
 
 
+def test_sums_and_updates_take_the_server_s_time_and_messages_both_processors() -> None:
+    """One message each way, so that nothing overlaps: every cost comes on top of the formula."""
+    own = Exchange(Chain((400,), (30,), 0), Chain((400,), (70,), 0), (400,))
+    cuts = Cuts((1,), (1,))
+    plain = simulated(own, cuts).step_time_s
+    assert plain == pytest.approx(900 * NS)
+    for costs, more in (
+        ({"update_s_per_byte": 3 * NS}, 1200),
+        ({"sum_s_per_byte": 2 * NS}, 2 * 800),  # the gradients of two devices, in turn
+        # The second device is served 50 ns after the first, so its push comes when the first one is taken in:
+        # on its round lie one push taken in, one pull sent before its own, and its own taken in.
+        ({"message_s": 50 * NS}, 3 * 50),
+    ):
+        found = simulated(own, cuts, **costs)
+        assert found.step_time_s == pytest.approx(plain + more * NS)
+
+
+def test_only_the_server_keeps_the_state_of_the_optimizer() -> None:
+    own = Exchange(Chain((400,), (30,), 0), Chain((400,), (70,), 0), (400,))
+    graph = exchange_graph(own)
+    plan = server_plan(graph, {"d0": 1, "d1": 1}, served(["d0", "d1"], Cuts((1,), (1,))))
+    profile, cluster = exchange_profile([own, own], graph), star(2)
+    few, many = (
+        {
+            use.device: (use.peak_memory_bytes, use.sent_bytes)
+            for use in simulate(
+                lower(plan, graph), plan, graph, profile, cluster, optimizer_copies=copies
+            ).devices
+        }
+        for copies in (0, 2)
+    )
+    assert many["d0"] == few["d0"]
+    assert many["s"][0] == few["s"][0] + 2 * 400
+    assert [few[device][1] for device in ("d0", "d1", "s")] == [400, 400, 800]
+
+
 def test_unlike_devices_settle_at_the_greatest_cycle_mean() -> None:
     """Over many steps: which device waits for which changes until the rounds have settled."""
     r = random.Random(0)

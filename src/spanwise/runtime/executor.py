@@ -28,7 +28,7 @@ from spanwise.runtime.transport import Pending, Transport
 from spanwise.runtime.wire import Unpacking, empty_packed, pack
 
 _AHEAD = 4  # receives posted before they are needed, per device; bounds the memory of early messages
-_AHEAD_OF_PUSHES = 2  # per device that pushes, so that none waits for the others
+_AHEAD_OF_PUSHES = 8  # per device that pushes: none waits for the others, nor for word that it may send
 _BLOCKED_S = 5e-5  # a wait shorter than this is no wait
 
 _Key = tuple[str, int, int]  # payload, stage (before the cut) or sync, micro-batch or segment
