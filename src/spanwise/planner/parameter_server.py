@@ -25,7 +25,7 @@ from spanwise.planner.outline import Span
 from spanwise.planner.problem import Problem
 from spanwise.planner.segment_rules import SEGMENT_RULES
 from spanwise.planner.segments import Chain, Cuts, Exchange, step_ns
-from spanwise.planner.trial import timeline
+from spanwise.planner.trial import Priced, timeline
 
 MOST_KINDS = 3  # unlike devices that segments are cut for, the slowest first
 BY_LATENCY = (False, True)
@@ -56,7 +56,7 @@ def after_pushes(cuts: Cuts) -> Choice:
 
 
 def over_server(problem: Problem, name: str) -> Plan:
-    """The plan of one rule with the least simulated step time.
+    """The plan of one rule with the least simulated step time; of equals the one with fewer segments.
 
     The server is the device with the fastest links to all others, and does nothing else where it can: only
     if the data is private and every device has some, it computes its own rows first. All others compute.
@@ -65,20 +65,20 @@ def over_server(problem: Problem, name: str) -> Plan:
         InfeasibleError: there is one device only, a link is missing, or memory is short.
     """
     star = star_of(problem)
-    best: tuple[float, Plan] | None = None
+    best: Priced | None = None
     reasons: list[InfeasibleError] = []
     for choice in dict.fromkeys(_choices(problem, star, name)):
         try:
             plan = plan_of(problem, name, star, choice)
-            seconds = timeline(problem, plan).step_time_s
+            entry = Priced(plan, timeline(problem, plan).step_time_s)
         except InfeasibleError as error:
             reasons.append(error)
             continue
-        if best is None or seconds < best[0]:
-            best = (seconds, plan)
+        if best is None or entry.price_s * entry.handicap < best.price_s * best.handicap:
+            best = entry
     if best is None:
         raise closest(reasons)
-    return best[1]
+    return best.plan
 
 
 SERVER_STRATEGIES: dict[str, Callable[[Problem], Plan]] = {

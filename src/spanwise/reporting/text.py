@@ -15,14 +15,17 @@ if TYPE_CHECKING:
 
 
 def describe_plan(plan: Plan, graph: ModelGraph) -> str:
-    """A few lines of text: how the batch is cut, then one line per stage and per gradient sum."""
+    """A few lines of text: how the batch is cut, then one line per stage and per gradient sum.
+
+    Stages that are cut only where a server's segments end are one line.
+    """
     devices, stages = len(plan.devices), len(plan.stages)
     head = (
         f"{plan.strategy}: {count_of(stages, 'stage')} on {count_of(devices, 'device')}, "
         f"{plan.micro_batches} x {plan.micro_batch_rows} = {plan.batch} rows a step "
         f"(micro-batches x rows), {plan.schedule}"
     )
-    rows = [_stage_row(index, plan, graph) for index in range(stages)]
+    rows = [_stage_row(first, last, plan, graph) for first, last in _alike(plan)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -119,18 +122,30 @@ def _memory(devices: object) -> str:
     return ", ".join(parts)
 
 
-def _stage_row(index: int, plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
-    stage = plan.stages[index]
+def _alike(plan: Plan) -> list[tuple[int, int]]:
+    """First and last index of stages in a row that differ in layers only; one by one without a server."""
+    out: list[tuple[int, int]] = []
+    for index, stage in enumerate(plan.stages):
+        before = plan.stages[out[-1][1]] if out else None
+        same = before is not None and stage == before.model_copy(
+            update={"start": stage.start, "stop": stage.stop}
+        )
+        out.append((out.pop()[0] if plan.servers and same else index, index))
+    return out
+
+
+def _stage_row(first: int, last: int, plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
+    stage = plan.stages[first].model_copy(update={"stop": plan.stages[last].stop})
     state = sum(p.bytes for p in graph.parameters_of(stage.start, stage.stop))
     cut = graph.layers[stage.stop - 1].cut_bytes
     return (
-        f"stage {index}",
+        f"stage {first}" if first == last else f"stages {first}-{last}",
         f"layers {layer_range(stage.start, stage.stop)}",
         layer_names(graph, stage),
         ", ".join(f"{r.device} x {r.rows}" for r in stage.replicas),
         ", ".join(filter(None, (_depth(plan, stage), recompute_text(stage)))),
         f"{format_bytes(state)} of weights",
-        f"sends {format_bytes(cut)} a row" if index + 1 < len(plan.stages) else "ends in the loss",
+        f"sends {format_bytes(cut)} a row" if last + 1 < len(plan.stages) else "ends in the loss",
     )
 
 
