@@ -90,8 +90,9 @@ def star_of(problem: Problem) -> Star:
     """The server, and the devices that compute: by speed and memory, or with the private data they have.
 
     Raises:
-        InfeasibleError: no device is joined to one that could compute.
+        InfeasibleError: no device is joined to one that could compute, or there are too few rows.
     """
+    problem.micro_batch_choices()  # says what the batch is too small for
     ids = problem.cluster.ids
     fixed = problem.source_rows(problem.job.batch) if problem.first_is_fixed else ()
     held = {source.device for source in fixed or problem.shares}
@@ -141,8 +142,6 @@ def _by_speed(problem: Problem, server: int) -> tuple[Replica, ...]:
     if not joined:
         others = "no other device is joined to it both ways" if len(ids) > 1 else "there is no other device"
         raise InfeasibleError(f"{ids[server]} would be the server, but {others}")
-    if batch < least:
-        problem.micro_batch_choices()  # says what the batch is too small for
     joined.sort(key=lambda d: float(problem.tables.both[d, -1, -1]))
     group = tuple(sorted(joined[: batch // least]))
     shares = span_shares(problem, Span(0, len(problem.graph), group), batch, 1)
