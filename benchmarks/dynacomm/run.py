@@ -173,6 +173,29 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def links_of(row: dict[str, Any]) -> str:
+    """As its cluster is named."""
+    return "{} Mbit/s, {} ms".format(*row["cluster"].split("-")[2:])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Seconds of a step of every strategy, and the two ratios, the second one with what was predicted."""
+    names = list(SERVER_STRATEGIES)
+    out = [f"| model | link | {' | '.join(names)} | dynacomm over best rule | duplex over dynacomm |"]
+    out.append("|---" * (len(names) + 4) + "|")
+    for row in rows:
+        if "step_s" not in row:
+            out.append(f"| {row['model']} | {links_of(row)} | failed: {', '.join(row['failed'])} |")
+            continue
+        seconds = " | ".join(f"{row['step_s'][name]:.3f}" for name in names)
+        broken = "".join(" **not held**" for key in ("dynacomm_holds", "duplex_holds") if row[key] is False)
+        out.append(
+            f"| {row['model']} | {links_of(row)} | {seconds} | {row['dynacomm_over_best_simple']:.3f} "
+            f"| {row['duplex_over_dynacomm']:.3f} ({row['duplex_over_dynacomm_predicted']:.3f}){broken} |"
+        )
+    return out
+
+
 def speed_ups(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Samples per second by number of devices, over those of the same strategy with one."""
     rows: list[dict[str, Any]] = []
@@ -204,8 +227,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
                 axis.plot(range(len(mine)), measured, mark, color=color, label=name)
                 axis.plot(range(len(mine)), told, mark, color=color, fillstyle="none")
             axis.axhline(1, color=GREY, zorder=0)
-            labels = ["{} Mbit/s\n{} ms".format(*c["cluster"].split("-")[2:]) for c in mine]
-            axis.set_xticks(range(len(mine)), labels, fontsize=7)
+            axis.set_xticks(range(len(mine)), [links_of(c).replace(", ", "\n") for c in mine], fontsize=7)
             axis.set_ylim(bottom=0)
             axis.set_title(model, loc="left", fontsize=10)
         axes[0].set_ylabel("step over that of sequential")
@@ -247,9 +269,12 @@ def main() -> None:
     cells = [c for c in kept.found if "cluster" in c]
     summaries = [summary(c) for c in cells if len(c["predicted_s"]) == len(SERVER_STRATEGIES)]
     scaling = speed_ups([c for c in cells if len(c["predicted_s"]) == len(SCALED)])
-    for row in (*summaries, *scaling):
-        print(row)
-    print("accuracy as on one device:", curves["same_bits"])
+    print("\n".join(table(summaries)))
+    for row in scaling:
+        told = (f"{n} {rate:.1f} ({row['over_first'][n]:.2f}x)" for n, rate in row["samples_per_s"].items())
+        print(f"{row['devices']} devices, samples/s: {', '.join(told)}")
+    same = [name for name, found in curves["same_bits"].items() if found]
+    print(f"accuracy and parameters as on one device, bit for bit: {', '.join(same)}")
     result = {
         "seconds": time.monotonic() - began, "cells": summaries, "scaling": scaling, "accuracy": curves,
         "raw": cells,

@@ -270,15 +270,16 @@ class Done:
         return
 
 
+def lose(peer: str, tag: int, tensors: Tensors) -> Pending:
+    return Done()
+
+
 def harmed(plan: Plan, device: str, harm: str, left: int) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
     """What a run says whose ``left``-th message of a device is lost or doubled; the server's parameters."""
     work = assignment(MLP, of(MLP)[1], plan)
     work = replace(work, job=MLP.job(transfer_timeout_s=0.3))
 
     def wrap(name: str, inner: Any) -> Transport:
-        def lose(peer: str, tag: int, tensors: Tensors) -> Pending:
-            return Done()
-
         def double(peer: str, tag: int, tensors: Tensors) -> Pending:
             with inner.fabric.changed:  # so that nobody can take the first one in between
                 inner.send(peer, tag, tensors)
@@ -293,7 +294,7 @@ def harmed(plan: Plan, device: str, harm: str, left: int) -> tuple[str, dict[str
     with on_threads(MLP, plan, work, wrap=wrap) as session:
         before = {k: v.detach().clone() for k, v in session._runs["d"].parameters.items()}
         with pytest.raises(PeerError) as caught:
-            list(session.run(0, 1))
+            list(session.run(0, 2))
         return str(caught.value), before, dict(session._runs["d"].parameters)
 
 
@@ -324,6 +325,23 @@ def test_a_lost_pull_ends_the_run_at_its_receiver() -> None:
     said, _, _ = harmed(in_layers(as_aggregated=False), "d", "lose", left=1)
     assert "recv pull y0.0 from d" in said
     assert "nothing within 0.3 s" in said
+
+
+def test_a_closed_run_leaves_nothing_on_its_way() -> None:
+    """A receive that is given up would block the connection for the next run of a pool of workers."""
+    with on_threads(MLP, in_layers(as_aggregated=True)) as session:
+        list(session.run(0, 2))
+        assert session._fabric.mail  # pulls for a step that does not come
+    assert not session._fabric.mail
+
+
+def test_a_pull_that_does_not_come_is_missed_by_who_asks_for_the_state() -> None:
+    plan = in_layers(as_aggregated=False)
+    work = replace(assignment(MLP, of(MLP)[1], plan), job=MLP.job(transfer_timeout_s=0.3))
+    with on_threads(MLP, plan, work, wrap=lambda d, t: Harmed(t, lose, 2) if d == "d" else t) as session:
+        list(session.run(0, 1))
+        with pytest.raises(PeerError, match=r"c: step 0, 'recv pull y0\.0 from d .*nothing within 0\.3 s"):
+            session.snapshot()
 
 
 def test_only_actions_of_the_plan_are_recorded() -> None:

@@ -75,7 +75,7 @@ class Action:
     def crosses(self) -> bool:
         """Whether it is sent in one step and received in the next: a pull, which ends a step and begins one.
 
-        The first step of a run has nothing to receive, as every device holds the parameters.
+        A first step has nothing to receive, as every device holds the parameters.
         """
         return self.payload == "pull"
 

@@ -180,7 +180,7 @@ class DeviceRun:
             )  # fmt: skip
 
     def run(self, first: int, count: int, on_step: OnStep) -> None:
-        """Steps ``first .. first + count - 1``; before the first and after the last all copies are equal."""
+        """Steps ``first .. first + count - 1``."""
         per_epoch = self._assignment.sampler.steps_per_epoch
         every_step = self._assignment.job.scheduler_every == "step"
         place = self._assignment.cluster.ids.index(self.device)
@@ -188,7 +188,7 @@ class DeviceRun:
             seed = self._assignment.job.seed * 7_919 + index * 613 + place
             torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
             self._suffer(index)
-            result = self.executor.step(index, first=index == first, last=index == first + count - 1)
+            result = self.executor.step(index)
             if self.scheduler is not None and (every_step or (index + 1) % per_epoch == 0):
                 self.scheduler.step()
             on_step(result, self._observed(result))
@@ -215,7 +215,12 @@ class DeviceRun:
         return DeviceStep(self.device, compute, sent, received)
 
     def state(self) -> Snapshot:
-        """A copy of all that is needed to go on elsewhere."""
+        """A copy of all that is needed to go on elsewhere.
+
+        Raises:
+            PeerError: parameters that a server sent in the last step did not arrive.
+        """
+        self.executor.settle()
         state = Snapshot(
             {k: v.detach().cpu().clone() for k, v in self.parameters.items()},
             {k: v.detach().cpu().clone() for k, v in self.buffers.items()},

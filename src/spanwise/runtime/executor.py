@@ -6,6 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -94,23 +95,31 @@ class Executor:
         self._early: dict[int, _Receipt] = {}
         self._reset(-1)
 
-    def step(self, index: int, *, first: bool = True, last: bool = True) -> StepResult:
+    def step(self, index: int) -> StepResult:
         """One training step. ``PeerError`` names the device and the action at which it failed.
 
-        ``first``: of a run, so that every device holds the parameters and none waits for those of a step
-        before. ``last``: of a run, so that this device takes in what was sent to it for a step after.
+        What a server sent in the step before is taken in on the way. The first step, and the one after
+        ``settle``, waits for none of it.
         """
         self._reset(index)
-        self._first = first
         self._recorder.begin(index)
         self._post()
         for action in self._actions:
             self._do(action, self._handlers[action.kind])
-        for action in self._crossing if last else ():
-            self._do(action, self._settle)
         self._outbox.drain()
         loss = float(self._loss) if self._loss is not None else 0.0
         return StepResult(index, loss, self._recorder.end())
+
+    def settle(self) -> None:
+        """Takes in what a server sent for a next step: then all copies of a parameter are equal."""
+        for action in self._crossing:
+            if action.transfer in self._early:
+                self._do(action, self._settle)
+
+    def _settle(self, action: Action) -> None:
+        pending, values = self._early.pop(action.transfer)
+        pending.wait(self._timeout_s)
+        self._exchange.arrived(action, values)
 
     def _do(self, action: Action, handler: Callable[[Action], None]) -> None:
         try:
@@ -120,14 +129,18 @@ class Executor:
             raise PeerError(f"{where}: {error}", device=error.device) from None
 
     def close(self) -> None:
-        """Stops the threads that run reductions and watch over sends."""
+        """Takes in what is on its way and stops the threads that run reductions and watch over sends.
+
+        A receive that is given up leaves its message in the way of all that follow on the connection.
+        """
+        with suppress(PeerError):
+            self.settle()
         self._outbox.close()
         for ring in self._rings.values():
             ring.shutdown(wait=False, cancel_futures=True)
 
     def _reset(self, index: int) -> None:
         self._step = index
-        self._first = True
         self._due = deque(self._recvs)
         self._left = len(self._recvs) + len(self._crossing)  # receives that have not been taken in
         self._pending: dict[int, _Receipt] = {}
@@ -195,19 +208,13 @@ class Executor:
         return pending, ()
 
     def _recv(self, action: Action) -> None:
-        if not action.crosses:
-            self._take(action, self._pending.pop(action.transfer))
-        elif not self._first:
-            self._take(action, self._crossed.pop(action.transfer))
+        receipt = (self._crossed if action.crosses else self._pending).pop(action.transfer, None)
+        if receipt is not None:  # nothing has crossed into a first step
+            self._take(action, *receipt)
         self._left -= 1
         self._post()
 
-    def _settle(self, action: Action) -> None:
-        """Takes in what was sent for the next step, as no step follows at once."""
-        self._take(action, self._early.pop(action.transfer))
-
-    def _take(self, action: Action, receipt: _Receipt) -> None:
-        pending, values = receipt
+    def _take(self, action: Action, pending: Pending, values: Flat) -> None:
         start = time.monotonic()
         pending.wait(self._timeout_s)
         end = time.monotonic()
