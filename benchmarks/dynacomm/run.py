@@ -76,21 +76,21 @@ def star(devices: int, mbit: float, latency_ms: float) -> Cluster:
     ]
     return Cluster.parse(
         {
-            **data, "name": f"star-{devices}-{mbit:g}-{latency_ms:g}",
+            **data, "name": f"star-{devices}-{mbit:g}-{latency_ms:g}", "data": names,
             "devices": [server, *({**worker, "id": name} for name in names)], "links": [*links, inside],
         }
     )  # fmt: skip
 
 
 def prepared_job(model: str, batch: int) -> Prepared:
-    """The traced model with generated images."""
+    """The traced model with generated images, which stay where they are, equally many on each device."""
     data = {"name": "spanwise.zoo.data:synthetic_images", "rows": 512, "shape": [3, 32, 32], "classes": 10}
     return prepare(
         Job.parse(
             {
                 "name": model, "model": MODELS[model], "data": data, "batch": batch, "steps": 4,
                 "checkpoint_every": 0, "optimizer": {"name": "SGD", "lr": 0.01, "momentum": 0.9},
-                "transfer_timeout_s": 300.0,
+                "transfer_timeout_s": 300.0, "private": True,
             }
         )
     )  # fmt: skip
