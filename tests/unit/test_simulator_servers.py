@@ -95,6 +95,8 @@ def test_only_the_server_keeps_the_state_of_the_optimizer() -> None:
         for copies in (0, 2)
     )
     assert many["d0"] == few["d0"]
+    # Parameters, gradients, the copy that is pulled, and the gradients while they are pushed.
+    assert few["d0"][0] == 4 * 400
     assert many["s"][0] == few["s"][0] + 2 * 400
     assert [few[device][1] for device in ("d0", "d1", "s")] == [400, 400, 800]
 

@@ -150,7 +150,7 @@ class Engine:
                     lane.blocked_since = now
                     return True
                 self._arrived.discard(key)
-                lane.consumed += action.nbytes
+                lane.consumed += 0 if action.crosses else action.nbytes
             case "reduce":
                 self._join(lane, action, now)
             case "norm":
@@ -251,7 +251,8 @@ class Engine:
 
     def _arrive(self, message: _Message, now: float) -> None:
         key = (message.step + message.action.crosses, message.action.transfer)
-        self.memory.add(message.action.peer, message.action.nbytes, now)
+        if not message.action.crosses:  # its buffer is part of the base
+            self.memory.add(message.action.peer, message.action.nbytes, now)
         self._arrived.add(key)
         lane = self._waiting.pop(key, None)
         if lane is not None:

@@ -74,7 +74,11 @@ class Costs:
                 if device in stage.devices
                 for layer in graph.layers[stage.start : stage.stop]
             )
-            travels = sum(a.nbytes for a in program.devices[device] if a.kind == "reduce")
+            # Flat buffers that are there throughout: of sums, and of what is pulled for the next step.
+            kept = (
+                a for a in program.devices[device] if a.kind == "reduce" or (a.kind == "recv" and a.crosses)
+            )
+            travels = sum(a.nbytes for a in kept)
             state = state_bytes(held, buffers, copies, synced=False)
             self.base[device] = state + state_bytes(used, 0, 0, synced=False) + travels
             stepped = self._bytes(name for name in own if name not in program.served)
