@@ -44,7 +44,8 @@ SCALED = ("sequential", "layer_by_layer", "ibatch", "dynacomm", "duplex")
 SIMPLE = tuple(name for name in SERVER_STRATEGIES if name not in ("dynacomm", "duplex"))
 ROUND_S = 40.0  # a strategy's turn: as many steps as fit, from one to five
 SLACK, CLEAR = 0.03, 0.05  # dynacomm against the best simple rule; a gain of duplex that must show
-GUESSED = 5  # strategies of a cell that make unlike plans, for the estimate
+# For the estimate: strategies of a cell that make unlike plans, seconds until a cell steps, speed of a device.
+GUESSED, SET_UP_S, FLOPS_PER_S = 6, 25.0, 5e9
 
 
 def options() -> argparse.Namespace:
@@ -98,14 +99,17 @@ def prepared_job(model: str, batch: int) -> Prepared:
 
 def estimate_s(args: argparse.Namespace) -> float:
     """About how long all of it takes: a step is all bytes there, all bytes back, and compute."""
-    total = 60.0 + 5.0 * args.epochs
+    total = 20.0 + 5.0 * args.epochs
     for model in args.models:
-        nbytes = prepared_job(model, 8).traced.graph.parameter_bytes
+        graph = prepared_job(model, 8).traced.graph
+        flops = args.rows * sum(layer.forward_flops + layer.backward_flops for layer in graph.layers)
         cells = [(DEVICES, rate, GUESSED) for rate in args.rates for _ in args.latencies]
         cells += [(count, 50.0, len(SCALED)) for count in args.scaling if model == args.models[0]]
         for devices, mbit, strategies in cells:
-            step_s = 1.5 + 2 * nbytes * 8e-6 / min(mbit, 200.0 / devices)
-            total += 45.0 + strategies * args.rounds * (2 + _steps(step_s)) * step_s
+            step_s = (
+                0.05 + flops / FLOPS_PER_S + 2 * graph.parameter_bytes * 8e-6 / min(mbit, 200.0 / devices)
+            )
+            total += SET_UP_S + strategies * args.rounds * (2 + _steps(step_s)) * step_s
     return total
 
 
