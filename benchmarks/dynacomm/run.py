@@ -44,7 +44,7 @@ SCALED = ("sequential", "layer_by_layer", "ibatch", "dynacomm", "duplex")
 SIMPLE = tuple(name for name in SERVER_STRATEGIES if name not in ("dynacomm", "duplex"))
 ROUND_S = 40.0  # a strategy's turn: as many steps as fit, from one to five
 SLACK, CLEAR = 0.03, 0.05  # dynacomm against the best simple rule; a gain of duplex that must show
-# For the estimate: strategies of a cell that make unlike plans, seconds until a cell steps, speed of a device.
+# For the estimate: strategies of a cell with unlike plans, seconds until a cell steps, speed of a device.
 GUESSED, SET_UP_S, FLOPS_PER_S = 6, 25.0, 5e9
 
 
