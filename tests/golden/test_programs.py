@@ -1,4 +1,4 @@
-"""Programs of six plans as text, so that a change of lowering shows as a diff."""
+"""Programs of eight plans as text, so that a change of lowering shows as a diff."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Callable
 import pytest
 
 from plan_cases import chain, plan, stage
+from server_cases import served, server_plan
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan
 from spanwise.core.program import parse_actions
 from spanwise.lowering import lower
+from spanwise.planner.segments import Cuts
 
 
 def in_segments(found: Plan, count: int) -> Plan:
@@ -43,6 +45,14 @@ CASES: dict[str, tuple[Plan, ModelGraph]] = {
         GRAPH,
     ),
     "program-segments": (in_segments(plan(GRAPH, stage(0, 4, "a:3 b:5")), 2), GRAPH),
+    "program-server": (
+        server_plan(GRAPH, {"a": 3, "b": 5}, served(["a", "b"], Cuts((1, 3, 4), (2, 4)))),
+        GRAPH,
+    ),
+    "program-duplex": (
+        server_plan(TIED, {"a": 3, "b": 5}, served(["a", "b"], Cuts((1, 4), (2, 3, 4)), order=(1, 0))),
+        TIED,
+    ),
     "program-tied": (
         plan(TIED, stage(0, 2, "a:1 b:3", 2), stage(2, 4, "c:4"), sources="d:4"),
         TIED,
@@ -53,6 +63,6 @@ CASES: dict[str, tuple[Plan, ModelGraph]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_program(name: str, golden: Callable[[str, str], None]) -> None:
     found, graph = CASES[name]
-    program = lower(found, graph, clip=name == "program-hybrid")
+    program = lower(found, graph, clip=name in ("program-hybrid", "program-server"))
     assert parse_actions(str(program)) == program.devices
     golden(name, str(program))

@@ -11,9 +11,9 @@ from spanwise.core.cluster import EVERYWHERE, Cluster, DataShare, Device, Emulat
 from spanwise.core.faults import Fault
 from spanwise.core.job import Job, Recipe
 from spanwise.core.model import Layer, ModelGraph, Parameter, TensorSpec
-from spanwise.core.plan import Plan, Replica, Stage, Sync, Wire
+from spanwise.core.plan import Plan, Replica, ServerSync, Stage, Sync, Wire
 from spanwise.core.profile import DeviceTimes, LayerTimes, LinkTimes, Profile, TimeTable
-from spanwise.core.program import Action, Payload, Program, ProgramFile
+from spanwise.core.program import Action, Program, ProgramFile, RowPayload, SegmentPayload
 from spanwise.core.timeline import DeviceUse, MemoryPoint, Span, Timeline
 
 ids = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,8}", fullmatch=True)
@@ -150,6 +150,18 @@ def replicas(draw: st.DrawFn, rows: int) -> tuple[Replica, ...]:
 
 
 @st.composite
+def servers(draw: st.DrawFn, start: int, stop: int) -> ServerSync:
+    """Of layers ``[start, stop)``."""
+    inner = st.sets(st.integers(start, stop), max_size=3).map(lambda found: found - {start, stop})
+    pushes, pulls = ((*sorted(draw(inner)), stop) for _ in range(2))
+    names = draw(st.lists(ids, min_size=3, max_size=3, unique=True))
+    return ServerSync(
+        server=names[0], devices=tuple(names[draw(st.integers(0, 1)) :]), start=start, pushes=pushes,
+        pulls=pulls, order=draw(st.permutations(range(len(pulls)))), as_aggregated=draw(st.booleans()),
+    )  # fmt: skip
+
+
+@st.composite
 def plans(draw: st.DrawFn) -> Plan:
     rows = draw(st.integers(1, 32))
     edges = [0, *sorted(draw(st.sets(st.integers(1, 20), min_size=1, max_size=3)))]
@@ -160,9 +172,10 @@ def plans(draw: st.DrawFn) -> Plan:
     order = draw(st.none() | st.just(" ".join(f"F{m} I{m} W{m}" for m in range(micro_batches))))
     wire = st.builds(Wire, source=ids, target=ids, precision=st.sampled_from(["full", "half", "int8"]))
     sync = st.builds(Sync, layers=ranges, devices=tuples(ids, 2), segments=st.integers(1, 9))
+    served = [draw(servers(a, b)) for a, b in pairwise(edges) if draw(st.booleans())]
     return Plan(
         strategy=draw(texts), graph_digest=draw(texts), micro_batches=micro_batches,
-        micro_batch_rows=rows, sources=draw(replicas(rows)), syncs=draw(tuples(sync)),
+        micro_batch_rows=rows, sources=draw(replicas(rows)), syncs=(*draw(tuples(sync)), *served),
         wires=draw(tuples(wire)),
         schedule="zero_bubble" if order else draw(st.sampled_from(["gpipe", "1f1b"])),
         stages=tuple(
@@ -202,8 +215,11 @@ actions = st.one_of(
     st.builds(Action, st.just("backward_weight"), stage=stages, micro_batch=stages, rows=ranges,
               layers=ranges),
     st.builds(Action, st.sampled_from(["send", "recv"]), stage=st.just(-1) | stages, micro_batch=stages,
-              rows=ranges, payload=st.sampled_from(get_args(Payload)), peer=ids, transfer=counts,
+              rows=ranges, payload=st.sampled_from(get_args(RowPayload)), peer=ids, transfer=counts,
               nbytes=counts),
+    st.builds(Action, st.sampled_from(["send", "recv"]), payload=st.sampled_from(get_args(SegmentPayload)),
+              sync=stages, segment=stages, peer=ids, transfer=counts, nbytes=counts),
+    st.builds(Action, st.just("update"), sync=stages, segment=stages, nbytes=counts),
     st.builds(Action, st.just("reduce"), sync=stages, segment=stages, nbytes=counts, members=tuples(ids, 1)),
     st.builds(Action, st.just("norm"), members=tuples(ids, 1)),
 )  # fmt: skip
@@ -211,6 +227,7 @@ programs = st.builds(
     Program,
     st.dictionaries(ids, tuples(actions), max_size=3),
     st.dictionaries(ids, tuples(texts), max_size=3),
+    tuples(tuples(tuples(texts))),
     tuples(tuples(tuples(texts))),
 )
 program_files = programs.map(ProgramFile.of)

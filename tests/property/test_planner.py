@@ -12,7 +12,14 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.lowering import check, lower, natural_syncs
-from spanwise.planner import BASELINES, STRATEGIES, Problem, lower_bound, make_plan
+from spanwise.planner import (
+    BASELINES,
+    SERVER_STRATEGIES,
+    STRATEGIES,
+    Problem,
+    lower_bound,
+    make_plan,
+)
 from spanwise.planner.feasible import broken_rule, shortage
 from spanwise.planner.price import price
 from spanwise.planner.trial import timeline
@@ -95,6 +102,28 @@ def test_baselines_keep_to_the_rules_or_say_why_not(problem: Problem, strategy: 
         assert reason.startswith(f"{strategy}: ")
         return
     check_plan(problem, plan)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(problems, st.sampled_from(list(SERVER_STRATEGIES)))
+def test_plans_over_a_server_keep_to_the_rules_or_say_why_not(problem: Problem, strategy: str) -> None:
+    plan, reason = attempt(problem, strategy)
+    if plan is None:
+        assert reason.startswith(f"{strategy}: ")
+        assert "\n" not in reason
+        return
+    assert (plan.strategy, plan.batch) == (strategy, problem.job.batch)
+    assert Plan.from_json(plan.to_json()) == plan
+    check(lower(plan, problem.graph, clip=problem.job.clip_norm is not None), plan, problem.graph)
+    assert broken_rule(problem, plan) == ""
+    if problem.job.private or problem.cluster.data == "everywhere":
+        assert plan.stages[0].replicas == plan.stages[-1].replicas == plan.sources
+    (sync,) = plan.servers
+    assert set(sync.clients) == set(plan.computing) - {sync.server}
+    found = timeline(problem, plan)
+    assert found.step_time_s >= lower_bound(problem).step_time_s * (1 - 1e-9)
+    for use in found.devices:
+        assert use.peak_memory_bytes <= problem.cluster.device(use.device).memory_bytes
 
 
 def attempt(problem: Problem, strategy: str) -> tuple[Plan | None, str]:

@@ -44,6 +44,7 @@ def test_the_folder_has_what_its_page_lists() -> None:
         "edge-lan.toml",
         "two-site-wan.toml",
         "hiertrain-3.toml",
+        "dynacomm-5.toml",
         "dsparse-7.toml",
         "home.toml",
     ]
@@ -130,6 +131,13 @@ def test_the_data_of_hiertrain_and_of_a_home_is_on_one_device() -> None:
     for name, device in (("hiertrain-3.toml", "device"), ("home.toml", "laptop")):
         assert [share.device for share in load(name).data_devices()] == [device]
     assert [d.tier for d in load("hiertrain-3.toml").devices] == ["end", "edge", "cloud"]
+
+
+def test_dynacomm_has_a_server_with_the_fastest_links() -> None:
+    cluster, graph = load("dynacomm-5.toml"), make_graph(8)
+    problem = Problem(graph, make_profile(graph, cluster), cluster, make_job(32))
+    assert [sync.server for sync in make_plan(problem, "dynacomm").servers] == ["server"]
+    assert {mbit(cluster, "server", d) for d in cluster.ids if d != "server"} == {50}
 
 
 def test_dsparse_has_seven_memory_sizes() -> None:

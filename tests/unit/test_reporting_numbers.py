@@ -13,8 +13,10 @@ import pytest
 from reporting_run import hybrid_plan, play, single_plan, small_graph, write_run
 from rich.console import Console
 
+from server_cases import served, server_plan
 from spanwise.core.defaults import default_cluster
 from spanwise.core.timeline import DeviceUse, MemoryPoint, Span, Timeline
+from spanwise.planner.segments import Cuts
 from spanwise.reporting import chrome_trace, describe_plan, error_ratio, plan_table, summarize, write_report
 from spanwise.reporting.axis import axis, time_unit
 from spanwise.reporting.curves import buckets
@@ -273,6 +275,28 @@ class TestText:
         assert told.splitlines()[-1] == "  end-1: reads data only"
         assert "1 stage on 2 devices" in told
         assert "all forwards first" in told
+
+    def test_describe_a_server(self) -> None:
+        graph = small_graph()
+        plan = server_plan(
+            graph, {"a": 3, "b": 5}, served(["a", "b"], Cuts((2, len(graph)), (1, len(graph))))
+        )
+        lines = describe_plan(plan, graph).splitlines()
+        assert lines[0].startswith("test: 3 stages on 3 devices")
+        assert lines[1].startswith(f"  stages 0-2  layers 0-{len(graph) - 1}  ")
+        assert lines[2] == (
+            f"  s updates layers 0-{len(graph) - 1} for a, b: gradients in 2 segments, parameters in 2, "
+            "after all gradients are in"
+        )
+        spans = [
+            span("a", "forward", 0, 1), span("a>s", "push", 1, 2, action="push y0.1 to s #2 400B"),
+            span("s", "update", 2, 3, action="update y0.1 400B"), span("s>a", "pull", 3, 4, action="pull"),
+        ]  # fmt: skip
+        view = step_view(timeline(spans=tuple(spans)))
+        assert view is not None
+        assert {lane: bars[0].style for lane, bars in view.lanes.items()} == {
+            "a": "fwd", "a>s": "red", "s": "upd", "s>a": "act",
+        }  # fmt: skip
 
     def test_describe_layers_that_run_again(self) -> None:
         graph = small_graph()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Literal
+from itertools import combinations, pairwise
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from spanwise.core.cluster import Id
 from spanwise.core.errors import PlanError
@@ -93,6 +94,80 @@ class Sync(Noun):
     segments: int = Field(default=1, ge=1)
 
 
+class ServerSync(Noun):
+    """Gradients of layers ``[start, stop)`` pushed to a server, their parameters pulled from it, once a step.
+
+    The server (a parameter server: Li et al., "Scaling Distributed Machine Learning with the Parameter
+    Server", OSDI 2014) sums in the order of ``devices``, updates, and keeps the state of the optimizer, which
+    the devices do without. Meant are the parameters that exactly these devices hold, as in a Sync. The server
+    may be one of them: what is its own does not travel.
+
+    ``pushes`` and ``pulls`` cut the layers into segments, each a message: of every segment the layer after
+    its last, rising; the last is ``stop``. A parameter travels with the first layer that uses it. ``order``
+    has every pull once, as the server sends them. With ``as_aggregated`` it updates a segment as soon as all
+    gradients of it are in and sends what it may; else it updates nothing before all gradients are in, so that
+    a step that fails in between has changed nothing.
+    """
+
+    server: Id
+    devices: tuple[Id, ...] = Field(min_length=1)
+    start: int = Field(default=0, ge=0)
+    pushes: tuple[int, ...] = Field(min_length=1)
+    pulls: tuple[int, ...] = Field(min_length=1)
+    order: tuple[int, ...]
+    as_aggregated: bool = False
+
+    @model_validator(mode="after")
+    def _whole(self) -> ServerSync:
+        where = f"plan: server '{self.server}'"
+        for what, ends in (("push", self.pushes), ("pull", self.pulls)):
+            if any(a >= b for a, b in pairwise((self.start, *ends))):
+                raise PlanError(
+                    f"{where}: {what} segments of layers from {self.start} on end at "
+                    f"{', '.join(map(str, ends))}; ends must rise, each segment holds a layer"
+                )
+        if self.pushes[-1] != self.pulls[-1]:
+            raise PlanError(
+                f"{where}: pushes end at layer {self.pushes[-1]}, pulls at {self.pulls[-1]}; "
+                "all layers travel both ways"
+            )
+        if sorted(self.order) != list(range(len(self.pulls))):
+            raise PlanError(
+                f"{where}: order {', '.join(map(str, self.order)) or 'missing'} of {len(self.pulls)} pulls; "
+                "it must have each of them once"
+            )
+        if len(set(self.devices)) != len(self.devices):
+            raise PlanError(f"{where} lists a device twice: {', '.join(self.devices)}")
+        if self.devices == (self.server,):
+            raise PlanError(f"{where} serves nobody but itself; remove it, a device updates what it holds")
+        return self
+
+    @property
+    def stop(self) -> int:
+        """The layer after the last."""
+        return self.pushes[-1]
+
+    @property
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        """As half-open ranges, like those of a Sync."""
+        return ((self.start, self.stop),)
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """The devices that push and pull: all but the server itself."""
+        return tuple(device for device in self.devices if device != self.server)
+
+
+def _form_of_sync(data: object) -> str:
+    is_server = isinstance(data, ServerSync) or (isinstance(data, dict) and "server" in cast("Any", data))
+    return "server" if is_server else "ring"
+
+
+AnySync = Annotated[  # told apart by form, so that an error speaks of the form that was written
+    Annotated[Sync, Tag("ring")] | Annotated[ServerSync, Tag("server")], Discriminator(_form_of_sync)
+]
+
+
 class Wire(Noun):
     """Activations and gradients from one device to another travel with fewer bits than they have."""
 
@@ -111,7 +186,7 @@ class Plan(Noun):
         sources: where the rows of each micro-batch start out, consecutively, as replicas.
         stages: cover layers 0..L in order and every row of a micro-batch once each.
         schedule: order of forwards and backwards inside a stage; under ``zero_bubble`` each has its own.
-        syncs: gradient sums. Every parameter held by several devices must be covered.
+        syncs: gradient sums, by a ring or a server. Every parameter held by several devices must be covered.
         wires: between which devices activations and gradients travel in reduced precision; all others, and
             all raw rows and gradient sums, travel as they are. With any of them a plan is not exact.
     """
@@ -123,7 +198,7 @@ class Plan(Noun):
     sources: tuple[Replica, ...] = Field(min_length=1)
     stages: tuple[Stage, ...] = Field(min_length=1)
     schedule: ScheduleName = "1f1b"
-    syncs: tuple[Sync, ...] = ()
+    syncs: tuple[AnySync, ...] = ()
     wires: tuple[Wire, ...] = ()
 
     @model_validator(mode="after")
@@ -151,6 +226,7 @@ class Plan(Noun):
         if len(set(holders)) != len(holders):
             raise PlanError(f"plan '{self.strategy}': sources list a device twice: {', '.join(holders)}")
         self._check_orders()
+        self._check_servers()
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if self.schedule == "1f1b" and after.warmup > before.warmup:
                 raise PlanError(
@@ -178,6 +254,25 @@ class Plan(Noun):
             if ahead > stage.warmup:
                 raise PlanError(f"{where} runs {ahead} forwards ahead, its warm-up depth is {stage.warmup}")
 
+    def _check_servers(self) -> None:
+        for sync in self.servers:
+            if sync.stop > self.stages[-1].stop:
+                raise PlanError(
+                    f"plan '{self.strategy}': server '{sync.server}' serves layers "
+                    f"[{sync.start}:{sync.stop}) of {self.stages[-1].stop}"
+                )
+        for one, other in combinations(self.servers, 2):
+            if one.start < other.stop and other.start < one.stop:
+                raise PlanError(
+                    f"plan '{self.strategy}': layer {max(one.start, other.start)} is served by "
+                    f"'{one.server}' and by '{other.server}'; a layer has one server"
+                )
+
+    @property
+    def servers(self) -> tuple[ServerSync, ...]:
+        """Those of the syncs that go over a server."""
+        return tuple(sync for sync in self.syncs if isinstance(sync, ServerSync))
+
     def precision(self, source: str, target: str) -> Precision:
         """How activations and gradients travel from one device to another."""
         return self._precisions.get((source, target), "full")
@@ -198,9 +293,15 @@ class Plan(Noun):
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Every device that takes part, sources included, in order of first mention."""
-        computing = [device for stage in self.stages for device in stage.devices]
-        return tuple(dict.fromkeys(computing + [source.device for source in self.sources]))
+        """Every device that takes part, sources and servers included, in order of first mention."""
+        found = [device for stage in self.stages for device in stage.devices]
+        found += [source.device for source in self.sources]
+        return tuple(dict.fromkeys(found + [sync.server for sync in self.servers]))
+
+    @property
+    def computing(self) -> tuple[str, ...]:
+        """Devices that hold a stage, in order of first mention."""
+        return tuple(dict.fromkeys(device for stage in self.stages for device in stage.devices))
 
 
 def row_ranges(replicas: tuple[Replica, ...]) -> tuple[tuple[str, int, int], ...]:

@@ -21,10 +21,14 @@ Kind = Literal[
     "send",
     "recv",
     "reduce",
+    "update",
     "norm",
     "step",
 ]
-Payload = Literal["input", "label", "activation", "gradient"]
+RowPayload = Literal["input", "label", "activation", "gradient"]
+SegmentPayload = Literal["push", "pull"]
+Payload = RowPayload | SegmentPayload
+SEGMENTS: tuple[str, ...] = get_args(SegmentPayload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +38,18 @@ class Action:
     Attributes:
         kind: ``load`` reads own data rows; ``forward``/``backward`` compute a stage on own rows, and
             ``backward_input`` what the stage before waits for, ``backward_weight`` the rest of a backward;
-            ``send``/``recv`` move rows; ``reduce`` sums gradients over devices (in the background, until the
-            step); ``norm`` sums the squared gradient norm; ``step`` waits for the reductions and updates.
+            ``send``/``recv`` move rows, or parameters and gradients of a segment to and from a server;
+            ``reduce`` sums gradients over devices (in the background, until the step); ``update`` is a
+            server's of one segment; ``norm`` sums the squared gradient norm; ``step`` waits for the
+            reductions and updates what no server does.
         stage: of compute; for activations and gradients the stage *before* the cut. -1 = none.
         micro_batch: index, -1 = none.
         rows: half-open range inside the micro-batch.
         layers: half-open range of a ``backward_weight`` that is done in parts; None = the whole stage.
         payload, peer, transfer, nbytes: of ``send`` and ``recv``; both ends carry the same transfer number.
         precision: of ``send`` and ``recv``; how values travel.
-        sync, segment, members, nbytes: of ``reduce`` and ``norm``.
+        sync, segment, nbytes: of ``reduce``, ``update``, pushes and pulls.
+        members: of ``reduce`` and ``norm``.
     """
 
     kind: Kind
@@ -64,6 +71,14 @@ class Action:
         """The kind of compute, with its layers if it is only a part: what takes the same time every time."""
         return self.kind if self.layers is None else f"{self.kind} [{self.layers[0]}:{self.layers[1]})"
 
+    @property
+    def crosses(self) -> bool:
+        """Whether it is sent in one step and received in the next: a pull, which ends a step and begins one.
+
+        A first step has nothing to receive, as every device holds the parameters.
+        """
+        return self.payload == "pull"
+
     def __str__(self) -> str:
         a, b = self.rows
         match self.kind:
@@ -75,13 +90,18 @@ class Action:
             case "send" | "recv":
                 way = "to" if self.kind == "send" else "from"
                 stage = f"s{self.stage} " if self.stage >= 0 else ""
+                what = f"{stage}m{self.micro_batch} [{a}:{b})"
+                if self.payload in SEGMENTS:
+                    what = f"y{self.sync}.{self.segment}"
                 return (
-                    f"{self.kind} {self.payload} {stage}m{self.micro_batch} [{a}:{b}) "
+                    f"{self.kind} {self.payload} {what} "
                     f"{way} {self.peer} #{self.transfer} {self.nbytes}B"
                     f"{'' if self.precision == 'full' else ' ' + self.precision}"
                 )
             case "reduce":
                 return f"reduce y{self.sync}.{self.segment} {self.nbytes}B over {','.join(self.members)}"
+            case "update":
+                return f"update y{self.sync}.{self.segment} {self.nbytes}B"
             case "norm":
                 return f"norm over {','.join(self.members)}"
             case "step":
@@ -98,6 +118,7 @@ class Action:
 
 
 _ROWS = r"\[(?P<a>\d+):(?P<b>\d+)\)"
+_SEGMENT = r"y(?P<y>\d+)\.(?P<g>\d+)"
 _NAMES = r"(?P<members>[A-Za-z0-9_.,-]+)"
 
 
@@ -130,8 +151,18 @@ def _move(m: re.Match[str]) -> Action:
     )
 
 
+def _exchange(m: re.Match[str]) -> Action:
+    payload: Any = m["payload"]
+    kind = "recv" if m["send"] is None else "send"
+    return replace(_segment(m, kind), payload=payload, peer=m["peer"], transfer=int(m["t"]))
+
+
+def _segment(m: re.Match[str], kind: Kind) -> Action:
+    return Action(kind, sync=int(m["y"]), segment=int(m["g"]), nbytes=int(m["n"]))
+
+
 def _reduce(m: re.Match[str]) -> Action:
-    return Action("reduce", sync=int(m["y"]), segment=int(m["g"]), nbytes=int(m["n"]), members=_members(m))
+    return replace(_segment(m, "reduce"), members=_members(m))
 
 
 _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Action]], ...] = (
@@ -144,17 +175,25 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Action]], ...] = 
     ),
     (
         re.compile(
-            rf"(?:(?P<send>send)|recv) (?P<payload>{'|'.join(get_args(Payload))}) "
+            rf"(?:(?P<send>send)|recv) (?P<payload>{'|'.join(get_args(RowPayload))}) "
             rf"(?:s(?P<s>\d+) )?m(?P<m>\d+) {_ROWS} (?(send)to|from) "
             rf"(?P<peer>[A-Za-z0-9_.-]+) #(?P<t>\d+) (?P<n>\d+)B(?: (?P<precision>half|int8))?"
         ),
         _move,
     ),
     (
+        re.compile(
+            rf"(?:(?P<send>send)|recv) (?P<payload>{'|'.join(SEGMENTS)}) {_SEGMENT} (?(send)to|from) "
+            rf"(?P<peer>[A-Za-z0-9_.-]+) #(?P<t>\d+) (?P<n>\d+)B"
+        ),
+        _exchange,
+    ),
+    (
         re.compile(rf"load m(?P<m>\d+) {_ROWS}"),
         lambda m: Action("load", micro_batch=int(m["m"]), rows=_rows(m)),
     ),
-    (re.compile(rf"reduce y(?P<y>\d+)\.(?P<g>\d+) (?P<n>\d+)B over {_NAMES}"), _reduce),
+    (re.compile(rf"reduce {_SEGMENT} (?P<n>\d+)B over {_NAMES}"), _reduce),
+    (re.compile(rf"update {_SEGMENT} (?P<n>\d+)B"), lambda m: _segment(m, "update")),
     (re.compile(rf"norm over {_NAMES}"), lambda m: Action("norm", members=_members(m))),
     (re.compile(r"step"), lambda _: Action("step")),
 )
@@ -168,19 +207,40 @@ class Program:
     """Actions per device, in the order in which each device takes them.
 
     ``held`` names, per device, the parameters that it owns a copy of. ``buckets[sync][segment]`` names the
-    parameters whose gradients are summed together.
+    parameters whose gradients are summed together, ``pulled[sync][segment]`` those that a server sends
+    together.
     """
 
     devices: dict[str, tuple[Action, ...]]
     held: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     buckets: Buckets = ()
+    pulled: Buckets = ()
+
+    @cached_property
+    def served(self) -> dict[str, str]:
+        """The server of each parameter that has one."""
+        return {
+            name: device
+            for device, actions in self.devices.items()
+            for action in actions
+            if action.kind == "update"
+            for name in self.buckets[action.sync][action.segment]
+        }
+
+    @cached_property
+    def updated(self) -> dict[str, tuple[str, ...]]:
+        """Per device those of the held parameters that its own optimizer updates, as no other server does."""
+        return {
+            device: tuple(name for name in names if self.served.get(name, device) == device)
+            for device, names in self.held.items()
+        }
 
     @cached_property
     def owned(self) -> dict[str, tuple[str, ...]]:
-        """Each held parameter once, under the first device that holds it."""
+        """Each held parameter once, under the first device that updates it."""
         seen: set[str] = set()
         out: dict[str, tuple[str, ...]] = {}
-        for device, names in self.held.items():
+        for device, names in self.updated.items():
             out[device] = tuple(name for name in names if name not in seen)
             seen.update(names)
         return out
@@ -222,14 +282,15 @@ class ProgramFile(Noun):
     devices: dict[str, tuple[str, ...]]
     held: dict[str, tuple[str, ...]]
     buckets: Buckets = ()
+    pulled: Buckets = ()
 
     @classmethod
     def of(cls, program: Program) -> ProgramFile:
         """The file form of a Program."""
         actions = {d: tuple(map(str, a)) for d, a in program.devices.items()}
-        return cls(devices=actions, held=program.held, buckets=program.buckets)
+        return cls(devices=actions, held=program.held, buckets=program.buckets, pulled=program.pulled)
 
     def program(self) -> Program:
         """The Program that it describes."""
         actions = {d: tuple(map(Action.parse, a)) for d, a in self.devices.items()}
-        return Program(actions, self.held, self.buckets)
+        return Program(actions, self.held, self.buckets, self.pulled)

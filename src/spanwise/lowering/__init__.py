@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from spanwise.lowering.check import check
-from spanwise.lowering.lower import holders, lower, natural_syncs, unchecked
+from spanwise.lowering.lower import lower, unchecked
 from spanwise.lowering.moves import Move, buffer_holders, move_bytes, moves
+from spanwise.lowering.syncs import buckets_of, holders, natural_syncs, updaters
 
 __all__ = [
     "Move",
+    "buckets_of",
     "buffer_holders",
     "check",
     "holders",
@@ -16,4 +18,5 @@ __all__ = [
     "moves",
     "natural_syncs",
     "unchecked",
+    "updaters",
 ]

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from spanwise.core.errors import PlanError
 from spanwise.core.model import ModelGraph
-from spanwise.core.plan import Plan, row_ranges
-from spanwise.core.program import Action, Program
+from spanwise.core.plan import Plan, ServerSync, row_ranges
+from spanwise.core.program import SEGMENTS, Action, Program
+from spanwise.lowering.syncs import pulled, steppers, updaters
 
-_Key = tuple[str, int, int]  # kind, stage, micro-batch; of reductions kind, sync, segment
+_Key = tuple[str, int, int]  # kind, stage, micro-batch; of reductions and updates kind, sync, segment
 
 
 def check(program: Program, plan: Plan, graph: ModelGraph) -> None:
@@ -17,16 +18,20 @@ def check(program: Program, plan: Plan, graph: ModelGraph) -> None:
 
     Pairing: every send has exactly one receive of the same rows and bytes, and every member of a
     reduction takes part in it. Coverage: every device loads, computes, reduces and updates exactly what
-    the plan gives it, once. Order: on every device data arrives before its use and leaves after it is
-    made, and a segment is summed after all of its gradients. Termination: run in any timing, every action
-    is reached.
+    the plan gives it, once; every parameter with a server goes once each way between it and each device.
+    Order: on every device data arrives before its use and leaves after it is made, and a segment is summed
+    after all of its gradients. Termination: run in any timing, every action is reached, as what is pulled was
+    sent in the step before.
     """
     if len(program.buckets) != len(plan.syncs):
         raise PlanError(
             f"program: has buckets for {len(program.buckets)} of the plan's {len(plan.syncs)} syncs"
         )
+    if program.pulled != pulled(plan, graph, program.buckets):
+        raise PlanError("program: its pulls are not those of the plan; lower it again")
     _check_pairs(program)
-    work = _work(program, plan)
+    _check_exchanges(program, plan, graph)
+    work = _work(program, plan, graph)
     for device in dict.fromkeys((*plan.devices, *program.devices)):
         actions = program.devices.get(device, ())
         _check_coverage(device, _joined(device, actions, plan), work.get(device, {}))
@@ -56,11 +61,7 @@ def _check_pairs(program: Program) -> None:
             other = "receive" if action.kind == "send" else "send"
             raise PlanError(f"program: '{action}' on {device} has no {other} on {action.peer}")
         (a, send), (b, recv) = sends[number], recvs[number]
-        same = (
-            (send.payload, send.stage, send.micro_batch, send.rows, send.nbytes, send.precision)
-            == (recv.payload, recv.stage, recv.micro_batch, recv.rows, recv.nbytes, recv.precision)
-        )  # fmt: skip
-        if not same or send.peer != b or recv.peer != a:
+        if _content(send) != _content(recv) or send.peer != b or recv.peer != a:
             raise PlanError(f"program: '{send}' on {a} and '{recv}' on {b} do not match")
     for (sync, segment), members in groups.items():
         devices = sorted(device for device, _ in members)
@@ -72,13 +73,44 @@ def _check_pairs(program: Program) -> None:
                 )
 
 
+def _content(action: Action) -> tuple[object, ...]:
+    """What both ends of a transfer say of it."""
+    where = (action.stage, action.micro_batch, action.rows, action.sync, action.segment)
+    return action.payload, *where, action.nbytes, action.precision
+
+
+def _check_exchanges(program: Program, plan: Plan, graph: ModelGraph) -> None:
+    """Of every server: each segment once from and once to each of its devices, with the bytes it has."""
+    sizes = {parameter.name: parameter.bytes for parameter in graph.parameters}
+    wanted: dict[tuple[object, ...], int] = {}
+    for y, sync in enumerate(plan.syncs):
+        if isinstance(sync, ServerSync):
+            for payload, segments in (("push", program.buckets[y]), ("pull", program.pulled[y])):
+                for g, names in enumerate(segments):
+                    for peer in sync.clients if names else ():
+                        ends = (peer, sync.server) if payload == "push" else (sync.server, peer)
+                        wanted[(payload, y, g, *ends)] = sum(sizes[name] for name in names)
+    for device, actions in program.devices.items():
+        for action in actions:
+            if action.kind != "send" or action.payload not in SEGMENTS:
+                continue
+            nbytes = wanted.pop((action.payload, action.sync, action.segment, device, action.peer), None)
+            if nbytes != action.nbytes:
+                raise PlanError(
+                    f"program: '{action}' on {device} is sent twice, is not in the plan or has "
+                    f"{nbytes} bytes there"
+                )
+    for payload, y, g, source, target in wanted:
+        raise PlanError(f"program: {payload} y{y}.{g} from {source} to {target} is missing")
+
+
 def _key(action: Action) -> _Key:
-    if action.kind == "reduce":
+    if action.kind in ("reduce", "update"):
         return action.kind, action.sync, action.segment
     return action.kind, action.stage, action.micro_batch
 
 
-def _work(program: Program, plan: Plan) -> dict[str, dict[_Key, Action]]:
+def _work(program: Program, plan: Plan, graph: ModelGraph) -> dict[str, dict[_Key, Action]]:
     """What each device has to do besides moving rows."""
     work: dict[str, dict[_Key, Action]] = {device: {} for device in plan.devices}
 
@@ -93,14 +125,17 @@ def _work(program: Program, plan: Plan) -> dict[str, dict[_Key, Action]]:
                 give(device, Action("forward", s, m, (a, b)))
                 give(device, Action("backward", s, m, (a, b)))
     for y, (sync, segments) in enumerate(zip(plan.syncs, program.buckets, strict=True)):
-        for device in sync.devices:
-            for g in range(len(segments)):
-                give(device, Action("reduce", sync=y, segment=g, members=sync.devices))
-    computing = tuple(dict.fromkeys(d for s in plan.stages for d in s.devices))
+        for g, names in enumerate(segments):
+            if not isinstance(sync, ServerSync):
+                for device in sync.devices:
+                    give(device, Action("reduce", sync=y, segment=g, members=sync.devices))
+            elif names:
+                give(sync.server, Action("update", sync=y, segment=g))
+    norming = updaters(plan, graph, program.buckets)
     clip = any(action.kind == "norm" for actions in program.devices.values() for action in actions)
-    for device in computing:
-        if clip:
-            give(device, Action("norm", members=computing))
+    for device in norming if clip else ():
+        give(device, Action("norm", members=norming))
+    for device in steppers(plan, graph, program.buckets):
         give(device, Action("step"))
     return work
 
@@ -158,19 +193,22 @@ def _check_order(
     for position, action in enumerate(actions):
         match action.kind:
             case "recv":
-                right = at.get(_use(action, len(plan.stages) - 1), -1) > position
-            case "norm" | "step":
-                right = position == len(actions) - _FROM_END[action.kind]
-            case "reduce":
-                names = program.buckets[action.sync][action.segment]
-                right = all(at.get(key, nowhere) < position for key in _gradients(names, device, plan, graph))
+                uses = _uses(action, device, plan, graph, program)
+                right = bool(uses) and all(at.get(key, -1) > position for key in uses)
+            case "norm":
+                right = all(map(_follows_norm, actions[position + 1 :]))
+                right = right and not any(before.kind == "update" for before in actions[:position])
+            case "step":
+                right = position == len(actions) - 1
             case _:
-                right = all(at.get(key, nowhere) < position for key in _sources(action))
+                needs = _sources(action, device, plan, graph, program)
+                right = all(at.get(key, nowhere) < position for key in needs)
         if not right:
             raise PlanError(f"program: '{action}' on {device} stands in the wrong place, or for nothing")
 
 
-_FROM_END = {"norm": 2, "step": 1}
+def _follows_norm(action: Action) -> bool:
+    return action.kind in ("update", "step") or (action.kind == "send" and action.payload == "pull")
 
 
 def _gives(action: Action, plan: Plan) -> list[_Key]:
@@ -207,23 +245,38 @@ def _gradients(names: tuple[str, ...], device: str, plan: Plan, graph: ModelGrap
     ]
 
 
-def _use(recv: Action, last: int) -> _Key:
-    """The compute that needs what is received."""
+def _uses(recv: Action, device: str, plan: Plan, graph: ModelGraph, program: Program) -> list[_Key]:
+    """The compute or update that needs what is received."""
     match recv.payload:
         case "input":
-            return "forward", 0, recv.micro_batch
+            return [("forward", 0, recv.micro_batch)]
         case "label":
-            return "forward", last, recv.micro_batch
+            return [("forward", len(plan.stages) - 1, recv.micro_batch)]
         case "gradient":
-            return "backward", recv.stage, recv.micro_batch
+            return [("backward", recv.stage, recv.micro_batch)]
+        case "push":
+            return [("update", recv.sync, recv.segment)]
+        case "pull":
+            names = program.pulled[recv.sync][recv.segment]
+            stages = dict.fromkeys(s for _, s, _ in _gradients(names, device, plan, graph))
+            return [("forward", s, m) for s in stages for m in range(plan.micro_batches)]
         case _:
-            return "forward", recv.stage + 1, recv.micro_batch
+            return [("forward", recv.stage + 1, recv.micro_batch)]
 
 
-def _sources(action: Action) -> list[_Key]:
-    """What must have been done on the device before it computes or sends."""
+def _sources(action: Action, device: str, plan: Plan, graph: ModelGraph, program: Program) -> list[_Key]:
+    """What must have been done on the device before it computes, sends, sums or updates."""
     s, m = action.stage, action.micro_batch
     match action.kind, action.payload:
+        case ("reduce" | "update", _) | ("send", "push"):
+            return _gradients(program.buckets[action.sync][action.segment], device, plan, graph)
+        case "send", "pull":
+            wanted = set(program.pulled[action.sync][action.segment])
+            return [
+                ("update", action.sync, g)
+                for g, names in enumerate(program.buckets[action.sync])
+                if wanted.intersection(names)
+            ]
         case "backward" | "backward_input", _:
             return [("forward", s, m)]
         case "backward_weight", _:
@@ -239,7 +292,10 @@ def _sources(action: Action) -> list[_Key]:
 
 
 def _check_end(program: Program) -> None:
-    """Runs all devices round robin without time: receives wait for sends, norms and steps for all."""
+    """Runs all devices round robin without time: receives wait for sends, norms and steps for all.
+
+    Pulls wait for nothing: every device ends a step before any takes from it what crosses into the next.
+    """
     at = dict.fromkeys(program.devices, 0)
     sent: set[int] = set()
     reduced: dict[tuple[int, int], set[str]] = {}
@@ -248,7 +304,7 @@ def _check_end(program: Program) -> None:
     def blocked(device: str, action: Action) -> bool:
         match action.kind:
             case "recv":
-                return action.transfer not in sent
+                return action.transfer not in sent and not action.crosses
             case "norm":
                 arrived = normed.setdefault(action.members, set())
                 arrived.add(device)

@@ -7,12 +7,14 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from spanwise.core.errors import PlanError
-from spanwise.core.model import ModelGraph, Parameter, TensorSpec
-from spanwise.core.plan import Plan, Stage, Sync, row_ranges
+from spanwise.core.model import ModelGraph, TensorSpec
+from spanwise.core.plan import Plan, Sync, row_ranges
 from spanwise.core.precision import Precision, wire_row_bytes
-from spanwise.core.program import Action, Buckets, Payload, Program
+from spanwise.core.program import Action, Program, RowPayload
 from spanwise.lowering.check import check
 from spanwise.lowering.order import StageOp, compute_order
+from spanwise.lowering.serve import Key, Serving
+from spanwise.lowering.syncs import buckets_of, holders, served_names, steppers, updaters
 
 
 def lower(plan: Plan, graph: ModelGraph, *, clip: bool = False) -> Program:
@@ -42,92 +44,17 @@ def unchecked(plan: Plan, graph: ModelGraph, *, clip: bool = False) -> Program:
             f"plan '{plan.strategy}' was made for model {plan.graph_digest}, not for "
             f"'{graph.name}' ({graph.digest}); plan again"
         )
+    if clip and any(sync.as_aggregated for sync in plan.servers):
+        raise PlanError(
+            f"plan '{plan.strategy}': a server updates segments as they are aggregated, but clip_norm needs "
+            "all gradients first; choose a plan whose pulls follow all pushes, or train without clip_norm"
+        )
     if plan.stages[-1].stop != len(graph):
         raise PlanError(
             f"plan '{plan.strategy}' covers layers [0:{plan.stages[-1].stop}), model "
             f"'{graph.name}' has {len(graph)}; plan again"
         )
     return _Lowering(plan, graph, clip).program()
-
-
-def holders(stages: tuple[Stage, ...], graph: ModelGraph) -> dict[str, tuple[str, ...]]:
-    """Devices that hold each parameter, in stage and replica order."""
-    found: dict[str, dict[str, None]] = {}
-    for stage in stages:
-        for parameter in graph.parameters_of(stage.start, stage.stop):
-            found.setdefault(parameter.name, {}).update(dict.fromkeys(stage.devices))
-    return {name: tuple(devices) for name, devices in found.items()}
-
-
-def natural_syncs(stages: tuple[Stage, ...], graph: ModelGraph) -> tuple[Sync, ...]:
-    """One Sync per set of devices that share parameters: replicas of a stage, holders of a tied weight."""
-    owners = holders(stages, graph)
-    groups: dict[tuple[str, ...], set[int]] = {}
-    order: dict[frozenset[str], tuple[str, ...]] = {}
-    for index, layer in enumerate(graph.layers):
-        for parameter in layer.parameters:
-            devices = owners[parameter.name]
-            if len(devices) > 1:
-                ring = order.setdefault(frozenset(devices), devices)
-                groups.setdefault(ring, set()).add(index)
-    return tuple(Sync(layers=_ranges(where), devices=ring) for ring, where in groups.items())
-
-
-def _ranges(indices: set[int]) -> tuple[tuple[int, int], ...]:
-    out: list[tuple[int, int]] = []
-    for index in sorted(indices):
-        if out and out[-1][1] == index:
-            out[-1] = (out[-1][0], index + 1)
-        else:
-            out.append((index, index + 1))
-    return tuple(out)
-
-
-def _buckets(plan: Plan, graph: ModelGraph) -> Buckets:
-    """Parameters of every segment of every sync; refuses gaps and overlaps."""
-    owners, users = holders(plan.stages, graph), graph.users
-    covered: set[str] = set()
-    out: list[tuple[tuple[str, ...], ...]] = []
-    for number, sync in enumerate(plan.syncs):
-        inside = {i for start, stop in sync.layers for i in range(start, stop)}
-        chosen = [
-            p
-            for p in graph.parameters
-            if set(owners[p.name]) == set(sync.devices) and inside.issuperset(users[p.name])
-        ]
-        if not chosen:
-            raise PlanError(
-                f"plan '{plan.strategy}': sync {number} over {', '.join(sync.devices)} covers no parameter "
-                "that exactly these devices hold; remove it"
-            )
-        for parameter in chosen:
-            if parameter.name in covered:
-                raise PlanError(
-                    f"plan '{plan.strategy}': gradient of '{parameter.name}' is summed twice; "
-                    "keep it in one sync"
-                )
-            covered.add(parameter.name)
-        out.append(_segments(chosen, sync.segments))
-    for name, devices in owners.items():
-        if len(devices) > 1 and name not in covered:
-            raise PlanError(
-                f"plan '{plan.strategy}': '{name}' is held by {', '.join(devices)} and no sync sums its "
-                "gradient; replicas would drift apart"
-            )
-    return tuple(out)
-
-
-def _segments(parameters: list[Parameter], count: int) -> tuple[tuple[str, ...], ...]:
-    """Consecutive pieces of about equal bytes, as many as asked for or as there are parameters."""
-    total = sum(p.bytes for p in parameters)
-    pieces: list[list[str]] = [[]]
-    done = 0
-    for parameter in parameters:
-        if pieces[-1] and done >= total * len(pieces) / count and len(pieces) < count:
-            pieces.append([])
-        pieces[-1].append(parameter.name)
-        done += parameter.bytes
-    return tuple(map(tuple, pieces))
 
 
 class _Meeting(NamedTuple):
@@ -144,27 +71,33 @@ class _Lowering:
 
     def __init__(self, plan: Plan, graph: ModelGraph, clip: bool) -> None:
         self.plan, self.graph, self.clip = plan, graph, clip
-        self.buckets = _buckets(plan, graph)
+        self.buckets = buckets_of(plan, graph)
+        self.stepping = steppers(plan, graph, self.buckets)
+        self.norming = updaters(plan, graph, self.buckets) if clip else ()
+        self.serving = Serving(plan, graph, self.buckets, self._number)
         self.users = graph.users
         self.sizes = {p.name: p.bytes for p in graph.parameters}
         self.actions: dict[str, list[Action]] = {device: [] for device in plan.devices}
         self.sources = row_ranges(plan.sources)
         self.ranges = tuple(stage.row_ranges() for stage in plan.stages)
-        self.numbers: dict[tuple[str, int, int, str, str], int] = {}
-        self.meetings: dict[tuple[str, str, Payload, int], tuple[_Meeting, ...]] = {}
+        self.numbers: dict[Key, int] = {}
+        self.meetings: dict[tuple[str, str, RowPayload, int], tuple[_Meeting, ...]] = {}
 
     def program(self) -> Program:
         order = compute_order(self.plan)
         for device in self.plan.devices:
             self._device(device, order.get(device, ()))
         held = {d: list[str]() for d in self.plan.devices}
+        served = served_names(self.plan, self.buckets)
         for name, devices in holders(self.plan.stages, self.graph).items():
-            for device in devices:
+            server = served.get(name)
+            for device in devices if server is None else dict.fromkeys((*devices, server)):
                 held[device].append(name)
         return Program(
             {d: tuple(a) for d, a in self.actions.items()},
             {d: tuple(names) for d, names in held.items()},
             self.buckets,
+            self.serving.pulled,
         )
 
     def _device(self, device: str, order: tuple[StageOp, ...]) -> None:
@@ -173,7 +106,9 @@ class _Lowering:
         # Down to which layer the last micro-batch has left gradients behind, by stage.
         reached = {op.stage: self.plan.stages[op.stage].stop for op in order}
         reduced: dict[int, int] = {}
+        pulls = self.serving.pulls(device, order)
         for position, op in enumerate(order):
+            self.actions[device] += pulls.get(position, ())
             match op.kind:
                 case "forward":
                     self._forward(device, op)
@@ -185,11 +120,13 @@ class _Lowering:
                             reached[op.stage] = start
                             self._reduce(device, reached, reduced)
             self._loads(device, loads.get(position, ()))
+        first, then = self.serving.served(device)
         out = self.actions[device]
-        computing = tuple(dict.fromkeys(d for s in self.plan.stages for d in s.devices))
-        if device in computing:
-            if self.clip:
-                out.append(Action("norm", members=computing))
+        out += first
+        if device in self.norming:
+            out.append(Action("norm", members=self.norming))
+        out += then
+        if device in self.stepping:
             out.append(Action("step"))
 
     def _load_slots(self, device: str, order: tuple[StageOp, ...]) -> dict[int, tuple[int, ...]]:
@@ -266,14 +203,14 @@ class _Lowering:
         lowest = {
             min(first_layers)
             for sync, segments in zip(self.plan.syncs, self.buckets, strict=True)
-            if device in sync.devices and len(segments) > 1
+            if isinstance(sync, Sync) and device in sync.devices and len(segments) > 1
             for names in segments
             if (first_layers := [i for name in names for i in self.users[name] if first <= i < stop])
         }
         return sorted(lowest - {first}, reverse=True)
 
     def _reduce(self, device: str, reached: dict[int, int], reduced: dict[int, int]) -> None:
-        """Starts every sum whose gradients on this device are complete.
+        """Starts every sum whose gradients on this device are complete, or pushes these to the server.
 
         Segments of a sync go from the last to the first, on all its devices alike: one ring follows another.
         """
@@ -286,10 +223,13 @@ class _Lowering:
                 if not all(self._is_complete(name, reached) for name in names):
                     break
                 reduced[number] = reduced.get(number, 0) + 1
-                nbytes = sum(self.sizes[name] for name in names)
-                self.actions[device].append(
-                    Action("reduce", sync=number, segment=segment, nbytes=nbytes, members=sync.devices)
-                )
+                if isinstance(sync, Sync):
+                    nbytes = sum(self.sizes[name] for name in names)
+                    self.actions[device].append(
+                        Action("reduce", sync=number, segment=segment, nbytes=nbytes, members=sync.devices)
+                    )
+                elif names and device != sync.server:
+                    self.actions[device].append(self.serving.push(device, number, segment))
 
     def _is_complete(self, name: str, reached: dict[int, int]) -> bool:
         stages = self.plan.stages
@@ -307,7 +247,7 @@ class _Lowering:
         self,
         kind: Literal["send", "recv"],
         device: str,
-        payload: Payload,
+        payload: RowPayload,
         stage: int,
         micro_batch: int,
         rows: tuple[int, int],
@@ -328,17 +268,21 @@ class _Lowering:
                     rows=shared,
                     payload=payload,
                     peer=peer,
-                    transfer=self.numbers.setdefault(key, len(self.numbers)),
+                    transfer=self._number(key),
                     nbytes=nbytes,
                     precision=precision,
                 )
             )
 
+    def _number(self, key: Key) -> int:
+        """Of a transfer: the same at both of its ends."""
+        return self.numbers.setdefault(key, len(self.numbers))
+
     def _meet(
         self,
         kind: str,
         device: str,
-        payload: Payload,
+        payload: RowPayload,
         stage: int,
         rows: tuple[int, int],
         others: tuple[tuple[str, int, int], ...],
@@ -354,7 +298,7 @@ class _Lowering:
             precision = self.plan.precision(*ends) if stage >= 0 else "full"  # raw rows stay as they are
             yield _Meeting(peer, (first, last), wire_row_bytes(specs, precision) * (last - first), precision)
 
-    def _specs(self, payload: Payload, stage: int) -> tuple[TensorSpec, ...]:
+    def _specs(self, payload: RowPayload, stage: int) -> tuple[TensorSpec, ...]:
         match payload:
             case "input":
                 return self.graph.inputs

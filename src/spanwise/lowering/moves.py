@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import PlanError
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan
-from spanwise.lowering.lower import holders
+from spanwise.lowering.syncs import buckets_of, holders, served_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,21 @@ class Move:
     target: str
     parameters: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
+
+
+class _Kept(NamedTuple):
+    """Devices by parameter: all with a copy, and those of them that update it and so have its state."""
+
+    copies: dict[str, tuple[str, ...]]
+    updating: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, plan: Plan, graph: ModelGraph) -> _Kept:
+        """Of a plan; where there is a server, it alone updates."""
+        held, served = holders(plan.stages, graph), served_names(plan, buckets_of(plan, graph))
+        servers = {name: (server,) for name, server in served.items()}
+        copies = {n: tuple(dict.fromkeys((*found, *servers.get(n, ())))) for n, found in held.items()}
+        return cls(copies, held | servers)
 
 
 def buffer_holders(plan: Plan, graph: ModelGraph) -> dict[str, tuple[tuple[str, int], ...]]:
@@ -34,26 +50,29 @@ def buffer_holders(plan: Plan, graph: ModelGraph) -> dict[str, tuple[tuple[str, 
 def moves(old: Plan, new: Plan, graph: ModelGraph, cluster: Cluster) -> tuple[Move, ...]:
     """What the devices of ``new`` lack and who of ``old`` sends it.
 
-    A parameter comes from one of its holders, as all have the same: over the link that is done first, those
-    that a device sends already counted in. A buffer comes from all of its holders, since each has seen its
-    own rows; the receiver takes their mean by rows, as a checkpoint does.
+    A parameter comes with its optimizer state from one of the devices that update it, as all have the same:
+    over the link that is done first, those that a device sends already counted in. Who had a copy that a
+    server updated, and will not update it either, has all that it needs. A buffer comes from all of its
+    holders, since each has seen its own rows; the receiver takes their mean by rows, as a checkpoint does.
 
     Raises:
         PlanError: no holder has a link to a device that lacks a parameter.
     """
-    held, wanted = holders(old.stages, graph), holders(new.stages, graph)
+    before, after = _Kept.of(old, graph), _Kept.of(new, graph)
     sizes = {parameter.name: parameter.bytes for parameter in graph.parameters}
     parameters: dict[tuple[str, str], list[str]] = {}
     given: dict[str, float] = {}  # seconds that each device is busy sending
-    for name, targets in wanted.items():
+    for name, targets in after.copies.items():
+        sources = before.updating[name]
         for target in targets:
-            if target in held[name]:
+            used_only = target in before.copies[name] and target not in after.updating[name]
+            if target in sources or used_only:
                 continue
-            reach = [h for h in held[name] if cluster.connected(h, target)]
+            reach = [h for h in sources if cluster.connected(h, target)]
             if not reach:
                 raise PlanError(
                     f"plan '{new.strategy}': '{target}' lacks '{name}', and none of its holders "
-                    f"({', '.join(held[name])}) has a link to it; plan again"
+                    f"({', '.join(sources)}) has a link to it; plan again"
                 )
             ends = {
                 h: given.get(h, 0.0) + sizes[name] / cluster.route(h, target).bandwidth_bytes_per_s

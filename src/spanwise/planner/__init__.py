@@ -25,6 +25,7 @@ from spanwise.planner.hiertrain_baselines import (
 )
 from spanwise.planner.hpp import hpp
 from spanwise.planner.left_out import left_out
+from spanwise.planner.parameter_server import SERVER_STRATEGIES
 from spanwise.planner.pipedream import pipedream
 from spanwise.planner.pipeline import pipeline
 from spanwise.planner.problem import Problem
@@ -35,6 +36,7 @@ from spanwise.planner.trial import timeline
 __all__ = [
     "BASELINES",
     "MOST_REPLANS",
+    "SERVER_STRATEGIES",
     "STRATEGIES",
     "Advice",
     "Bound",
@@ -82,7 +84,7 @@ BASELINES: dict[str, Callable[[Problem], Plan]] = {
 
 
 def make_plan(problem: Problem, strategy: str = "auto") -> Plan:
-    """The plan of one strategy or baseline; ``auto``: of the strategy with the least simulated step time.
+    """The plan of one strategy or baseline; ``auto``: of the one in ``STRATEGIES`` that is simulated fastest.
 
     Raises:
         InputError: there is no such strategy.
@@ -94,9 +96,10 @@ def make_plan(problem: Problem, strategy: str = "auto") -> Plan:
         if best is None or best.plan is None:
             raise InfeasibleError(f"auto: {no_plan(evaluations)}")
         return best.plan
-    planner = STRATEGIES.get(strategy) or BASELINES.get(strategy)
+    planners = BASELINES | SERVER_STRATEGIES | STRATEGIES
+    planner = planners.get(strategy)
     if planner is None:
-        known = ", ".join(dict.fromkeys((*STRATEGIES, "auto", *BASELINES)))
+        known = ", ".join(dict.fromkeys((*STRATEGIES, "auto", *BASELINES, *SERVER_STRATEGIES)))
         raise InputError(f"strategy '{strategy}': unknown; known: {known}")
     try:
         return planner(problem)

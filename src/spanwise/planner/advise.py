@@ -61,7 +61,7 @@ def advise(problem: Problem, evaluations: Sequence[Evaluation]) -> Advice:
         raise InfeasibleError(no_plan(evaluations))
     seconds = winner.timeline.step_time_s
     limit = bottleneck(problem, winner.plan, winner.timeline)
-    computing = _computing(winner.plan)
+    computing = winner.plan.computing
     single = next((e for e in evaluations if e.strategy == "single" and e.plan and e.timeline), None)
     if single is None or single.plan is None or single.timeline is None:
         reason = next((e.reason for e in evaluations if e.strategy == "single"), "single was not tried")
@@ -114,12 +114,12 @@ def _rival(problem: Problem, evaluations: Sequence[Evaluation]) -> str:
         for plan, (strategy, found) in problem.memo.trials.items()
         if isinstance(found, Timeline)
     ]
-    rivals = [entry for entry in tried if len(_computing(entry[1])) > 1]
+    rivals = [entry for entry in tried if len(entry[1].computing) > 1]
     if not rivals:
         return "no distributed plan was found"
     strategy, plan, found = min(rivals, key=lambda entry: entry[2].step_time_s)
     return (
-        f"the best distributed plan found, {strategy} on {_names(_computing(plan))}, takes "
+        f"the best distributed plan found, {strategy} on {_names(plan.computing)}, takes "
         f"{format_seconds(found.step_time_s)}, limited by {bottleneck(problem, plan, found)}"
     )
 
@@ -129,11 +129,9 @@ def bottleneck(problem: Problem, plan: Plan, timeline: Timeline) -> str:
     busiest = max(timeline.devices, key=lambda use: use.utilization, default=None)
     if busiest is not None and busiest.utilization >= 0.9:
         return f"compute on {busiest.device} ({100 * min(busiest.utilization, 1.0):.0f} % busy)"
+    if plan.servers:  # the formula knows gradient sums by rings only
+        return f"messages to and from {', '.join(sync.server for sync in plan.servers)}"
     return price(problem, plan).bottleneck
-
-
-def _computing(plan: Plan) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(d for stage in plan.stages for d in stage.devices))
 
 
 def _names(devices: tuple[str, ...]) -> str:

@@ -15,10 +15,10 @@ micro-batch (``rates.py``).
 from a block to another at a cut sends activations over the border of both, gradients come back; raw rows and
 labels go from the data devices to who computes the first and last layer. A path *whole* in a block crosses
 nothing. But if a row is whole in block b and another in another block, each parameter is held in both, the
-ring that sums its gradient enters and leaves b, with at least its bytes on each edge: T >= s_b = parameter
-bytes / min(in, out). So below all s_b one block at most has whole paths, whichever; at T only those with s_b
-<= T, and one more. The bound is the least over that one block of the cheapest allowed paths, as far as T
-reaches.
+ring that sums its gradient enters and leaves b, with at least its bytes on each edge, or a push and a pull of
+it do, wherever its server is: T >= s_b = parameter bytes / min(in, out). So below all s_b one block at most
+has whole paths, whichever; at T only those with s_b <= T, and one more. The bound is the least over that one
+block of the cheapest allowed paths, as far as T reaches.
 
 What is left out makes it weaker, not wrong: the bubble of the pipeline, that a stage is consecutive layers
 with the same rows, latencies, the cost of messages, sums of gradients inside a block and of few layers,

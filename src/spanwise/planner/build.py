@@ -56,7 +56,7 @@ def build(
     stages: list[Stage] = []
     for number, span in enumerate(outline.spans):
         ahead = count if schedule == "gpipe" else warmup(depth, number, total, count)
-        shares = _shares(problem, span, rows, ahead)
+        shares = span_shares(problem, span, rows, ahead)
         if number == 0 and not problem.first_is_fixed:
             shares = problem.links.aligned(
                 shares, tuple((problem.index[s.device], float(s.rows)) for s in sources)
@@ -98,7 +98,11 @@ def _wires(problem: Problem, stages: tuple[Stage, ...]) -> tuple[Wire, ...]:
     return tuple(wire for wire in found if wire.precision != "full")
 
 
-def _shares(problem: Problem, span: Span, rows: int, ahead: int) -> Shares:
+def span_shares(problem: Problem, span: Span, rows: int, ahead: int) -> Shares:
+    """Rows of a micro-batch of each device of a span: as given, else by speed and memory.
+
+    ``ahead`` is how many micro-batches are kept at once. Devices that would get no row are left out.
+    """
     if span.rows is not None:
         return tuple((d, float(y)) for d, y in zip(span.group, span.rows, strict=True))
     group = problem.links.in_order(span.group)

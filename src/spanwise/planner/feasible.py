@@ -9,10 +9,10 @@ from itertools import permutations
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.model import ModelGraph
 from spanwise.core.order import Kept, kept_over, parse_order
-from spanwise.core.plan import Plan, ScheduleName, Stage, row_ranges
+from spanwise.core.plan import Plan, ScheduleName, ServerSync, Stage, row_ranges
 from spanwise.core.units import format_bytes
 from spanwise.cost import stage_bytes
-from spanwise.lowering import holders
+from spanwise.lowering import buckets_of, holders, updaters
 from spanwise.planner.problem import Problem
 
 
@@ -156,9 +156,14 @@ def _routes(problem: Problem, plan: Plan) -> set[tuple[str, str]]:
         forth = _meeting(before.row_ranges(), after.row_ranges())
         pairs |= forth | {(b, a) for a, b in forth}
     for sync in plan.syncs:
-        pairs |= set(zip(sync.devices, sync.devices[1:] + sync.devices[:1], strict=True))
-    if problem.job.clip_norm is not None:  # everybody tells everybody the norm of its gradients
-        pairs |= set(permutations(dict.fromkeys(d for stage in plan.stages for d in stage.devices), 2))
+        if isinstance(sync, ServerSync):
+            pairs |= {ends for d in sync.clients for ends in ((d, sync.server), (sync.server, d))}
+        else:
+            pairs |= set(zip(sync.devices, sync.devices[1:] + sync.devices[:1], strict=True))
+    if problem.job.clip_norm is not None:  # all that update tell each other the norm of their gradients
+        graph = problem.graph
+        norming = updaters(plan, graph, buckets_of(plan, graph)) if plan.servers else plan.computing
+        pairs |= set(permutations(norming, 2))
     return pairs
 
 

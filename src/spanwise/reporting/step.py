@@ -9,18 +9,21 @@ from dataclasses import dataclass
 from spanwise.core.timeline import Span, Timeline
 
 _MICRO_BATCH = re.compile(r" m(\d+) ")
-_PAYLOADS = ("activation", "gradient", "input", "label")
+_PAYLOADS = ("activation", "gradient", "input", "label", "push", "pull")
 _CLASSES = {
     "forward": "fwd",
     "backward": "bwd",
     "backward_input": "bwd",
     "backward_weight": "wgt",
     "step": "upd",
+    "update": "upd",
     "norm": "upd",
     "wait": "wait",
     "reduce": "red",
     "activation": "act",
     "gradient": "grad",
+    "push": "red",
+    "pull": "act",
     "input": "inp",
     "label": "inp",
     "load": "inp",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from spanwise.core.model import ModelGraph
-from spanwise.core.plan import Plan, Stage
+from spanwise.core.plan import Plan, ServerSync, Stage, Sync
 from spanwise.core.units import format_bytes, format_seconds
 from spanwise.reporting.record import as_number
 
@@ -15,29 +15,41 @@ if TYPE_CHECKING:
 
 
 def describe_plan(plan: Plan, graph: ModelGraph) -> str:
-    """A few lines of text: how the batch is cut, then one line per stage and per gradient sum."""
+    """A few lines of text: how the batch is cut, then one line per stage and per gradient sum.
+
+    Stages that are cut only where a server's segments end are one line.
+    """
     devices, stages = len(plan.devices), len(plan.stages)
     head = (
         f"{plan.strategy}: {count_of(stages, 'stage')} on {count_of(devices, 'device')}, "
         f"{plan.micro_batches} x {plan.micro_batch_rows} = {plan.batch} rows a step "
         f"(micro-batches x rows), {plan.schedule}"
     )
-    rows = [_stage_row(index, plan, graph) for index in range(stages)]
+    rows = [_stage_row(first, last, plan, graph) for first, last in _alike(plan)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    sums = [
-        f"  sum of gradients of layers {', '.join(layer_range(*r) for r in sync.layers)} "
-        f"over {', '.join(sync.devices)}{f', in {sync.segments} segments' if sync.segments > 1 else ''}"
-        for sync in plan.syncs
-    ]
+    sums = [f"  {_sum(sync)}" for sync in plan.syncs]
     wires = [f"{w.precision} precision from {w.source} to {w.target}" for w in plan.wires]
     reduced = [] if plan.exact else [f"  not exact: {', '.join(wires)}"]
     outside = [s.device for s in plan.sources if s.device not in {d for t in plan.stages for d in t.devices}]
     feeds = [f"  {', '.join(outside)}: reads data only"] if outside else []
     return "\n".join([head, *lines, *sums, *reduced, *feeds])
+
+
+def _sum(sync: Sync | ServerSync) -> str:
+    """Who sums the gradients of which layers, and how they travel."""
+    layers = ", ".join(layer_range(*r) for r in sync.layers)
+    if isinstance(sync, Sync):
+        parts = f", in {sync.segments} segments" if sync.segments > 1 else ""
+        return f"sum of gradients of layers {layers} over {', '.join(sync.devices)}{parts}"
+    when = "each as soon as it is updated" if sync.as_aggregated else "after all gradients are in"
+    return (
+        f"{sync.server} updates layers {layers} for {', '.join(sync.devices)}: gradients in "
+        f"{count_of(len(sync.pushes), 'segment')}, parameters in {len(sync.pulls)}, {when}"
+    )
 
 
 def layer_range(start: int, stop: int) -> str:
@@ -110,18 +122,30 @@ def _memory(devices: object) -> str:
     return ", ".join(parts)
 
 
-def _stage_row(index: int, plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
-    stage = plan.stages[index]
+def _alike(plan: Plan) -> list[tuple[int, int]]:
+    """First and last index of stages in a row that differ in layers only; one by one without a server."""
+    out: list[tuple[int, int]] = []
+    for index, stage in enumerate(plan.stages):
+        before = plan.stages[out[-1][1]] if out else None
+        same = before is not None and stage == before.model_copy(
+            update={"start": stage.start, "stop": stage.stop}
+        )
+        out.append((out.pop()[0] if plan.servers and same else index, index))
+    return out
+
+
+def _stage_row(first: int, last: int, plan: Plan, graph: ModelGraph) -> tuple[str, ...]:
+    stage = plan.stages[first].model_copy(update={"stop": plan.stages[last].stop})
     state = sum(p.bytes for p in graph.parameters_of(stage.start, stage.stop))
     cut = graph.layers[stage.stop - 1].cut_bytes
     return (
-        f"stage {index}",
+        f"stage {first}" if first == last else f"stages {first}-{last}",
         f"layers {layer_range(stage.start, stage.stop)}",
         layer_names(graph, stage),
         ", ".join(f"{r.device} x {r.rows}" for r in stage.replicas),
         ", ".join(filter(None, (_depth(plan, stage), recompute_text(stage)))),
         f"{format_bytes(state)} of weights",
-        f"sends {format_bytes(cut)} a row" if index + 1 < len(plan.stages) else "ends in the loss",
+        f"sends {format_bytes(cut)} a row" if last + 1 < len(plan.stages) else "ends in the loss",
     )
 
 

@@ -24,9 +24,10 @@ from spanwise.ops.stage_module import StageModule
 from spanwise.runtime import optimize
 from spanwise.runtime.calibrate import undisturbed_times
 from spanwise.runtime.emulate import PacedTransport, Throttle, Unthrottled
-from spanwise.runtime.executor import DeviceParts, Executor, StepResult
+from spanwise.runtime.executor import Executor, StepResult
 from spanwise.runtime.feed import Feed, Rows, Sampler, held_rows
 from spanwise.runtime.message_times import TimedTransport
+from spanwise.runtime.parts import DeviceParts
 from spanwise.runtime.recorder import Recorder
 from spanwise.runtime.transport import Transport
 
@@ -143,7 +144,9 @@ class DeviceRun:
             )
             for index, stage in own
         }  # fmt: skip
-        self.optimizer = optimize.make_optimizer(job.optimizer, self.parameters) if self.parameters else None
+        names = assignment.program.updated.get(device, ())
+        self._updated = {name: self.parameters[name] for name in self.parameters if name in set(names)}
+        self.optimizer = optimize.make_optimizer(job.optimizer, self._updated) if self._updated else None
         self.scheduler = optimize.make_scheduler(job.scheduler, self.optimizer) if self.optimizer else None
         self.recorder = Recorder(device)
         self._paced = transport if isinstance(transport, PacedTransport) else None
@@ -204,7 +207,7 @@ class DeviceRun:
             return None
         seconds: dict[tuple[str, int], list[float]] = {}
         for lane, kind, text, start, end in result.record.spans:
-            if lane == self.device and kind not in ("wait", "step"):
+            if lane == self.device and kind not in ("wait", "step", "update"):
                 stage = Action.parse(text).stage
                 seconds.setdefault((kind, stage), []).append(end - start)
         compute = tuple(ComputeTime(kind, stage, fmean(found)) for (kind, stage), found in seconds.items())
@@ -212,13 +215,18 @@ class DeviceRun:
         return DeviceStep(self.device, compute, sent, received)
 
     def state(self) -> Snapshot:
-        """A copy of all that is needed to go on elsewhere."""
+        """A copy of all that is needed to go on elsewhere.
+
+        Raises:
+            PeerError: parameters that a server sent in the last step did not arrive.
+        """
+        self.executor.settle()
         state = Snapshot(
             {k: v.detach().cpu().clone() for k, v in self.parameters.items()},
             {k: v.detach().cpu().clone() for k, v in self.buffers.items()},
         )
         if self.optimizer is not None:
-            state.optimizer = optimize.optimizer_state(self.optimizer, self.parameters)
+            state.optimizer = optimize.optimizer_state(self.optimizer, self._updated)
             state.options = optimize.group_options(self.optimizer)
             state.scheduler = optimize.scheduler_state(self.scheduler)
         return state
@@ -229,7 +237,7 @@ class DeviceRun:
         """Puts optimizer and scheduler where a checkpoint left them."""
         if self.optimizer is None:
             return
-        optimize.load_optimizer_state(self.optimizer, self.parameters, optimizer)
+        optimize.load_optimizer_state(self.optimizer, self._updated, optimizer)
         optimize.load_scheduler_state(self.scheduler, scheduler)
         optimize.load_group_options(self.optimizer, options)
 

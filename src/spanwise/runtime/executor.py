@@ -3,60 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spanwise.core.errors import PeerError
 from spanwise.core.model import ModelGraph, TensorSpec
-from spanwise.core.plan import Plan
-from spanwise.core.program import Action, Program
+from spanwise.core.plan import Plan, Sync
+from spanwise.core.program import SEGMENTS, Action, Program
 from spanwise.ops.deferred import Deferred
-from spanwise.ops.stage_module import StageModule
 from spanwise.runtime.assembly import Assembly, Tensors, cut, meet
-from spanwise.runtime.collectives import exchange_sum, ring_all_reduce, ring_tags
+from spanwise.runtime.collectives import exchange_sum, ring_all_reduce
+from spanwise.runtime.exchange import Exchange, Flat, gradient
 from spanwise.runtime.feed import Feed
 from spanwise.runtime.outbox import Outbox
+from spanwise.runtime.parts import DeviceParts, Pace
 from spanwise.runtime.recorder import Recorder, StepRecord
+from spanwise.runtime.tags import Tags
 from spanwise.runtime.transport import Pending, Transport
 from spanwise.runtime.wire import Unpacking, empty_packed, pack
 
 _AHEAD = 4  # receives posted before they are needed, per device; bounds the memory of early messages
+_AHEAD_OF_PUSHES = 8  # per device that pushes: none waits for the others, nor for word that it may send
 _BLOCKED_S = 5e-5  # a wait shorter than this is no wait
 
-_Key = tuple[str, int, int]  # payload, stage (before the cut), micro-batch
-
-
-@dataclass(frozen=True)
-class Tags:
-    """Numbers for every message of a step, the same on all devices, none used twice in two steps."""
-
-    transfers: int
-    rings: tuple[tuple[int, ...], ...]
-    norm: int
-    stride: int
-
-    @classmethod
-    def of(cls, program: Program) -> Tags:
-        """Numbers transfers first, then rings, then the norm."""
-        found = [a for actions in program.devices.values() for a in actions]
-        transfers = 1 + max((a.transfer for a in found), default=-1)
-        members = {(a.sync, a.segment): len(a.members) for a in found if a.kind == "reduce"}
-        rings: list[tuple[int, ...]] = []
-        free = transfers
-        for sync, segments in enumerate(program.buckets):
-            row: list[int] = []
-            for segment in range(len(segments)):
-                row.append(free)
-                free += ring_tags(members.get((sync, segment), 1))
-            rings.append(tuple(row))
-        return cls(transfers, tuple(rings), free, free + 1)
+_Key = tuple[str, int, int]  # payload, stage (before the cut) or sync, micro-batch or segment
+_Receipt = tuple[Pending, Flat]  # a receive under way, and where a segment's values go
 
 
 @dataclass(frozen=True)
@@ -66,29 +43,6 @@ class StepResult:
     step: int
     loss: float
     record: StepRecord
-
-
-@dataclass(frozen=True)
-class DeviceParts:
-    """What an executor works with: its stages, parameters (shared between stages) and optimizer."""
-
-    device: str
-    stages: Mapping[int, StageModule]
-    parameters: Mapping[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer | None
-    torch_device: str = "cpu"
-
-
-class Pace(Protocol):
-    """What surrounds compute: nothing on a real device, a throttle on an emulated one."""
-
-    def work(self, kind: str, stage: int) -> AbstractContextManager[None]:
-        """A context for a forward or backward of a stage, or the optimizer step."""
-        ...
-
-    def idle(self) -> None:
-        """The device had to wait."""
-        ...
 
 
 class Executor:
@@ -113,7 +67,11 @@ class Executor:
         self._feed, self._clip, self._timeout_s = feed, clip_norm, timeout_s
         self._me = parts.device
         self._actions = program.devices.get(self._me, ())
-        self._recvs = tuple(a for a in self._actions if a.kind == "recv")
+        recvs = tuple(a for a in self._actions if a.kind == "recv")
+        self._recvs = tuple(a for a in recvs if not a.crosses)
+        self._crossing = tuple(a for a in recvs if a.crosses)
+        pushing = {a.peer for a in recvs if a.payload == "push"}
+        self._ahead = max(_AHEAD, _AHEAD_OF_PUSHES * len(pushing))
         self._tags = Tags.of(program)
         self._ranges = [{d: (a, b) for d, a, b in s.row_ranges()} for s in plan.stages]
         self._last = len(plan.stages) - 1
@@ -121,48 +79,74 @@ class Executor:
             "load": self._load, "send": self._send, "recv": self._recv, "forward": self._forward,
             "backward": self._backward, "backward_input": self._backward,
             "backward_weight": self._backward_weight,
-            "reduce": self._reduce, "norm": self._norm, "step": self._update,
+            "reduce": self._reduce, "norm": self._norm, "update": self._update_segment,
+            "step": self._update,
         }  # fmt: skip
         self._in_halves = {(a.stage, a.micro_batch) for a in self._actions if a.kind == "backward_input"}
-        self._sends = Counter(
-            (a.payload or "", a.stage, a.micro_batch) for a in self._actions if a.kind == "send"
-        )
+        self._sends = Counter(_key(a) for a in self._actions if a.kind == "send")
+        self._exchange = Exchange(self._me, plan, program, parts.parameters, parts.optimizer)
         self._outbox = Outbox(self._me, self._timeout_s)
         # A thread a sync: segments follow each other, and no sync can keep another from its peers.
         self._rings = {
             number: ThreadPoolExecutor(1, f"ring-{self._me}-{number}")
             for number, sync in enumerate(plan.syncs)
-            if self._me in sync.devices
+            if isinstance(sync, Sync) and self._me in sync.devices
         }
-        self._scale: Tensor | None = None
+        self._early: dict[int, _Receipt] = {}
         self._reset(-1)
 
     def step(self, index: int) -> StepResult:
-        """One training step. ``PeerError`` names the device and the action at which it failed."""
+        """One training step. ``PeerError`` names the device and the action at which it failed.
+
+        What a server sent in the step before is taken in on the way. The first step, and the one after
+        ``settle``, waits for none of it.
+        """
         self._reset(index)
         self._recorder.begin(index)
         self._post()
         for action in self._actions:
-            try:
-                self._handlers[action.kind](action)
-            except PeerError as error:
-                raise PeerError(
-                    f"{self._me}: step {index}, '{action}': {error}", device=error.device
-                ) from None
+            self._do(action, self._handlers[action.kind])
         self._outbox.drain()
         loss = float(self._loss) if self._loss is not None else 0.0
         return StepResult(index, loss, self._recorder.end())
 
+    def settle(self) -> None:
+        """Takes in what a server sent for a next step: then all copies of a parameter are equal."""
+        for action in self._crossing:
+            if action.transfer in self._early:
+                self._do(action, self._settle)
+
+    def _settle(self, action: Action) -> None:
+        pending, values = self._early.pop(action.transfer)
+        pending.wait(self._timeout_s)
+        self._exchange.arrived(action, values)
+
+    def _do(self, action: Action, handler: Callable[[Action], None]) -> None:
+        try:
+            handler(action)
+        except PeerError as error:
+            where = f"{self._me}: step {self._step}, '{action}'"
+            raise PeerError(f"{where}: {error}", device=error.device) from None
+
     def close(self) -> None:
-        """Stops the threads that run reductions and watch over sends."""
+        """Takes in what is on its way and stops the threads that run reductions and watch over sends.
+
+        A receive that is given up leaves its message in the way of all that follow on the connection.
+        """
+        with suppress(PeerError):
+            self.settle()
         self._outbox.close()
         for ring in self._rings.values():
             ring.shutdown(wait=False, cancel_futures=True)
 
     def _reset(self, index: int) -> None:
         self._step = index
-        self._posted = 0
-        self._pending: dict[int, Pending] = {}
+        self._due = deque(self._recvs)
+        self._left = len(self._recvs) + len(self._crossing)  # receives that have not been taken in
+        self._pending: dict[int, _Receipt] = {}
+        self._crossed, self._early = self._early, {}
+        self._exchange.reset()
+        self._scale: Tensor | None = None
         self._incoming: dict[_Key, Assembly] = {}
         self._outgoing: dict[_Key, tuple[int, Tensors]] = {}
         self._unsent = dict(self._sends)
@@ -171,8 +155,8 @@ class Executor:
         self._reductions: list[tuple[Action, Future[None]]] = []
         self._loss: Tensor | None = None
 
-    def _tag(self, number: int) -> int:
-        return self._step * self._tags.stride + number
+    def _tag(self, number: int, ahead: int = 0) -> int:
+        return (self._step + ahead) * self._tags.stride + number
 
     # Receiving
 
@@ -204,33 +188,55 @@ class Executor:
         return self._ranges[consumer][self._me]
 
     def _post(self) -> None:
-        """Keeps receives posted ahead of their need."""
-        while self._posted < len(self._recvs) and len(self._pending) < _AHEAD:
-            action = self._recvs[self._posted]
-            part = self._assembly(action.payload or "", action.stage, action.micro_batch).part(action.rows)
-            buffers = empty_packed(part, action.precision)
-            pending = self._transport.recv(action.peer, self._tag(action.transfer), buffers)
-            if action.precision != "full":
-                pending = Unpacking(pending, buffers, part, action.precision)
-            self._pending[action.transfer] = pending
-            self._posted += 1
+        """Keeps receives posted ahead, those of the next step once all of this one have come."""
+        while self._due and len(self._pending) < self._ahead:
+            action = self._due.popleft()
+            self._pending[action.transfer] = self._receive(action)
+        if not self._left and not self._early:
+            self._early = {action.transfer: self._receive(action) for action in self._crossing}
+
+    def _receive(self, action: Action) -> _Receipt:
+        if action.payload in SEGMENTS:
+            values = self._exchange.room(action)
+            tag = self._tag(action.transfer, ahead=action.crosses)
+            return self._transport.recv(action.peer, tag, values), values
+        part = self._assembly(action.payload or "", action.stage, action.micro_batch).part(action.rows)
+        buffers = empty_packed(part, action.precision)
+        pending = self._transport.recv(action.peer, self._tag(action.transfer), buffers)
+        if action.precision != "full":
+            pending = Unpacking(pending, buffers, part, action.precision)
+        return pending, ()
 
     def _recv(self, action: Action) -> None:
+        receipt = (self._crossed if action.crosses else self._pending).pop(action.transfer, None)
+        if receipt is not None:  # nothing has crossed into a first step
+            self._take(action, *receipt)
+        self._left -= 1
+        self._post()
+
+    def _take(self, action: Action, pending: Pending, values: Flat) -> None:
         start = time.monotonic()
-        self._pending.pop(action.transfer).wait(self._timeout_s)
+        pending.wait(self._timeout_s)
         end = time.monotonic()
         if end - start > _BLOCKED_S:
             self._recorder.span("wait", action, start, end, busy=False)
             self._pace.idle()
-        self._post()
+        if action.payload in SEGMENTS:
+            self._exchange.arrived(action, values)
 
     # Sending
 
     def _send(self, action: Action) -> None:
-        key = (action.payload or "", action.stage, action.micro_batch)
-        base, tensors = self._outgoing[key]
-        values = pack(cut(tensors, base, action.rows), action.precision)
-        pending = self._transport.send(action.peer, self._tag(action.transfer), values)
+        key = _key(action)
+        if action.payload in SEGMENTS:
+            if key not in self._outgoing:
+                self._outgoing[key] = (0, self._exchange.outgoing(action))
+            values = self._outgoing[key][1]
+        else:
+            base, tensors = self._outgoing[key]
+            values = pack(cut(tensors, base, action.rows), action.precision)
+        tag = self._tag(action.transfer, ahead=action.crosses)
+        pending = self._transport.send(action.peer, tag, values)
         self._outbox.put(f"{self._me}: step {self._step}, '{action}'", pending)
         self._unsent[key] -= 1
         if not self._unsent[key]:
@@ -319,13 +325,13 @@ class Executor:
     def _sum(self, action: Action) -> None:
         names = self._program.buckets[action.sync][action.segment]
         parameters = [self._parts.parameters[name] for name in names]
-        gradients = [_gradient(p) for p in parameters]
+        gradients = [gradient(p) for p in parameters]
         flat = torch.cat([g.reshape(-1) for g in gradients])
         tag = self._tag(self._tags.rings[action.sync][action.segment])
         ring_all_reduce(self._transport, action.members, self._me, flat, tag=tag, timeout_s=self._timeout_s)
         parts = flat.split_with_sizes([g.numel() for g in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        for own, part in zip(gradients, parts, strict=True):
+            own.copy_(part.view_as(own))
 
     def _finish_reductions(self) -> None:
         start = time.monotonic()
@@ -348,7 +354,7 @@ class Executor:
         self._finish_reductions()
         own = torch.zeros((), dtype=torch.float64)
         for name in self._program.owned.get(self._me, ()):
-            own += _gradient(self._parts.parameters[name]).detach().double().pow(2).sum().cpu()
+            own += gradient(self._parts.parameters[name]).detach().double().pow(2).sum().cpu()
         start = time.monotonic()
         total = exchange_sum(
             self._transport, action.members, self._me, own,
@@ -358,6 +364,12 @@ class Executor:
         self._pace.idle()
         assert self._clip is not None
         self._scale = (self._clip / (total.sqrt() + 1e-6)).clamp(max=1.0)
+
+    def _update_segment(self, action: Action) -> None:
+        start = time.monotonic()
+        with self._pace.work(action.kind, -1):
+            self._exchange.update(action, self._scale)
+        self._recorder.span(action.kind, action, start, time.monotonic(), busy=True)
 
     def _update(self, action: Action) -> None:
         self._finish_reductions()
@@ -370,14 +382,13 @@ class Executor:
                 for parameter in self._parts.parameters.values():
                     if parameter.grad is not None:
                         parameter.grad.mul_(self._scale.to(parameter.grad.dtype))
-                self._scale = None
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self._recorder.span("step", action, start, time.monotonic(), busy=True)
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    """Its gradient; zeros where no row reached it."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+def _key(action: Action) -> _Key:
+    """What a send takes its values from: several sends may share it."""
+    if action.payload in SEGMENTS:
+        return action.payload or "", action.sync, action.segment
+    return action.payload or "", action.stage, action.micro_batch

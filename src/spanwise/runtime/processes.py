@@ -217,13 +217,13 @@ class ProcessSession:
 
     def _set_up(self, device: str, tensors: dict[str, Tensor], resume: Snapshot | None) -> None:
         a = self._assignment
-        held = set(a.program.held.get(device, ()))
+        held, updated = (set(names.get(device, ())) for names in (a.program.held, a.program.updated))
         parts = {f"state/{k}": tensors[k].detach().cpu().contiguous() for k in held | a.buffers_of(device)}
         if resume is not None:
             parts |= {
                 f"optimizer/{k}": v.contiguous()
                 for k, v in resume.optimizer.items()
-                if k.partition("::")[0] in held
+                if k.partition("::")[0] in updated
             }
         parts |= self._live_rows(a, device)
         head = orders.whole(a)
@@ -325,7 +325,7 @@ class ProcessSession:
         return 8 * nbytes / min(rates, default=1.0)
 
     def snapshot(self) -> Snapshot:
-        """Collects every parameter once, from the first device that holds it."""
+        """Collects every parameter once, from the first device that updates it."""
         owned = self._assignment.program.owned
         for device in self._devices:
             self._coordinator.tell(device, "collect", names=owned.get(device, ()))

@@ -141,17 +141,22 @@ class Engine:
             case "send":
                 self._send(lane, action, now)
             case "recv":
+                if action.crosses and not lane.step:  # nothing was sent before the first step
+                    lane.at += 1
+                    return False
                 key = (lane.step, action.transfer)
                 if key not in self._arrived:
                     self._waiting[key] = lane
                     lane.blocked_since = now
                     return True
                 self._arrived.discard(key)
-                lane.consumed += action.nbytes
+                lane.consumed += 0 if action.crosses else action.nbytes
             case "reduce":
                 self._join(lane, action, now)
             case "norm":
                 return (lane.reductions > 0 and self._block(lane, now)) or self._norm(lane, action, now)
+            case "update":
+                return self._compute(lane, action, self.costs.update_s(lane.name, action), now)
             case "step":
                 if lane.reductions:
                     return self._block(lane, now)
@@ -247,8 +252,9 @@ class Engine:
             self._transmit(queue, now)
 
     def _arrive(self, message: _Message, now: float) -> None:
-        key = (message.step, message.action.transfer)
-        self.memory.add(message.action.peer, message.action.nbytes, now)
+        key = (message.step + message.action.crosses, message.action.transfer)
+        if not message.action.crosses:  # its buffer is part of the base
+            self.memory.add(message.action.peer, message.action.nbytes, now)
         self._arrived.add(key)
         lane = self._waiting.pop(key, None)
         if lane is not None:

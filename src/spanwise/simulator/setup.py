@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from spanwise.core.cluster import Cluster
@@ -64,19 +65,34 @@ class Costs:
         self.sum_byte_s: dict[str, float] = {}
         self.base: dict[str, int] = {}
         for device in program.devices:
-            held = sum(self.sizes[name] for name in program.held.get(device, ()))
+            own = program.updated.get(device, ())
+            held = self._bytes(own)
+            used = self._bytes(program.held.get(device, ())) - held  # a server updates these
             buffers = sum(
                 layer.buffer_bytes
                 for stage in plan.stages
                 if device in stage.devices
                 for layer in graph.layers[stage.start : stage.stop]
             )
-            travels = sum(a.nbytes for a in program.devices[device] if a.kind == "reduce")
-            self.base[device] = state_bytes(held, buffers, copies, synced=False) + travels
-            self.update[device] = profile.update_s(device, held) if held else 0.0
+            # Flat buffers that are there throughout: of sums, and of what is pulled for the next step.
+            kept = (
+                a for a in program.devices[device] if a.kind == "reduce" or (a.kind == "recv" and a.crosses)
+            )
+            travels = sum(a.nbytes for a in kept)
+            state = state_bytes(held, buffers, copies, synced=False)
+            self.base[device] = state + state_bytes(used, 0, 0, synced=False) + travels
+            stepped = self._bytes(name for name in own if name not in program.served)
+            self.update[device] = profile.update_s(device, stepped) if stepped else 0.0
             table, factor = profile.table(device)
             self.message[device] = (table.message_s * factor, table.message_s_per_byte * factor)
             self.sum_byte_s[device] = table.sum_s_per_byte * factor
+
+    def _bytes(self, names: Iterable[str]) -> int:
+        return sum(self.sizes[name] for name in names)
+
+    def update_s(self, device: str, action: Action) -> float:
+        """Seconds of a server's update of a segment."""
+        return self.profile.update_s(device, action.nbytes)
 
     def compute_s(self, device: str, action: Action) -> float:
         """Seconds of a forward or backward, half or part, without faults."""
@@ -108,11 +124,17 @@ class Costs:
                 return into + again if action.kind == "backward_input" else weight
 
     def messages_s(self, device: str, action: Action) -> float:
-        """Compute that a device spends on the messages of an action; of a ring on all rounds and the sum."""
+        """Compute that a device spends on the messages of an action, and on summing what they bring.
+
+        Of a ring on all rounds and the sum.
+        """
         each_s, byte_s = self.message[device]
         match action.kind:
             case "send" | "recv":
-                return each_s + action.nbytes * byte_s
+                summed_s = (
+                    self.sum_byte_s[device] if (action.kind, action.payload) == ("recv", "push") else 0.0
+                )
+                return each_s + action.nbytes * (byte_s + summed_s)
             case "reduce":
                 members = len(action.members)
                 both = 2 * ring_rounds(members) * each_s
