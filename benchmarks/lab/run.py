@@ -60,8 +60,8 @@ def main() -> None:
         findings = list(check(lab))
     for finding in findings:
         print(finding.line, flush=True)
-    steps, runs = (4, 2) if args.short else (14, 3)
-    prepared = prepared_job(MODEL, BATCH)
+    steps, runs, model = (4, 2, "gpt") if args.short else (14, 3, MODEL)
+    prepared = prepared_job(model, BATCH)
     prepared = dataclasses.replace(prepared, job=prepared.job.model_copy(update={"steps": steps}))
     times = profile_prepared(prepared, cluster, None)
     plan, _ = choose(prepared.job, cluster, prepared.traced.graph, times, "hpp")
@@ -75,7 +75,7 @@ def main() -> None:
         print(f"lab {turn + 1}: median step {medians[-1]:.3f} s", flush=True)
     middle = statistics.median(medians)
     result: dict[str, Any] = {
-        "cluster": NAME, "model": MODEL, "batch": BATCH, "steps": steps, "median_step_s": medians,
+        "cluster": NAME, "model": model, "batch": BATCH, "steps": steps, "median_step_s": medians,
         "largest_difference": max(abs(value / middle - 1) for value in medians),
         "spread": max(medians) / min(medians) - 1,
         "check": [dataclasses.asdict(finding) for finding in findings],

@@ -177,7 +177,7 @@ def main() -> None:
     if redrawn(args, HERE, "overhead", draw):
         return
     torch.set_num_threads(1)
-    repeats = 6 if args.short else 20
+    repeats = 4 if args.short else 20
     models = ["mobilenet_v2"] if args.short else list(MODELS)
     result: dict[str, Any] = {"per_action": per_action(10 if args.short else 50), "models": {}}
     for name in models:

@@ -48,12 +48,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=None, help="folder of profiles")
     args = parser.parse_args()
     if args.short:
-        args.environments, args.models, args.batches, args.rounds = (
-            [ENVIRONMENTS[0]],
-            ["mobilenet_v2"],
-            [32],
-            1,
-        )
+        args.environments, args.models, args.batches, args.rounds = ENVIRONMENTS[:1], ["gpt"], [32], 1
     return args
 
 

@@ -35,8 +35,7 @@ def ring_all_reduce(
     for turn in range(n - 1):
         outgoing, incoming = pieces[(rank - turn) % n], pieces[(rank - turn - 1) % n]
         turns.append((outgoing, spare[turn % len(spare)][: incoming.numel()], incoming))
-    for turn in range(n - 1):
-        turns.append((pieces[(rank + 1 - turn) % n], pieces[(rank - turn) % n], None))
+    turns += [(pieces[(rank + 1 - turn) % n], pieces[(rank - turn) % n], None) for turn in range(n - 1)]
     posted: deque[Pending | None] = deque()
     for turn, (outgoing, _, total) in enumerate(turns):
         for ahead in range(turn + len(posted), min(turn + _AHEAD, len(turns))):

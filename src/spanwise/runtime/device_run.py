@@ -188,7 +188,7 @@ class DeviceRun:
             seed = self._assignment.job.seed * 7_919 + index * 613 + place
             torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
             self._suffer(index)
-            result = self.executor.step(index)
+            result = self.executor.step(index, more=index + 1 < first + count)
             if self.scheduler is not None and (every_step or (index + 1) % per_epoch == 0):
                 self.scheduler.step()
             on_step(result, self._observed(result))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -13,27 +13,25 @@ import torch
 from torch import Tensor
 
 from spanwise.core.errors import PeerError
-from spanwise.core.model import ModelGraph, TensorSpec
+from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan, Sync
 from spanwise.core.program import SEGMENTS, Action, Program
 from spanwise.ops.deferred import Deferred
-from spanwise.runtime.assembly import Assembly, Tensors, cut, meet
+from spanwise.runtime.assembly import Tensors, cut
 from spanwise.runtime.collectives import exchange_sum, ring_all_reduce
-from spanwise.runtime.exchange import Exchange, Flat, gradient
+from spanwise.runtime.exchange import Exchange, gradient
 from spanwise.runtime.feed import Feed
+from spanwise.runtime.inbox import Inbox
 from spanwise.runtime.outbox import Outbox
 from spanwise.runtime.parts import DeviceParts, Pace
 from spanwise.runtime.recorder import Recorder, StepRecord
 from spanwise.runtime.tags import Tags
-from spanwise.runtime.transport import Pending, Transport
-from spanwise.runtime.wire import Unpacking, empty_packed, pack
+from spanwise.runtime.transport import Transport
+from spanwise.runtime.wire import pack
 
-_AHEAD = 4  # receives posted before they are needed, per device; bounds the memory of early messages
-_AHEAD_OF_PUSHES = 8  # per device that pushes: none waits for the others, nor for word that it may send
 _BLOCKED_S = 5e-5  # a wait shorter than this is no wait
 
 _Key = tuple[str, int, int]  # payload, stage (before the cut) or sync, micro-batch or segment
-_Receipt = tuple[Pending, Flat]  # a receive under way, and where a segment's values go
 
 
 @dataclass(frozen=True)
@@ -67,13 +65,7 @@ class Executor:
         self._feed, self._clip, self._timeout_s = feed, clip_norm, timeout_s
         self._me = parts.device
         self._actions = program.devices.get(self._me, ())
-        recvs = tuple(a for a in self._actions if a.kind == "recv")
-        self._recvs = tuple(a for a in recvs if not a.crosses)
-        self._crossing = tuple(a for a in recvs if a.crosses)
-        pushing = {a.peer for a in recvs if a.payload == "push"}
-        self._ahead = max(_AHEAD, _AHEAD_OF_PUSHES * len(pushing))
         self._tags = Tags.of(program)
-        self._ranges = [{d: (a, b) for d, a, b in s.row_ranges()} for s in plan.stages]
         self._last = len(plan.stages) - 1
         self._handlers: dict[str, Callable[[Action], None]] = {
             "load": self._load, "send": self._send, "recv": self._recv, "forward": self._forward,
@@ -85,6 +77,7 @@ class Executor:
         self._in_halves = {(a.stage, a.micro_batch) for a in self._actions if a.kind == "backward_input"}
         self._sends = Counter(_key(a) for a in self._actions if a.kind == "send")
         self._exchange = Exchange(self._me, plan, program, parts.parameters, parts.optimizer)
+        self._inbox = Inbox(parts, plan, graph, program, transport, self._exchange, self._tags.stride)
         self._outbox = Outbox(self._me, self._timeout_s)
         # A thread a sync: segments follow each other, and no sync can keep another from its peers.
         self._rings = {
@@ -92,18 +85,18 @@ class Executor:
             for number, sync in enumerate(plan.syncs)
             if isinstance(sync, Sync) and self._me in sync.devices
         }
-        self._early: dict[int, _Receipt] = {}
         self._reset(-1)
 
-    def step(self, index: int) -> StepResult:
+    def step(self, index: int, *, more: bool = False) -> StepResult:
         """One training step. ``PeerError`` names the device and the action at which it failed.
 
         What a server sent in the step before is taken in on the way. The first step, and the one after
-        ``settle``, waits for none of it.
+        ``settle``, waits for none of it. ``more``: step ``index + 1`` will follow, so that what comes for it
+        may come during this one.
         """
         self._reset(index)
         self._recorder.begin(index)
-        self._post()
+        self._inbox.begin(index, more=more)
         for action in self._actions:
             self._do(action, self._handlers[action.kind])
         self._outbox.drain()
@@ -112,14 +105,13 @@ class Executor:
 
     def settle(self) -> None:
         """Takes in what a server sent for a next step: then all copies of a parameter are equal."""
-        for action in self._crossing:
-            if action.transfer in self._early:
-                self._do(action, self._settle)
+        for action in self._inbox.crossed:
+            self._do(action, self._settle)
 
     def _settle(self, action: Action) -> None:
-        pending, values = self._early.pop(action.transfer)
-        pending.wait(self._timeout_s)
-        self._exchange.arrived(action, values)
+        receipt = self._inbox.take_crossed(action)
+        receipt.pending.wait(self._timeout_s)
+        self._exchange.arrived(action, receipt.values)
 
     def _do(self, action: Action, handler: Callable[[Action], None]) -> None:
         try:
@@ -141,13 +133,8 @@ class Executor:
 
     def _reset(self, index: int) -> None:
         self._step = index
-        self._due = deque(self._recvs)
-        self._left = len(self._recvs) + len(self._crossing)  # receives that have not been taken in
-        self._pending: dict[int, _Receipt] = {}
-        self._crossed, self._early = self._early, {}
         self._exchange.reset()
         self._scale: Tensor | None = None
-        self._incoming: dict[_Key, Assembly] = {}
         self._outgoing: dict[_Key, tuple[int, Tensors]] = {}
         self._unsent = dict(self._sends)
         self._saved: dict[tuple[int, int], tuple[Tensors, Tensors]] = {}
@@ -160,69 +147,18 @@ class Executor:
 
     # Receiving
 
-    def _assembly(self, payload: str, stage: int, micro_batch: int) -> Assembly:
-        key = (payload, stage, micro_batch)
-        found = self._incoming.get(key)
-        if found is None:
-            found = Assembly(
-                self._specs(payload, stage), self._rows_of(payload, stage), self._parts.torch_device
-            )
-            self._incoming[key] = found
-        return found
-
-    def _specs(self, payload: str, stage: int) -> tuple[TensorSpec, ...]:
-        match payload:
-            case "input":
-                return self._graph.inputs
-            case "label":
-                return self._graph.labels
-            case "activation":
-                return self._graph.layers[self._plan.stages[stage].stop - 1].outputs
-            case _:
-                outputs = self._graph.layers[self._plan.stages[stage].stop - 1].outputs
-                return tuple(spec for spec in outputs if spec.differentiable)
-
-    def _rows_of(self, payload: str, stage: int) -> tuple[int, int]:
-        """Own rows in the stage that consumes a payload."""
-        consumer = {"input": 0, "label": self._last, "activation": stage + 1}.get(payload, stage)
-        return self._ranges[consumer][self._me]
-
-    def _post(self) -> None:
-        """Keeps receives posted ahead, those of the next step once all of this one have come."""
-        while self._due and len(self._pending) < self._ahead:
-            action = self._due.popleft()
-            self._pending[action.transfer] = self._receive(action)
-        if not self._left and not self._early:
-            self._early = {action.transfer: self._receive(action) for action in self._crossing}
-
-    def _receive(self, action: Action) -> _Receipt:
-        if action.payload in SEGMENTS:
-            values = self._exchange.room(action)
-            tag = self._tag(action.transfer, ahead=action.crosses)
-            return self._transport.recv(action.peer, tag, values), values
-        part = self._assembly(action.payload or "", action.stage, action.micro_batch).part(action.rows)
-        buffers = empty_packed(part, action.precision)
-        pending = self._transport.recv(action.peer, self._tag(action.transfer), buffers)
-        if action.precision != "full":
-            pending = Unpacking(pending, buffers, part, action.precision)
-        return pending, ()
-
     def _recv(self, action: Action) -> None:
-        receipt = (self._crossed if action.crosses else self._pending).pop(action.transfer, None)
+        receipt = self._inbox.take(action)
         if receipt is not None:  # nothing has crossed into a first step
-            self._take(action, *receipt)
-        self._left -= 1
-        self._post()
-
-    def _take(self, action: Action, pending: Pending, values: Flat) -> None:
-        start = time.monotonic()
-        pending.wait(self._timeout_s)
-        end = time.monotonic()
-        if end - start > _BLOCKED_S:
-            self._recorder.span("wait", action, start, end, busy=False)
-            self._pace.idle()
-        if action.payload in SEGMENTS:
-            self._exchange.arrived(action, values)
+            start = time.monotonic()
+            receipt.pending.wait(self._timeout_s)
+            end = time.monotonic()
+            if end - start > _BLOCKED_S:
+                self._recorder.span("wait", action, start, end, busy=False)
+                self._pace.idle()
+            if action.payload in SEGMENTS:
+                self._exchange.arrived(action, receipt.values)
+        self._inbox.post()
 
     # Sending
 
@@ -258,15 +194,15 @@ class Executor:
         s, m = action.stage, action.micro_batch
         start = time.monotonic()
         with self._pace.work("forward", s):
-            entry = ("input", -1, m) if s == 0 else ("activation", s - 1, m)
-            specs = self._specs(entry[0], entry[1])
+            entry = ("input", -1) if s == 0 else ("activation", s - 1)
+            specs = self._inbox.specs(*entry)
             inputs = tuple(
                 tensor.detach().requires_grad_(spec.differentiable and s > 0)
-                for tensor, spec in zip(self._incoming.pop(entry).whole(), specs, strict=True)
+                for tensor, spec in zip(self._inbox.whole(*entry, m), specs, strict=True)
             )
             labels: Tensors = ()
             if s == self._last and self._graph.labels:
-                labels = self._incoming.pop(("label", -1, m)).whole()
+                labels = self._inbox.whole("label", -1, m)
             later = None
             if (s, m) in self._in_halves:
                 later = self._deferred[s, m] = Deferred()
@@ -290,8 +226,8 @@ class Executor:
             if s == self._last:
                 outputs[0].backward()  # pyright: ignore[reportUnknownMemberType]
             else:
-                specs = self._specs("activation", s)
-                gradients = self._incoming.pop(("gradient", s, m)).whole()
+                specs = self._inbox.specs("activation", s)
+                gradients = self._inbox.whole("gradient", s, m)
                 targets = [t for t, spec in zip(outputs, specs, strict=True) if spec.differentiable]
                 torch.autograd.backward(targets, list(gradients))
             own = tuple(torch.zeros_like(t) if t.grad is None else t.grad for t in inputs if t.requires_grad)
@@ -312,10 +248,7 @@ class Executor:
         """Makes rows ready for sends, and for stage ``to`` if this device holds rows of it too."""
         if self._sends.get((payload, stage, m)):
             self._outgoing[payload, stage, m] = (rows[0], tensors)
-        mine = self._ranges[to].get(self._me)
-        common = meet(rows, mine) if mine is not None else None
-        if common is not None:
-            self._assembly(payload, stage, m).put(common, cut(tensors, rows[0], common))
+        self._inbox.put((payload, stage, m), rows, to, tensors)
 
     # Gradients
 
