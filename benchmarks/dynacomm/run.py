@@ -42,7 +42,7 @@ DEVICES = 4
 SCALING = (1, 2, 4, 8)
 SCALED = ("sequential", "layer_by_layer", "ibatch", "dynacomm", "duplex")
 SIMPLE = tuple(name for name in SERVER_STRATEGIES if name not in ("dynacomm", "duplex"))
-ROUND_S = 40.0  # a strategy's turn: as many steps as fit, from one to five
+ROUND_S = 40.0  # a strategy's turn: as many steps as fit, from one to three
 SLACK, CLEAR = 0.03, 0.05  # dynacomm against the best simple rule; a gain of duplex that must show
 # For the estimate: strategies of a cell with unlike plans, seconds until a cell steps, speed of a device.
 GUESSED, SET_UP_S, FLOPS_PER_S = 6, 25.0, 5e9
@@ -114,7 +114,7 @@ def estimate_s(args: argparse.Namespace) -> float:
 
 
 def _steps(step_s: float) -> int:
-    return max(1, min(5, int(ROUND_S / step_s) - 2))
+    return max(1, min(3, int(ROUND_S / step_s) - 2))
 
 
 def cell(
