@@ -42,7 +42,7 @@ def options() -> argparse.Namespace:
     args = found.parse_args()
     if args.short:
         args.environments, args.models, args.rounds = [ENVIRONMENTS[0]], ["gpt"], 1
-        args.planners = list(NAMES[:3])
+        args.planners = list(NAMES[:2])
     return args
 
 

@@ -60,7 +60,7 @@ def main() -> None:
         findings = list(check(lab))
     for finding in findings:
         print(finding.line, flush=True)
-    steps, runs, model = (4, 2, "gpt") if args.short else (14, 3, MODEL)
+    steps, runs, model = (4, 1, "gpt") if args.short else (14, 3, MODEL)
     prepared = prepared_job(model, BATCH)
     prepared = dataclasses.replace(prepared, job=prepared.job.model_copy(update={"steps": steps}))
     times = profile_prepared(prepared, cluster, None)

@@ -178,7 +178,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     repeats = 4 if args.short else 20
-    models = ["mobilenet_v2"] if args.short else list(MODELS)
+    models = ["gpt"] if args.short else list(MODELS)
     result: dict[str, Any] = {"per_action": per_action(10 if args.short else 50), "models": {}}
     for name in models:
         result["models"][name] = {b: compare(name, repeats, b) for b in ("threads", "processes")}

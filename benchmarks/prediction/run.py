@@ -43,7 +43,7 @@ def options() -> argparse.Namespace:
     args = parser.parse_args()
     if args.short:
         args.environments, args.models = [ENVIRONMENTS[0]], ["gpt"]
-        args.strategies = ["hpp", "pipeline", "single"]
+        args.strategies = ["hpp", "single"]
     return args
 
 

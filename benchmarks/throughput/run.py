@@ -49,6 +49,7 @@ def options() -> argparse.Namespace:
     args = parser.parse_args()
     if args.short:
         args.environments, args.models, args.batches, args.rounds = ENVIRONMENTS[:1], ["gpt"], [32], 1
+        args.peers = ["ddp", "1f1b", "single"]
     return args
 
 
