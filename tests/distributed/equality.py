@@ -71,6 +71,17 @@ def traced(case: Case, seed: int = 0) -> tuple[nn.Module, Traced]:
     return model, trace(model, case.loss, (x,), (y[:4],), name=case.name)
 
 
+_TRACED: dict[str, tuple[nn.Module, Traced]] = {}
+
+
+def of(case: Case) -> tuple[nn.Module, Traced]:
+    """The same, traced once for all tests."""
+    key = f"{case.name} {case.dtype}"
+    if key not in _TRACED:
+        _TRACED[key] = traced(case)
+    return _TRACED[key]
+
+
 def random_plan(
     graph: ModelGraph, batch: int, seed: int, *, same_slices: bool = False, least: int = 1
 ) -> Plan:

@@ -13,30 +13,20 @@ from equality import (
     assignment,
     cluster,
     largest_difference,
+    of,
     plan_of,
     random_plan,
     reference,
-    traced,
 )
-from torch import nn
 
 from spanwise.core.plan import Plan, Replica, Stage, Wire
 from spanwise.core.precision import Precision
-from spanwise.profiler.trace import Traced
 from spanwise.runtime.device_run import Snapshot
 from spanwise.runtime.processes import ProcessSession, WorkerPool
 from spanwise.runtime.session import StepReport
 from spanwise.runtime.threads import ThreadSession
 
 STEPS = 5
-_TRACED: dict[str, tuple[nn.Module, Traced]] = {}
-
-
-def of(case: Case) -> tuple[nn.Module, Traced]:
-    key = f"{case.name} {case.dtype}"
-    if key not in _TRACED:
-        _TRACED[key] = traced(case)
-    return _TRACED[key]
 
 
 def plan_for(case: Case, seed: int) -> Plan:

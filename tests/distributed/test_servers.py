@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import GPT, GPT2, MLP
-from equality import Case, assignment, largest_difference, plan_of, reference, traced
+from equality import Case, assignment, largest_difference, of, plan_of, reference
 from torch import Tensor, nn
 
 from server_cases import server_plan
@@ -21,7 +21,6 @@ from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan, Replica, ServerSync, Stage
 from spanwise.core.program import Action
 from spanwise.lowering import natural_syncs
-from spanwise.profiler.trace import Traced
 from spanwise.runtime.device_run import Assignment, Snapshot
 from spanwise.runtime.processes import ProcessSession, WorkerPool
 from spanwise.runtime.threads import ThreadSession
@@ -29,14 +28,6 @@ from spanwise.runtime.transport import Pending, Tensors, Transport
 
 STEPS = 4
 ROWS = {"a": 5, "b": 4, "c": 3}
-_TRACED: dict[str, tuple[nn.Module, Traced]] = {}
-
-
-def of(case: Case) -> tuple[nn.Module, Traced]:
-    key = f"{case.name} {case.dtype}"
-    if key not in _TRACED:
-        _TRACED[key] = traced(case)
-    return _TRACED[key]
 
 
 def sync_of(graph: ModelGraph, r: random.Random, **more: Any) -> ServerSync:

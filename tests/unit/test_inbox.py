@@ -55,7 +55,7 @@ def inbox() -> tuple[Inbox, Posted, Tags, list[int]]:
     exchange = Exchange("box", plan, program, {}, None)
     parts = DeviceParts("box", {}, {}, None)
     wanted = [a.transfer for a in program.devices["box"] if a.kind == "recv"]
-    return Inbox(parts, plan, graph, program, posted, exchange, tags.stride), posted, tags, wanted
+    return Inbox(parts, plan, graph, program, posted, exchange, tags), posted, tags, wanted
 
 
 def take_all(box: Inbox, wanted: list[int]) -> None:

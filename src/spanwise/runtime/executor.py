@@ -77,7 +77,7 @@ class Executor:
         self._in_halves = {(a.stage, a.micro_batch) for a in self._actions if a.kind == "backward_input"}
         self._sends = Counter(_key(a) for a in self._actions if a.kind == "send")
         self._exchange = Exchange(self._me, plan, program, parts.parameters, parts.optimizer)
-        self._inbox = Inbox(parts, plan, graph, program, transport, self._exchange, self._tags.stride)
+        self._inbox = Inbox(parts, plan, graph, program, transport, self._exchange, self._tags)
         self._outbox = Outbox(self._me, self._timeout_s)
         # A thread a sync: segments follow each other, and no sync can keep another from its peers.
         self._rings = {
@@ -143,7 +143,7 @@ class Executor:
         self._loss: Tensor | None = None
 
     def _tag(self, number: int, ahead: int = 0) -> int:
-        return (self._step + ahead) * self._tags.stride + number
+        return self._tags.tag(self._step + ahead, number)
 
     # Receiving
 

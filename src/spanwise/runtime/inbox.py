@@ -11,6 +11,7 @@ from spanwise.core.program import SEGMENTS, Action, Program
 from spanwise.runtime.assembly import Assembly, Tensors, cut, meet
 from spanwise.runtime.exchange import Exchange, Flat
 from spanwise.runtime.parts import DeviceParts
+from spanwise.runtime.tags import Tags
 from spanwise.runtime.transport import Pending, Transport
 from spanwise.runtime.wire import Unpacking, empty_packed
 
@@ -46,11 +47,10 @@ class Inbox:
 
     def __init__(
         self, parts: DeviceParts, plan: Plan, graph: ModelGraph, program: Program, transport: Transport,
-        exchange: Exchange, stride: int,
+        exchange: Exchange, tags: Tags,
     ) -> None:  # fmt: skip
-        """``stride``: how many tags a step has."""
         self._parts, self._plan, self._graph = parts, plan, graph
-        self._transport, self._exchange, self._stride = transport, exchange, stride
+        self._transport, self._exchange, self._tags = transport, exchange, tags
         found = tuple(a for a in program.devices.get(parts.device, ()) if a.kind == "recv")
         self._recvs = tuple(a for a in found if not a.crosses)
         self._crossing = tuple(a for a in found if a.crosses)
@@ -100,7 +100,7 @@ class Inbox:
         return self._next.posted.pop(action.transfer)
 
     def _receive(self, action: Action, coming: _Coming, ahead: int) -> Receipt:
-        tag = (self._step + ahead) * self._stride + action.transfer
+        tag = self._tags.tag(self._step + ahead, action.transfer)
         if action.payload in SEGMENTS:
             values = self._exchange.room(action)
             return Receipt(self._transport.recv(action.peer, tag, values), values)

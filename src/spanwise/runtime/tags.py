@@ -17,6 +17,10 @@ class Tags:
     norm: int
     stride: int
 
+    def tag(self, step: int, number: int) -> int:
+        """Of a numbered message in a step."""
+        return step * self.stride + number
+
     @classmethod
     def of(cls, program: Program) -> Tags:
         """Numbers transfers first, then rings, then the norm."""
