@@ -203,8 +203,8 @@ def test_predicted_bytes_of_each_layer(name: str) -> None:
         tensors = outputs[0]
 
 
-def test_a_layer_in_one_batch_is_refused_with_what_it_cannot_do() -> None:
-    _, found, data = traced("branches")
+def test_layers_that_run_again_are_refused() -> None:
+    _, found, _ = traced("branches")
     with pytest.raises(InputError, match="choose one"):
         StageModule(
             found.ops, found.graph, 0, 2, parameters=found.parameters, buffers=found.buffers,

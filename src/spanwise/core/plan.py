@@ -13,15 +13,24 @@ from spanwise.core.errors import PlanError
 from spanwise.core.noun import Noun
 from spanwise.core.order import check_halves, kept_over, parse_order
 from spanwise.core.precision import Precision
+from spanwise.core.trained import GroupSync, Ranking, Trained
 
 ScheduleName = Literal["gpipe", "1f1b", "zero_bubble"]
 
 
 class Replica(Noun):
-    """A device of a stage and how many rows of each micro-batch it computes."""
+    """A device of a stage, how many rows of each micro-batch it computes, what it trains (all by default)."""
 
     device: Id
     rows: int = Field(ge=1)
+    trains: tuple[Trained, ...] | None = None
+
+    @cached_property
+    def trained(self) -> dict[str, int | None] | None:
+        """What it trains: channels, or None for all of them, by parameter; None if it trains everything."""
+        if self.trains is None:
+            return None
+        return {one.parameter: one.channels for one in self.trains}
 
 
 class Stage(Noun):
@@ -59,7 +68,17 @@ class Stage(Noun):
                     "the stage, hold a layer and follow each other"
                 )
             least = b
+        if self.sparse and (self.recompute or self.order is not None):
+            raise PlanError(
+                f"plan: stage [{self.start}:{self.stop}) trains some of its parameters only, and "
+                f"{'runs layers again' if self.recompute else 'goes back in halves'}; it can do one of both"
+            )
         return self
+
+    @property
+    def sparse(self) -> bool:
+        """Whether some replica does not train everything."""
+        return any(replica.trains is not None for replica in self.replicas)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -159,12 +178,15 @@ class ServerSync(Noun):
 
 
 def _form_of_sync(data: object) -> str:
-    is_server = isinstance(data, ServerSync) or (isinstance(data, dict) and "server" in cast("Any", data))
-    return "server" if is_server else "ring"
+    for key, noun, form in (("server", ServerSync, "server"), ("trainers", GroupSync, "group")):
+        if isinstance(data, noun) or (isinstance(data, dict) and key in cast("Any", data)):
+            return form
+    return "ring"
 
 
 AnySync = Annotated[  # told apart by form, so that an error speaks of the form that was written
-    Annotated[Sync, Tag("ring")] | Annotated[ServerSync, Tag("server")], Discriminator(_form_of_sync)
+    Annotated[Sync, Tag("ring")] | Annotated[ServerSync, Tag("server")] | Annotated[GroupSync, Tag("group")],
+    Discriminator(_form_of_sync),
 ]
 
 
@@ -189,6 +211,9 @@ class Plan(Noun):
         syncs: gradient sums, by a ring or a server. Every parameter held by several devices must be covered.
         wires: between which devices activations and gradients travel in reduced precision; all others, and
             all raw rows and gradient sums, travel as they are. With any of them a plan is not exact.
+        rankings: channels in order of importance of the weights of which some replica trains a part.
+        stored_statistics: whether BatchNorm normalises by its running statistics, which then stay as they
+            are, and not by those of the rows at hand.
     """
 
     strategy: str
@@ -200,6 +225,8 @@ class Plan(Noun):
     schedule: ScheduleName = "1f1b"
     syncs: tuple[AnySync, ...] = ()
     wires: tuple[Wire, ...] = ()
+    rankings: tuple[Ranking, ...] | None = None
+    stored_statistics: bool | None = None
 
     @model_validator(mode="after")
     def _covers(self) -> Plan:
@@ -227,6 +254,7 @@ class Plan(Noun):
             raise PlanError(f"plan '{self.strategy}': sources list a device twice: {', '.join(holders)}")
         self._check_orders()
         self._check_servers()
+        self._check_trained()
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if self.schedule == "1f1b" and after.warmup > before.warmup:
                 raise PlanError(
@@ -267,6 +295,45 @@ class Plan(Noun):
                     f"plan '{self.strategy}': layer {max(one.start, other.start)} is served by "
                     f"'{one.server}' and by '{other.server}'; a layer has one server"
                 )
+
+    def _check_trained(self) -> None:
+        for replica in (replica for stage in self.stages for replica in stage.replicas):
+            for one in replica.trains or ():
+                order = self.ranking.get(one.parameter)
+                if one.channels is not None and (order is None or one.channels >= len(order)):
+                    raise PlanError(
+                        f"plan '{self.strategy}': '{replica.device}' trains {one.channels} channels of "
+                        f"'{one.parameter}', whose ranking has {len(order or ())}; rank its channels, or "
+                        "train all of them"
+                    )
+            names = [one.parameter for one in replica.trains or ()]
+            if len(set(names)) != len(names):
+                raise PlanError(f"plan '{self.strategy}': '{replica.device}' trains a parameter twice")
+        if self.stored_statistics and any(s.recompute or s.order is not None for s in self.stages):
+            raise PlanError(
+                f"plan '{self.strategy}': normalises by stored statistics, and runs layers again or goes "
+                "back in halves; it can do one of both"
+            )
+        if self.sparse and self.servers:
+            raise PlanError(
+                f"plan '{self.strategy}': has servers and devices that train some parameters only; "
+                "it can have one of both"
+            )
+
+    @property
+    def sparse(self) -> bool:
+        """Whether some device does not train everything that it holds."""
+        return any(stage.sparse for stage in self.stages)
+
+    @cached_property
+    def ranking(self) -> dict[str, tuple[int, ...]]:
+        """Channels by parameter, the most important first."""
+        return {one.parameter: one.channels for one in self.rankings or ()}
+
+    @property
+    def groups(self) -> tuple[GroupSync, ...]:
+        """Those of the syncs that are of units."""
+        return tuple(sync for sync in self.syncs if isinstance(sync, GroupSync))
 
     @property
     def servers(self) -> tuple[ServerSync, ...]:

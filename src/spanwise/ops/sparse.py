@@ -102,7 +102,8 @@ class _Convolution(torch.autograd.Function):
         return how.forward(x, weight, bias, how.stride, how.padding, how.dilation, how.groups)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
         of_x, of_weight, of_bias, of_chosen = ctx.needs_input_grad[:4]
         weight, kept = ctx.saved_tensors
         how: _Geometry = ctx.how
@@ -183,7 +184,8 @@ class _Linear(torch.autograd.Function):
         return _aten.linear.default(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
         of_x, _, of_bias, of_values = ctx.needs_input_grad[:4]
         weight, kept = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
@@ -216,7 +218,8 @@ class _FixedNorm(torch.autograd.Function):
         return _aten.batch_norm.default(x, gamma, beta, mean, var, False, 0.0, eps, False)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
         of_x, of_gamma, of_beta = ctx.needs_input_grad[:3]
         scale, x, mean, inverse = ctx.saved_tensors
         for_x = gradient * _by_channel(scale, gradient) if of_x else None
@@ -249,7 +252,8 @@ class _Clamp(torch.autograd.Function):
         return x.clamp(low, high)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
         (mask,) = ctx.saved_tensors
         if ctx.shape is not None:
             mask = _unpacked(mask, gradient.numel()).view(ctx.shape)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from spanwise.core.model import ModelGraph
-from spanwise.core.plan import Plan, ServerSync, Stage, Sync
+from spanwise.core.plan import AnySync, Plan, Stage, Sync
+from spanwise.core.trained import GroupSync
 from spanwise.core.units import format_bytes, format_seconds
 from spanwise.reporting.record import as_number
 
@@ -39,17 +40,31 @@ def describe_plan(plan: Plan, graph: ModelGraph) -> str:
     return "\n".join([head, *lines, *sums, *reduced, *feeds])
 
 
-def _sum(sync: Sync | ServerSync) -> str:
+def _sum(sync: AnySync) -> str:
     """Who sums the gradients of which layers, and how they travel."""
     layers = ", ".join(layer_range(*r) for r in sync.layers)
     if isinstance(sync, Sync):
         parts = f", in {sync.segments} segments" if sync.segments > 1 else ""
         return f"sum of gradients of layers {layers} over {', '.join(sync.devices)}{parts}"
+    if isinstance(sync, GroupSync):
+        return f"{_group(sync)} in layers {layers}"
     when = "each as soon as it is updated" if sync.as_aggregated else "after all gradients are in"
     return (
         f"{sync.server} updates layers {layers} for {', '.join(sync.devices)}: gradients in "
         f"{count_of(len(sync.pushes), 'segment')}, parameters in {len(sync.pulls)}, {when}"
     )
+
+
+def _group(sync: GroupSync) -> str:
+    """Who trains units, and how they reach those who do not."""
+    trainers, receivers = ", ".join(sync.trainers), ", ".join(sync.receivers)
+    if sync.way == "masked":
+        return f"mean over the trainers {trainers} to all by a masked sum with {receivers or 'nobody else'}"
+    text = f"sum over the trainers {trainers}" if len(sync.trainers) > 1 else f"trained by {trainers}"
+    if receivers:
+        every = "" if sync.refresh_every == 1 else f" every {sync.refresh_every} steps"
+        text += f", then sent on to {receivers}{every}"
+    return text
 
 
 def layer_range(start: int, stop: int) -> str:
