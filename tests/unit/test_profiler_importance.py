@@ -38,7 +38,8 @@ def test_first_order_gains_are_what_a_small_step_gains() -> None:
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
-    assert sum(one.score for one in scores.scores) == pytest.approx(float((losses[0] - losses[1]).detach()), rel=0.02)
+    fell = float((losses[0] - losses[1]).detach())
+    assert sum(one.score for one in scores.scores) == pytest.approx(fell, rel=0.02)
     for one in scores.scores:
         assert (one.channels is not None) == (one.parameter in found.graph.sliceable)
         if one.channels is not None:
