@@ -48,6 +48,8 @@ from spanwise.runtime.training import load_into
 HERE = Path(__file__).resolve().parent
 ROWS = 32  # of each device in a step
 COLLECTIVES = ("reduce", "average", "broadcast")
+FEW_ROWS = 2
+OVERHEAD = "overhead"  # a cell: what a worker holds besides tensors, once it has trained
 LAB = (
     DENSE, "dense_by_tensor", "dense_micro_batch", "dense_recompute", SUBJECT, "dsparse_union",
     "dsparse_lazy", "dsparse_grouped", "dsparse_masked", "same_for_all", "last_k",
@@ -67,10 +69,11 @@ def options() -> argparse.Namespace:
     found.add_argument("--seeds", type=int, default=3)
     found.add_argument("--epochs", type=int, default=10)
     found.add_argument("--lr", type=float, default=0.02)
+    found.add_argument("--pretrained-epochs", type=int, default=PRETRAINED_EPOCHS)
     found.add_argument("--steps", type=int, default=4, help="timed steps of a plan")
     found.add_argument("--cache", type=Path, default=None, help="folder of profiles and trained models")
     args = found.parse_args()
-    args.scale, args.pretrained_epochs, args.contestants = Scale(), PRETRAINED_EPOCHS, dict(ACCURACY)
+    args.scale, args.contestants = Scale(), dict(ACCURACY)
     if args.short:
         args.scale, args.pretrained_epochs, args.epochs, args.seeds = Scale(0.25, 16), 2, 1, 1
         args.lab, args.settings, args.steps = [SUBJECT], ["pretrained"], 1
@@ -143,6 +146,19 @@ def measured(found: Prepared, plan: Plan, times: Profile, cluster: Cluster, step
     }
 
 
+def overhead_bytes(args: argparse.Namespace, model: Any, cluster: Cluster) -> dict[str, float]:
+    """By device: what a worker takes to train besides tensors.
+
+    Kernels that are compiled, connections, orders, what the allocator cannot use. All layers are trained on
+    few rows; from the peak goes what was predicted.
+    """
+    few = prepared(model, job(FEW_ROWS * len(cluster.devices), 0, args.lr, 1), data(args.scale, turned=True))
+    times = analytic(few, cluster)
+    plan = CONTESTANTS["dense_stored"].make(problem_of(few, times, cluster, None))
+    cell = measured(few, plan, times, cluster, 1)
+    return {d: cell["peak_bytes"][d] - cell["predicted_bytes"][d] for d in cluster.ids}
+
+
 def aggregation_s(steps: Sequence[tuple[Any, ...]]) -> list[float]:
     """Seconds of each recorded step that a device waited for collectives.
 
@@ -167,6 +183,8 @@ def lab_cells(args: argparse.Namespace, kept: Cells) -> None:
     found = prepared(model, job(ROWS * len(cluster.devices), 0, args.lr, 1), data(args.scale, turned=True))
     times = analytic(found, cluster) if args.short else profile(args, kept, found, with_room(cluster))
     importance = scores(found, SUBJECT)
+    if not any(OVERHEAD in c for c in kept.found):
+        kept.add({OVERHEAD: overhead_bytes(args, model, with_room(cluster))})
     for name in todo:
         began, one = time.monotonic(), CONTESTANTS[name]
         where = with_room(cluster) if one.roomy else cluster
@@ -264,6 +282,7 @@ def report(kept: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The cells by kind."""
     return {
         "lab": [c for c in kept if "lab" in c],
+        OVERHEAD: next((c[OVERHEAD] for c in kept if OVERHEAD in c), {}),
         "accuracy": [c for c in kept if "setting" in c],
     }
 

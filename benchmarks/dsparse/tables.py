@@ -15,9 +15,17 @@ MIB = 2**20
 Cell = Mapping[str, Any]
 
 
-def tables(data: Mapping[str, Sequence[Cell]]) -> list[str]:
+def tables(data: Mapping[str, Any]) -> list[str]:
     """Lines of Markdown: per plan, per device, accuracy."""
-    return [*_plans(data["lab"]), "", *_devices(data["lab"]), "", *_accuracy(data["accuracy"])]
+    lab = [_without_overhead(cell, data.get("overhead", {})) for cell in data["lab"]]
+    return [*_plans(lab), "", *_devices(lab), "", *_accuracy(data["accuracy"])]
+
+
+def _without_overhead(cell: Cell, overhead: Mapping[str, float]) -> Cell:
+    """Measured peaks less what a worker takes besides tensors."""
+    if "error" in cell:
+        return cell
+    return {**cell, "peak_bytes": {d: b - overhead.get(d, 0.0) for d, b in cell["peak_bytes"].items()}}
 
 
 def _plans(cells: Sequence[Cell]) -> list[str]:

@@ -8,6 +8,7 @@ from spanwise.core.job import Recipe
 from spanwise.core.model import Kept, ModelGraph, Site
 from spanwise.core.plan import Stage
 from spanwise.core.profile import Profile
+from spanwise.core.program import Action
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -272,6 +273,20 @@ def sparse_backward_s(
             total = sum(p.bytes for p in parameters)
             seconds += into + (weight * trained / total if total else 0.0)
     return seconds
+
+
+def collective_sent(action: Action, device: str) -> tuple[str, float]:
+    """To whom a device sends in a collective, and bytes a step: in a ring, or along a chain.
+
+    The last of a chain sends nothing, to nobody (empty). What is done every few steps counts as its mean.
+    """
+    members = action.members
+    at = members.index(device)
+    if action.kind != "broadcast":
+        return members[(at + 1) % len(members)], ring_edge_bytes(len(members), action.nbytes)
+    if at + 1 == len(members):
+        return "", 0.0
+    return members[at + 1], action.nbytes / action.every
 
 
 PIECE_BYTES, MOST_PIECES = 2**16, 64

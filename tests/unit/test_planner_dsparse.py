@@ -25,6 +25,7 @@ from spanwise.planner.dsparse_select import (
     shifts_only,
     within_bytes,
 )
+from spanwise.reporting.text import describe_plan
 from spanwise.simulator import simulate
 from sparse_cases import conv_chain, scores, unequal
 
@@ -124,6 +125,9 @@ def test_plans_are_nested_and_within_every_budget() -> None:
                 assert name in more
                 assert more[name] is None or (count is not None and count <= more[name])
         assert len({u.trainers for u in units_of(plan, found.graph)}) <= len(SHARES) + 1
+        text = describe_plan(plan, found.graph)
+        assert "d0 x 4 (trains " in text
+        assert text.count("\n") >= 1 + len(plan.groups)
         for use in simulated(found, plan).devices:
             assert use.peak_memory_bytes <= found.cluster.device(use.device).memory_bytes, use.device
 

@@ -32,6 +32,7 @@ RowPayload = Literal["input", "label", "activation", "gradient"]
 SegmentPayload = Literal["push", "pull"]
 Payload = RowPayload | SegmentPayload
 SEGMENTS: tuple[str, ...] = get_args(SegmentPayload)
+COLLECTIVES = ("reduce", "average", "broadcast")
 
 
 @dataclass(frozen=True, slots=True)

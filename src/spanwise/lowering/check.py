@@ -7,11 +7,9 @@ from dataclasses import replace
 from spanwise.core.errors import PlanError
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan, ServerSync, row_ranges
-from spanwise.core.program import SEGMENTS, Action, Program
+from spanwise.core.program import COLLECTIVES, SEGMENTS, Action, Program
 from spanwise.core.trained import GroupSync
 from spanwise.lowering.syncs import layers_of, pulled, steppers, updaters
-
-_COLLECTIVES = ("reduce", "average", "broadcast")
 
 _Key = tuple[str, int, int]  # kind, stage, micro-batch; of reductions and updates kind, sync, segment
 
@@ -56,7 +54,7 @@ def _check_pairs(program: Program) -> None:
                         f"{side[action.transfer][0]} and {device}"
                     )
                 side[action.transfer] = (device, action)
-            elif action.kind in _COLLECTIVES:
+            elif action.kind in COLLECTIVES:
                 groups.setdefault(_key(action), []).append((device, action))
     for number in sends.keys() | recvs.keys():
         if number not in sends or number not in recvs:
@@ -110,7 +108,7 @@ def _check_exchanges(program: Program, plan: Plan, graph: ModelGraph) -> None:
 
 
 def _key(action: Action) -> _Key:
-    if action.kind in (*_COLLECTIVES, "update"):
+    if action.kind in (*COLLECTIVES, "update"):
         return action.kind, action.sync, action.segment
     return action.kind, action.stage, action.micro_batch
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from spanwise.core.model import ModelGraph
-from spanwise.core.plan import AnySync, Plan, Stage, Sync
+from spanwise.core.plan import AnySync, Plan, Replica, Stage, Sync
 from spanwise.core.trained import GroupSync
 from spanwise.core.units import format_bytes, format_seconds
+from spanwise.cost import unit_bytes
 from spanwise.reporting.record import as_number
 
 if TYPE_CHECKING:
@@ -157,11 +158,20 @@ def _stage_row(first: int, last: int, plan: Plan, graph: ModelGraph) -> tuple[st
         f"stage {first}" if first == last else f"stages {first}-{last}",
         f"layers {layer_range(stage.start, stage.stop)}",
         layer_names(graph, stage),
-        ", ".join(f"{r.device} x {r.rows}" for r in stage.replicas),
+        ", ".join(_replica(r, graph, state) for r in stage.replicas),
         ", ".join(filter(None, (_depth(plan, stage), recompute_text(stage)))),
         f"{format_bytes(state)} of weights",
         f"sends {format_bytes(cut)} a row" if last + 1 < len(plan.stages) else "ends in the loss",
     )
+
+
+def _replica(replica: Replica, graph: ModelGraph, state: int) -> str:
+    """Device and rows, and which part of the weights it trains if that is not all."""
+    text = f"{replica.device} x {replica.rows}"
+    if replica.trained is None:
+        return text
+    share = sum(unit_bytes(graph, replica.trained).values()) / state if state else 0.0
+    return f"{text} (trains {100 * share:.3g} %)"
 
 
 def _depth(plan: Plan, stage: Stage) -> str:

@@ -11,7 +11,7 @@ from spanwise.core.faults import Fault, slowdown, stretch
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan, Replica
 from spanwise.core.profile import Profile
-from spanwise.core.program import Action, Program
+from spanwise.core.program import COLLECTIVES, Action, Program
 from spanwise.core.routes import Routes
 from spanwise.cost import (
     Trains,
@@ -257,7 +257,7 @@ def all_ways(costs: Costs) -> None:
         for action in actions:
             if action.kind == "send":
                 costs.way(device, action.peer)
-            elif action.kind in ("reduce", "average", "broadcast"):
+            elif action.kind in COLLECTIVES:
                 for a, b in ring_edges(action):
                     costs.way(a, b)
             elif action.kind == "norm":
