@@ -306,6 +306,20 @@ def test_worker_processes_give_what_threads_give(pool: WorkerPool) -> None:
     processes.close()
 
 
+def test_timing_its_stages_leaves_no_gradients_behind() -> None:
+    """Of the portable emulation, which runs every stage before the first step."""
+    _, traced = equality.of(CASE)
+    plan = sparse_plan(traced.graph, 1, layout_of("replicas", traced.graph))
+    machines = equality.cluster(tuple("abcd"), emulation={"core_share": 1.0})
+    work = replace(equality.assignment(CASE, traced, plan, machines), emulate=True)
+    tensors = {k: v.detach() for k, v in traced.parameters.items()} | dict(traced.buffers)
+    session = ThreadSession(work, tensors, CASE.data())
+    leaves = [leaf for part in session._runs.values() for leaf in part.trained.leaves.values()]
+    assert leaves
+    assert all(leaf.grad is None for leaf in leaves)
+    session.close()
+
+
 def test_a_run_from_the_job_to_the_report(tmp_path: Path) -> None:
     """Scores by a probe, a plan under unequal budgets, training, and a page that says who trains what."""
     torch.manual_seed(0)

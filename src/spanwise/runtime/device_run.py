@@ -181,6 +181,8 @@ class DeviceRun:
                 self._assignment.plan, self._assignment.graph, self._assignment.program, self.device,
                 self._stages, self.parameters, self.buffers,
             )  # fmt: skip
+            for leaf in self.trained.leaves.values():  # channels that train are parameters of their own
+                leaf.grad = None
 
     def run(self, first: int, count: int, on_step: OnStep) -> None:
         """Steps ``first .. first + count - 1``."""
