@@ -7,8 +7,9 @@ from typing import Any
 
 from spanwise.core.cluster import Cluster
 from spanwise.core.model import Layer, ModelGraph, Parameter, TensorSpec
-from spanwise.core.plan import Plan, Replica, ServerSync, Stage
+from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.core.profile import DeviceTimes, LayerTimes, Profile, TimeTable
+from spanwise.core.syncs import ServerSync
 from spanwise.planner.segments import Cuts, Exchange
 
 NS = 1e-9

@@ -142,9 +142,11 @@ def plan(
 
     task, machines = api.load_job(job, tuple(sets or ())), api.load_cluster(cluster)
     graph, times = api.profile(task, machines, cache=_cache(cache))
+    graph, importance = api.scored(task, graph, strategy)
     found = advice_data(
-        task, machines, graph, times, strategy, baselines=baselines, replans=replans if what_if else 0
-    )
+        task, machines, graph, times, strategy, baselines=baselines, replans=replans if what_if else 0,
+        importance=importance,
+    )  # fmt: skip
     if out is not None:
         save_plan(out, task, machines, graph, times, found.plan)
     if as_json:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from server_cases import server_plan
 from spanwise.core.errors import PeerError
 from spanwise.core.model import ModelGraph
-from spanwise.core.plan import Plan, Replica, ServerSync, Stage
+from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.core.program import Action
+from spanwise.core.syncs import ServerSync
 from spanwise.lowering import natural_syncs
 from spanwise.runtime.device_run import Assignment, Snapshot
 from spanwise.runtime.processes import ProcessSession, WorkerPool

@@ -11,9 +11,10 @@ from spanwise.core.cluster import EVERYWHERE, Cluster, DataShare, Device, Emulat
 from spanwise.core.faults import Fault
 from spanwise.core.job import Job, Recipe
 from spanwise.core.model import Layer, ModelGraph, Parameter, TensorSpec
-from spanwise.core.plan import Plan, Replica, ServerSync, Stage, Sync, Wire
+from spanwise.core.plan import Plan, Replica, Stage, Wire
 from spanwise.core.profile import DeviceTimes, LayerTimes, LinkTimes, Profile, TimeTable
 from spanwise.core.program import Action, Program, ProgramFile, RowPayload, SegmentPayload
+from spanwise.core.syncs import ServerSync, Sync
 from spanwise.core.timeline import DeviceUse, MemoryPoint, Span, Timeline
 
 ids = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,8}", fullmatch=True)

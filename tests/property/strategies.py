@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from spanwise.core.cluster import Cluster, Device, Link
 from spanwise.core.model import Layer, ModelGraph, Parameter, TensorSpec
 from spanwise.core.order import order_text
-from spanwise.core.plan import Plan, Replica, Stage, Sync
+from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.core.profile import DeviceTimes, LayerTimes, LinkTimes, Profile, TimeTable
+from spanwise.core.syncs import Sync
 from spanwise.lowering import natural_syncs
 from spanwise.schedules import Hop, StageSeconds, zero_bubble
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from plan_cases import chain, plan, stage
 from spanwise.core.errors import PlanError
-from spanwise.core.plan import Plan, Replica, Stage, Sync
+from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.core.program import Action, Program
+from spanwise.core.syncs import Sync
 from spanwise.lowering import check, holders, lower, natural_syncs
 
 GRAPH = chain(4)

@@ -13,8 +13,9 @@ from plan_cases import chain, plan, stage
 from segment_cases import cut_sets
 from server_cases import served, server_plan, star
 from spanwise.core.errors import InputError, PlanError
-from spanwise.core.plan import Plan, ServerSync
+from spanwise.core.plan import Plan
 from spanwise.core.program import Action, Program
+from spanwise.core.syncs import ServerSync
 from spanwise.lowering import check, lower, moves
 from spanwise.planner.segments import Cuts
 

@@ -4,7 +4,8 @@ import pytest
 
 from plan_cases import chain, plan, replicas, stage
 from spanwise.core.errors import InputError, PlanError
-from spanwise.core.plan import Plan, Stage, Sync, row_ranges
+from spanwise.core.plan import Plan, Stage, row_ranges
+from spanwise.core.syncs import Sync
 
 GRAPH = chain(4)
 

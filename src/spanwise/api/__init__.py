@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spanwise.api.prepare import Prepared
     from spanwise.api.run import Outcome, Watcher
     from spanwise.core.faults import Fault
+    from spanwise.core.importance import Importance
     from spanwise.planner import Evaluation
 
 
@@ -60,7 +61,24 @@ def plan(
     from spanwise.api.planning import choose
 
     graph, times = profile(job, cluster, cache=cache)
-    return choose(job, cluster, graph, times, strategy)
+    graph, importance = scored(job, graph, strategy)
+    return choose(job, cluster, graph, times, strategy, importance)
+
+
+def scored(job: Job, graph: ModelGraph, strategy: str) -> tuple[ModelGraph, Importance | None]:
+    """Scores of the parameters, if the strategy chooses what each device trains, and the whole graph.
+
+    A probe on this machine; other strategies need none, and their graph is returned as it is.
+    """
+    from spanwise.api.scores import needs_scores
+
+    if not needs_scores(strategy):
+        return graph, None
+    from spanwise.api.prepare import prepare
+    from spanwise.api.scores import scores
+
+    prepared = prepare(job)
+    return prepared.traced.graph, scores(prepared, strategy)
 
 
 def simulate(
@@ -166,11 +184,13 @@ class Trainer:
     def plan(self, dataset: Any) -> tuple[Plan, tuple[Evaluation, ...]]:
         """What ``fit`` would run, and what every strategy is predicted to give."""
         from spanwise.api.planning import choose
+        from spanwise.api.scores import scores
         from spanwise.api.times import profile_prepared
 
         prepared = self._prepared(dataset, None)
         times = profile_prepared(prepared, self.cluster, self.cache)
-        return choose(prepared.job, self.cluster, prepared.traced.graph, times, self.strategy)
+        found = scores(prepared, self.strategy)
+        return choose(prepared.job, self.cluster, prepared.traced.graph, times, self.strategy, found)
 
     def fit(
         self, dataset: Any, test: Any = None, *, resume: Path | str | None = None,

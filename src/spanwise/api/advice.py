@@ -9,6 +9,7 @@ from typing import Any
 from spanwise.api.planning import fastest_plan, predict
 from spanwise.core.cluster import Cluster
 from spanwise.core.faults import Fault
+from spanwise.core.importance import Importance
 from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan
@@ -118,6 +119,7 @@ def advice_data(
     *,
     baselines: bool = False,
     replans: int = 0,
+    importance: Importance | None = None,
 ) -> Answer:
     """Compares all strategies, chooses the one asked for (or the best), explains.
 
@@ -129,8 +131,9 @@ def advice_data(
         strategy: whose plan; ``auto`` for the fastest.
         baselines: whether to plan with every baseline too.
         replans: how many changes of the cluster to plan for; 0 = none.
+        importance: scores of parameters, for a strategy that chooses what each device trains.
     """
-    problem = Problem(graph=graph, profile=times, cluster=cluster, job=job)
+    problem = Problem(graph=graph, profile=times, cluster=cluster, job=job, importance=importance)
     evaluations = compare(problem)
     chosen = fastest_plan(problem, evaluations) if strategy == "auto" else make_plan(problem, strategy)
     predicted = predict(chosen, graph, times, cluster, job)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.faults import Fault
+from spanwise.core.importance import Importance
 from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan
@@ -22,10 +23,14 @@ if TYPE_CHECKING:
 
 
 def choose(
-    job: Job, cluster: Cluster, graph: ModelGraph, times: Profile, strategy: str
-) -> tuple[Plan, tuple[Evaluation, ...]]:
-    """The plan of a strategy; ``auto`` compares all and returns what each is predicted to give."""
-    problem = Problem(graph=graph, profile=times, cluster=cluster, job=job)
+    job: Job, cluster: Cluster, graph: ModelGraph, times: Profile, strategy: str,
+    importance: Importance | None = None,
+) -> tuple[Plan, tuple[Evaluation, ...]]:  # fmt: skip
+    """The plan of a strategy; ``auto`` compares all and returns what each is predicted to give.
+
+    ``importance``: for those that choose what each device trains.
+    """
+    problem = Problem(graph=graph, profile=times, cluster=cluster, job=job, importance=importance)
     if strategy != "auto":
         return make_plan(problem, strategy), ()
     evaluations = compare(problem)

@@ -19,6 +19,7 @@ from spanwise.api.adaptive import Adapting
 from spanwise.api.in_lab import meet_in_lab, profile_in_lab
 from spanwise.api.planning import choose, predict
 from spanwise.api.prepare import Prepared, prepare
+from spanwise.api.scores import scores
 from spanwise.api.times import profile_devices, profile_prepared
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InputError, PlanError
@@ -166,6 +167,11 @@ class _Run:
         times = self._profile()
         self.watcher.on_stage("planning")
         plan, evaluations = self._plan(graph, times)
+        if plan.sparse and self.options.adapt:
+            raise InputError(
+                f"strategy '{plan.strategy}': its devices train some parameters only, and such a run keeps "
+                "its plan; train without adapting, or choose another strategy"
+            )
         predicted = predict(plan, graph, times, self.cluster, self.job)
         assignment = self._assignment(plan, graph)
         self._write_inputs(assignment, times, predicted)
@@ -247,7 +253,9 @@ class _Run:
     def _plan(self, graph: ModelGraph, times: Profile) -> tuple[Plan, tuple[Evaluation, ...]]:
         given = self.options.plan
         if given is None:
-            return choose(self.job, self.cluster, graph, times, self.options.strategy)
+            strategy = self.options.strategy
+            found = scores(self.prepared, strategy)
+            return choose(self.job, self.cluster, graph, times, strategy, found)
         if given.batch != self.job.batch:
             raise PlanError(
                 f"plan '{given.strategy}' is for batches of {given.batch} rows, the job has "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from functools import cached_property
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -37,6 +38,56 @@ class Parameter(Noun):
     bytes: int = Field(ge=0)
 
 
+SiteKind = Literal["conv", "depthwise", "linear", "norm", "fixed_norm", "relu", "other"]
+
+
+class Kept(Noun):
+    """A tensor that an operation keeps for backward: bytes per row, bytes once; a number is a storage."""
+
+    storage: int
+    row_bytes: int = Field(default=0, ge=0)
+    fixed_bytes: int = Field(default=0, ge=0)
+
+
+class Site(Noun):
+    """An operation at which it depends on what is trained what is kept for backward.
+
+    Attributes:
+        kind: ``norm`` is a BatchNorm by the statistics of its rows, ``fixed_norm`` one by stored ones.
+        sources: numbers of the sites, counted over the whole model, whose results it reads, through
+            operations that keep nothing.
+        weight: a product's weight or a norm's scale. ``shift``: its bias. ``others``: of any other operation.
+        channels: of the weight's input, or filters, that can be trained one by one, 0 if none can; of a norm
+            how many its statistics have.
+        kept: what it keeps when all is trained; of products and norms the input comes first.
+        elements: of its result, per row.
+        input_bytes, output_bytes: per row.
+        item_bytes: of a value.
+    """
+
+    kind: SiteKind
+    sources: tuple[int, ...] = ()
+    weight: str = ""
+    shift: str = ""
+    others: tuple[str, ...] = ()
+    channels: int = Field(default=0, ge=0)
+    kept: tuple[Kept, ...] = ()
+    elements: int = Field(default=0, ge=0)
+    input_bytes: int = Field(default=0, ge=0)
+    output_bytes: int = Field(default=0, ge=0)
+    item_bytes: int = Field(default=4, gt=0)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of all parameters that it reads."""
+        return tuple(name for name in (self.weight, self.shift, *self.others) if name)
+
+    @property
+    def channel_dimension(self) -> int:
+        """Of the weight: along which its channels lie."""
+        return 0 if self.kind == "depthwise" else 1
+
+
 class Layer(Noun):
     """The part of the model between two neighbouring cuts.
 
@@ -54,6 +105,7 @@ class Layer(Noun):
             products whose weight gradients wait.
         batch_statistics: whether it mixes rows (BatchNorm in training), so that a replica's result
             depends on which rows it holds.
+        sites: its operations that keep something or train something; None if this is not known.
     """
 
     name: str
@@ -69,6 +121,7 @@ class Layer(Noun):
     saved_fixed_bytes: int = Field(default=0, ge=0)
     deferred_bytes: int = Field(default=0, ge=0)
     batch_statistics: bool = False
+    sites: tuple[Site, ...] | None = None
 
     @property
     def parameter_bytes(self) -> int:
@@ -115,6 +168,37 @@ class ModelGraph(Noun):
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the content without ``sites``, which follow from the operations: older digests stay true."""
+        layers = tuple(layer.model_copy(update={"sites": None}) for layer in self.layers)
+        return Noun.digest.func(self.model_copy(update={"layers": layers}))
+
+    @cached_property
+    def sites(self) -> tuple[tuple[Site, ...], ...]:
+        """Of every layer.
+
+        Raises:
+            InputError: they are not known, as the model was traced by an older version.
+        """
+        found = tuple(layer.sites for layer in self.layers if layer.sites is not None)
+        if len(found) != len(self.layers):
+            raise InputError(
+                f"model '{self.name}': it is not known what its operations keep when some parameters are "
+                "trained only; trace it again"
+            )
+        return found
+
+    @cached_property
+    def sliceable(self) -> dict[str, tuple[int, int]]:
+        """Weights whose channels can be trained one by one: the dimension of the channels, and how many."""
+        return {
+            site.weight: (site.channel_dimension, site.channels)
+            for sites in self.sites
+            for site in sites
+            if site.channels and site.weight and site.kind in ("conv", "depthwise", "linear")
+        }
 
     @cached_property
     def ties(self) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from functools import cached_property
-from itertools import combinations, pairwise
-from typing import Annotated, Any, Literal, cast
+from itertools import combinations
+from typing import Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from spanwise.core.cluster import Id
 from spanwise.core.errors import PlanError
 from spanwise.core.noun import Noun
 from spanwise.core.order import Kept, Op, check_halves, kept_over, parse_order
 from spanwise.core.precision import Precision
+from spanwise.core.syncs import AnySync, ServerSync
+from spanwise.core.trained import GroupSync, Ranking, Trained
 
 ScheduleName = Literal["gpipe", "1f1b", "zero_bubble"]
 
 
 class Replica(Noun):
-    """A device of a stage and how many rows of each micro-batch it computes."""
+    """A device of a stage, how many rows of each micro-batch it computes, what it trains (all by default)."""
 
     device: Id
     rows: int = Field(ge=1)
+    trains: tuple[Trained, ...] | None = None
+
+    @cached_property
+    def trained(self) -> dict[str, int | None] | None:
+        """What it trains: channels, or None for all of them, by parameter; None if it trains everything."""
+        if self.trains is None:
+            return None
+        return {one.parameter: one.channels for one in self.trains}
 
 
 class Stage(Noun):
@@ -59,7 +69,17 @@ class Stage(Noun):
                     "the stage, hold a layer and follow each other"
                 )
             least = b
+        if self.sparse and (self.recompute or self.order is not None):
+            raise PlanError(
+                f"plan: stage [{self.start}:{self.stop}) trains some of its parameters only, and "
+                f"{'runs layers again' if self.recompute else 'goes back in halves'}; it can do one of both"
+            )
         return self
+
+    @cached_property
+    def sparse(self) -> bool:
+        """Whether some replica does not train everything."""
+        return any(replica.trains is not None for replica in self.replicas)
 
     @cached_property
     def devices(self) -> tuple[str, ...]:
@@ -94,121 +114,6 @@ class Stage(Noun):
         return kept_over(self.ops)
 
 
-class Sync(Noun):
-    """Gradients of some layers summed over some devices, once a step, by a ring.
-
-    Meant are the parameters in these half-open layer ranges that exactly these devices hold: a tied weight
-    whose layers lie in two stages has a Sync of its own, over the devices of both. ``devices`` is the order
-    of the ring.
-
-    The sum may be cut into segments, each a ring, one after the other from the last layers to the first, each
-    as soon as the last micro-batch has left its gradients behind: at layers, by ``ends``, of every segment
-    the layer after its last, rising, the last that of the sync (a parameter belongs to the first layer that
-    uses it); or into so many ``segments`` of about equal bytes.
-    """
-
-    layers: tuple[tuple[int, int], ...] = Field(min_length=1)
-    devices: tuple[Id, ...] = Field(min_length=2)
-    segments: int = Field(default=1, ge=1)
-    ends: tuple[int, ...] | None = None
-
-    @model_validator(mode="after")
-    def _cut_once(self) -> Sync:
-        if self.ends is None:
-            return self
-        first, stop = self.layers[0][0], self.layers[-1][1]
-        if not self.ends or self.ends[-1] != stop or any(a >= b for a, b in pairwise((first, *self.ends))):
-            raise PlanError(
-                f"plan: sum over {', '.join(self.devices)}: segments of layers [{first}:{stop}) end at "
-                f"{', '.join(map(str, self.ends)) or 'none'}; ends must rise and the last must be {stop}"
-            )
-        if self.segments > 1:
-            raise PlanError(
-                f"plan: sum over {', '.join(self.devices)} has both {self.segments} segments and ends of "
-                "segments; give one of them"
-            )
-        return self
-
-    @property
-    def most_segments(self) -> int:
-        """In how many segments it is cut, those without a parameter counted in."""
-        return self.segments if self.ends is None else len(self.ends)
-
-
-class ServerSync(Noun):
-    """Gradients of layers ``[start, stop)`` pushed to a server, their parameters pulled from it, once a step.
-
-    The server (a parameter server: Li et al., "Scaling Distributed Machine Learning with the Parameter
-    Server", OSDI 2014) sums in the order of ``devices``, updates, and keeps the state of the optimizer, which
-    the devices do without. Meant are the parameters that exactly these devices hold, as in a Sync. The server
-    may be one of them: what is its own does not travel.
-
-    ``pushes`` and ``pulls`` cut the layers into segments, each a message: of every segment the layer after
-    its last, rising; the last is ``stop``. A parameter travels with the first layer that uses it. ``order``
-    has every pull once, as the server sends them. With ``as_aggregated`` it updates a segment as soon as all
-    gradients of it are in and sends what it may; else it updates nothing before all gradients are in, so that
-    a step that fails in between has changed nothing.
-    """
-
-    server: Id
-    devices: tuple[Id, ...] = Field(min_length=1)
-    start: int = Field(default=0, ge=0)
-    pushes: tuple[int, ...] = Field(min_length=1)
-    pulls: tuple[int, ...] = Field(min_length=1)
-    order: tuple[int, ...]
-    as_aggregated: bool = False
-
-    @model_validator(mode="after")
-    def _whole(self) -> ServerSync:
-        where = f"plan: server '{self.server}'"
-        for what, ends in (("push", self.pushes), ("pull", self.pulls)):
-            if any(a >= b for a, b in pairwise((self.start, *ends))):
-                raise PlanError(
-                    f"{where}: {what} segments of layers from {self.start} on end at "
-                    f"{', '.join(map(str, ends))}; ends must rise, each segment holds a layer"
-                )
-        if self.pushes[-1] != self.pulls[-1]:
-            raise PlanError(
-                f"{where}: pushes end at layer {self.pushes[-1]}, pulls at {self.pulls[-1]}; "
-                "all layers travel both ways"
-            )
-        if sorted(self.order) != list(range(len(self.pulls))):
-            raise PlanError(
-                f"{where}: order {', '.join(map(str, self.order)) or 'missing'} of {len(self.pulls)} pulls; "
-                "it must have each of them once"
-            )
-        if len(set(self.devices)) != len(self.devices):
-            raise PlanError(f"{where} lists a device twice: {', '.join(self.devices)}")
-        if self.devices == (self.server,):
-            raise PlanError(f"{where} serves nobody but itself; remove it, a device updates what it holds")
-        return self
-
-    @property
-    def stop(self) -> int:
-        """The layer after the last."""
-        return self.pushes[-1]
-
-    @property
-    def layers(self) -> tuple[tuple[int, int], ...]:
-        """As half-open ranges, like those of a Sync."""
-        return ((self.start, self.stop),)
-
-    @property
-    def clients(self) -> tuple[str, ...]:
-        """The devices that push and pull: all but the server itself."""
-        return tuple(device for device in self.devices if device != self.server)
-
-
-def _form_of_sync(data: object) -> str:
-    is_server = isinstance(data, ServerSync) or (isinstance(data, dict) and "server" in cast("Any", data))
-    return "server" if is_server else "ring"
-
-
-AnySync = Annotated[  # told apart by form, so that an error speaks of the form that was written
-    Annotated[Sync, Tag("ring")] | Annotated[ServerSync, Tag("server")], Discriminator(_form_of_sync)
-]
-
-
 class Wire(Noun):
     """Activations and gradients from one device to another travel with fewer bits than they have."""
 
@@ -230,6 +135,9 @@ class Plan(Noun):
         syncs: gradient sums, by a ring or a server. Every parameter held by several devices must be covered.
         wires: between which devices activations and gradients travel in reduced precision; all others, and
             all raw rows and gradient sums, travel as they are. With any of them a plan is not exact.
+        rankings: channels in order of importance of the weights of which some replica trains a part.
+        stored_statistics: whether BatchNorm normalises by its running statistics, which then stay as they
+            are, and not by those of the rows at hand.
     """
 
     strategy: str
@@ -241,6 +149,8 @@ class Plan(Noun):
     schedule: ScheduleName = "1f1b"
     syncs: tuple[AnySync, ...] = ()
     wires: tuple[Wire, ...] = ()
+    rankings: tuple[Ranking, ...] | None = None
+    stored_statistics: bool | None = None
 
     @model_validator(mode="after")
     def _covers(self) -> Plan:
@@ -268,6 +178,7 @@ class Plan(Noun):
             raise PlanError(f"plan '{self.strategy}': sources list a device twice: {', '.join(holders)}")
         self._check_orders()
         self._check_servers()
+        self._check_trained()
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if self.schedule == "1f1b" and after.warmup > before.warmup:
                 raise PlanError(
@@ -307,6 +218,45 @@ class Plan(Noun):
                     f"plan '{self.strategy}': layer {max(one.start, other.start)} is served by "
                     f"'{one.server}' and by '{other.server}'; a layer has one server"
                 )
+
+    def _check_trained(self) -> None:
+        for replica in (replica for stage in self.stages for replica in stage.replicas):
+            for one in replica.trains or ():
+                order = self.ranking.get(one.parameter)
+                if one.channels is not None and (order is None or one.channels >= len(order)):
+                    raise PlanError(
+                        f"plan '{self.strategy}': '{replica.device}' trains {one.channels} channels of "
+                        f"'{one.parameter}', whose ranking has {len(order or ())}; rank its channels, or "
+                        "train all of them"
+                    )
+            names = [one.parameter for one in replica.trains or ()]
+            if len(set(names)) != len(names):
+                raise PlanError(f"plan '{self.strategy}': '{replica.device}' trains a parameter twice")
+        if self.stored_statistics and any(s.recompute or s.order is not None for s in self.stages):
+            raise PlanError(
+                f"plan '{self.strategy}': normalises by stored statistics, and runs layers again or goes "
+                "back in halves; it can do one of both"
+            )
+        if self.sparse and self.servers:
+            raise PlanError(
+                f"plan '{self.strategy}': has servers and devices that train some parameters only; "
+                "it can have one of both"
+            )
+
+    @cached_property
+    def sparse(self) -> bool:
+        """Whether some device does not train everything that it holds."""
+        return any(stage.sparse for stage in self.stages)
+
+    @cached_property
+    def ranking(self) -> dict[str, tuple[int, ...]]:
+        """Channels by parameter, the most important first."""
+        return {one.parameter: one.channels for one in self.rankings or ()}
+
+    @cached_property
+    def groups(self) -> tuple[GroupSync, ...]:
+        """Those of the syncs that are of units."""
+        return tuple(sync for sync in self.syncs if isinstance(sync, GroupSync))
 
     @cached_property
     def servers(self) -> tuple[ServerSync, ...]:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from spanwise.core.errors import PlanError
 from spanwise.core.noun import Noun
 from spanwise.core.precision import Precision
+from spanwise.core.trained import parse_unit
 
 Kind = Literal[
     "load",
@@ -24,11 +25,14 @@ Kind = Literal[
     "update",
     "norm",
     "step",
+    "average",
+    "broadcast",
 ]
 RowPayload = Literal["input", "label", "activation", "gradient"]
 SegmentPayload = Literal["push", "pull"]
 Payload = RowPayload | SegmentPayload
 SEGMENTS: tuple[str, ...] = get_args(SegmentPayload)
+COLLECTIVES = ("reduce", "average", "broadcast")
 
 
 class Action(NamedTuple):
@@ -42,15 +46,18 @@ class Action(NamedTuple):
             ``send``/``recv`` move rows, or parameters and gradients of a segment to and from a server;
             ``reduce`` sums gradients over devices (in the background, until the step); ``update`` is a
             server's of one segment; ``norm`` sums the squared gradient norm; ``step`` waits for the
-            reductions and updates what no server does.
+            reductions and updates what no server does. After it, in the background until all of the step has
+            ended: ``average`` gives all members the mean of its trainers' values, ``broadcast`` those of the
+            first of a chain.
         stage: of compute; for activations and gradients the stage *before* the cut. -1 = none.
         micro_batch: index, -1 = none.
         rows: half-open range inside the micro-batch.
         layers: half-open range of a ``backward_weight`` that is done in parts; None = the whole stage.
         payload, peer, transfer, nbytes: of ``send`` and ``recv``; both ends carry the same transfer number.
         precision: of ``send`` and ``recv``; how values travel.
-        sync, segment, nbytes: of ``reduce``, ``update``, pushes and pulls.
-        members: of ``reduce`` and ``norm``.
+        sync, segment, nbytes: of ``reduce``, ``update``, ``average``, ``broadcast``, pushes and pulls.
+        members: of ``reduce``, ``average``, ``broadcast`` and ``norm``, in their order.
+        every: of ``broadcast``; it is done in every so many steps, the first time in step ``every - 1``.
     """
 
     kind: Kind
@@ -66,6 +73,11 @@ class Action(NamedTuple):
     segment: int = 0
     members: tuple[str, ...] = ()
     precision: Precision = "full"
+    every: int = 1
+
+    def due(self, step: int) -> bool:
+        """Whether it is done in a step."""
+        return (step + 1) % self.every == 0
 
     @property
     def work(self) -> str:
@@ -99,8 +111,12 @@ class Action(NamedTuple):
                     f"{way} {self.peer} #{self.transfer} {self.nbytes}B"
                     f"{'' if self.precision == 'full' else ' ' + self.precision}"
                 )
-            case "reduce":
-                return f"reduce y{self.sync}.{self.segment} {self.nbytes}B over {','.join(self.members)}"
+            case "reduce" | "average":
+                return f"{self.kind} y{self.sync}.{self.segment} {self.nbytes}B over {','.join(self.members)}"
+            case "broadcast":
+                period = "" if self.every == 1 else f" every {self.every} steps"
+                what = f"y{self.sync}.{self.segment} {self.nbytes}B"
+                return f"broadcast {what} along {','.join(self.members)}{period}"
             case "update":
                 return f"update y{self.sync}.{self.segment} {self.nbytes}B"
             case "norm":
@@ -163,7 +179,12 @@ def _segment(m: re.Match[str], kind: Kind) -> Action:
 
 
 def _reduce(m: re.Match[str]) -> Action:
-    return _segment(m, "reduce")._replace(members=_members(m))
+    kind: Any = m["kind"]
+    return _segment(m, kind)._replace(members=_members(m))
+
+
+def _broadcast(m: re.Match[str]) -> Action:
+    return _segment(m, "broadcast")._replace(members=_members(m), every=int(m["every"] or 1))
 
 
 _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Action]], ...] = (
@@ -193,7 +214,11 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Action]], ...] = 
         re.compile(rf"load m(?P<m>\d+) {_ROWS}"),
         lambda m: Action("load", micro_batch=int(m["m"]), rows=_rows(m)),
     ),
-    (re.compile(rf"reduce {_SEGMENT} (?P<n>\d+)B over {_NAMES}"), _reduce),
+    (re.compile(rf"(?P<kind>reduce|average) {_SEGMENT} (?P<n>\d+)B over {_NAMES}"), _reduce),
+    (
+        re.compile(rf"broadcast {_SEGMENT} (?P<n>\d+)B along {_NAMES}(?: every (?P<every>\d+) steps)?"),
+        _broadcast,
+    ),
     (re.compile(rf"update {_SEGMENT} (?P<n>\d+)B"), lambda m: _segment(m, "update")),
     (re.compile(rf"norm over {_NAMES}"), lambda m: Action("norm", members=_members(m))),
     (re.compile(r"step"), lambda _: Action("step")),
@@ -209,13 +234,15 @@ class Program:
 
     ``held`` names, per device, the parameters that it owns a copy of. ``buckets[sync][segment]`` names the
     parameters whose gradients are summed together, ``pulled[sync][segment]`` those that a server sends
-    together.
+    together. ``trained`` names, of a plan whose devices train some parameters only, the units of every
+    device; of stages that train everything these are parameters.
     """
 
     devices: dict[str, tuple[Action, ...]]
     held: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     buckets: Buckets = ()
     pulled: Buckets = ()
+    trained: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     @cached_property
     def served(self) -> dict[str, str]:
@@ -231,6 +258,11 @@ class Program:
     @cached_property
     def updated(self) -> dict[str, tuple[str, ...]]:
         """Per device those of the held parameters that its own optimizer updates, as no other server does."""
+        if self.trained:
+            return {
+                device: tuple(dict.fromkeys(parse_unit(unit)[0] for unit in self.trained.get(device, ())))
+                for device in self.held
+            }
         return {
             device: tuple(name for name in names if self.served.get(name, device) == device)
             for device, names in self.held.items()
@@ -238,11 +270,27 @@ class Program:
 
     @cached_property
     def owned(self) -> dict[str, tuple[str, ...]]:
-        """Each held parameter once, under the first device that updates it."""
+        """Each held parameter, or unit, once, under the first device that updates it."""
         seen: set[str] = set()
         out: dict[str, tuple[str, ...]] = {}
-        for device, names in self.updated.items():
+        for device, names in (self.trained or self.updated).items():
             out[device] = tuple(name for name in names if name not in seen)
+            seen.update(names)
+        return out
+
+    @cached_property
+    def reported(self) -> dict[str, tuple[str, ...]]:
+        """Parameters by device whose values together are all there is: those that it owns something of.
+
+        A parameter that nobody trains is reported by its first holder.
+        """
+        if not self.trained:
+            return self.owned
+        seen = {parse_unit(unit)[0] for units in self.trained.values() for unit in units}
+        out: dict[str, tuple[str, ...]] = {}
+        for device, names in self.held.items():
+            own = {parse_unit(unit)[0] for unit in self.owned.get(device, ())}
+            out[device] = tuple(name for name in names if name in own or name not in seen)
             seen.update(names)
         return out
 
@@ -284,14 +332,18 @@ class ProgramFile(Noun):
     held: dict[str, tuple[str, ...]]
     buckets: Buckets = ()
     pulled: Buckets = ()
+    trained: dict[str, tuple[str, ...]] | None = None
 
     @classmethod
     def of(cls, program: Program) -> ProgramFile:
         """The file form of a Program."""
         actions = {d: tuple(map(str, a)) for d, a in program.devices.items()}
-        return cls(devices=actions, held=program.held, buckets=program.buckets, pulled=program.pulled)
+        return cls(
+            devices=actions, held=program.held, buckets=program.buckets, pulled=program.pulled,
+            trained=program.trained or None,
+        )  # fmt: skip
 
     def program(self) -> Program:
         """The Program that it describes."""
         actions = {d: tuple(map(Action.parse, a)) for d, a in self.devices.items()}
-        return Program(actions, self.held, self.buckets, self.pulled)
+        return Program(actions, self.held, self.buckets, self.pulled, self.trained or {})

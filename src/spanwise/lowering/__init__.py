@@ -6,18 +6,23 @@ from spanwise.lowering.check import check
 from spanwise.lowering.lower import lower, unchecked
 from spanwise.lowering.moves import Move, buffer_holders, move_bytes, moves
 from spanwise.lowering.syncs import buckets_of, holders, natural_syncs, ring_parameters, updaters
+from spanwise.lowering.units import Unit, group_syncs, mean_rows, units_of
 
 __all__ = [
     "Move",
+    "Unit",
     "buckets_of",
     "buffer_holders",
     "check",
+    "group_syncs",
     "holders",
     "lower",
+    "mean_rows",
     "move_bytes",
     "moves",
     "natural_syncs",
     "ring_parameters",
     "unchecked",
+    "units_of",
     "updaters",
 ]

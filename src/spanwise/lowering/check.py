@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from spanwise.core.errors import PlanError
 from spanwise.core.model import ModelGraph
-from spanwise.core.plan import Plan, ServerSync, row_ranges
-from spanwise.core.program import SEGMENTS, Action, Program
-from spanwise.lowering.syncs import pulled, steppers, updaters
+from spanwise.core.plan import Plan, row_ranges
+from spanwise.core.program import COLLECTIVES, SEGMENTS, Action, Program
+from spanwise.core.syncs import ServerSync
+from spanwise.core.trained import GroupSync
+from spanwise.lowering.syncs import layers_of, pulled, steppers, updaters
 
 _Key = tuple[str, int, int]  # kind, stage, micro-batch; of reductions and updates kind, sync, segment
 
@@ -40,7 +42,7 @@ def check(program: Program, plan: Plan, graph: ModelGraph) -> None:
 def _check_pairs(program: Program) -> None:
     sends: dict[int, tuple[str, Action]] = {}
     recvs: dict[int, tuple[str, Action]] = {}
-    groups: dict[tuple[int, int], list[tuple[str, Action]]] = {}
+    groups: dict[_Key, list[tuple[str, Action]]] = {}
     for device, actions in program.devices.items():
         for action in actions:
             if action.kind in ("send", "recv"):
@@ -51,8 +53,8 @@ def _check_pairs(program: Program) -> None:
                         f"{side[action.transfer][0]} and {device}"
                     )
                 side[action.transfer] = (device, action)
-            elif action.kind == "reduce":
-                groups.setdefault((action.sync, action.segment), []).append((device, action))
+            elif action.kind in COLLECTIVES:
+                groups.setdefault(_key(action), []).append((device, action))
     for number in sends.keys() | recvs.keys():
         if number not in sends or number not in recvs:
             device, action = sends.get(number) or recvs[number]
@@ -61,12 +63,14 @@ def _check_pairs(program: Program) -> None:
         (a, send), (b, recv) = sends[number], recvs[number]
         if _content(send) != _content(recv) or send.peer != b or recv.peer != a:
             raise PlanError(f"program: '{send}' on {a} and '{recv}' on {b} do not match")
-    for (sync, segment), members in groups.items():
+    for (kind, sync, segment), members in groups.items():
         devices = sorted(device for device, _ in members)
         for device, action in members:
-            if sorted(action.members) != devices or action.nbytes != members[0][1].nbytes:
+            same = action.nbytes == members[0][1].nbytes and action.every == members[0][1].every
+            if sorted(action.members) != devices or not same:
+                what = "reduction" if kind == "reduce" else kind
                 raise PlanError(
-                    f"program: reduction y{sync}.{segment} on {device} is over {', '.join(action.members)}, "
+                    f"program: {what} y{sync}.{segment} on {device} is over {', '.join(action.members)}, "
                     f"but {', '.join(devices)} take part"
                 )
 
@@ -103,7 +107,7 @@ def _check_exchanges(program: Program, plan: Plan, graph: ModelGraph) -> None:
 
 
 def _key(action: Action) -> _Key:
-    if action.kind in ("reduce", "update"):
+    if action.kind in (*COLLECTIVES, "update"):
         return action.kind, action.sync, action.segment
     return action.kind, action.stage, action.micro_batch
 
@@ -124,7 +128,11 @@ def _work(program: Program, plan: Plan, graph: ModelGraph) -> dict[str, dict[_Ke
                 give(device, Action("backward", s, m, (a, b)))
     for y, (sync, segments) in enumerate(zip(plan.syncs, program.buckets, strict=True)):
         for g, names in enumerate(segments):
-            if not isinstance(sync, ServerSync):
+            if isinstance(sync, GroupSync):
+                for action in _group_work(sync, y, g):
+                    for device in action.members:
+                        give(device, action)
+            elif not isinstance(sync, ServerSync):
                 for device in sync.devices:
                     give(device, Action("reduce", sync=y, segment=g, members=sync.devices))
             elif names:
@@ -136,6 +144,19 @@ def _work(program: Program, plan: Plan, graph: ModelGraph) -> dict[str, dict[_Ke
     for device in steppers(plan, graph, program.buckets):
         give(device, Action("step"))
     return work
+
+
+def _group_work(sync: GroupSync, y: int, g: int) -> list[Action]:
+    """What a group does with a segment."""
+    if sync.way == "masked":
+        return [Action("average", sync=y, segment=g, members=sync.devices)]
+    out: list[Action] = []
+    chain = (sync.trainers[0], *sync.receivers)
+    if len(sync.trainers) > 1:
+        out.append(Action("reduce", sync=y, segment=g, members=sync.trainers))
+    if sync.receivers:
+        out.append(Action("broadcast", sync=y, segment=g, members=chain, every=sync.refresh_every))
+    return out
 
 
 def _joined(device: str, actions: tuple[Action, ...], plan: Plan) -> tuple[Action, ...]:
@@ -174,7 +195,7 @@ def _check_coverage(device: str, actions: tuple[Action, ...], work: dict[_Key, A
         given = left.pop(_key(action), None)
         if given is None:
             raise PlanError(f"program: '{action}' on {device} is done twice or is not in the plan")
-        if (action.rows, action.members) != (given.rows, given.members):
+        if (action.rows, action.members, action.every) != (given.rows, given.members, given.every):
             raise PlanError(f"program: '{action}' on {device} is '{given}' in the plan")
     if left:
         raise PlanError(
@@ -197,7 +218,9 @@ def _check_order(
                 right = all(map(_follows_norm, actions[position + 1 :]))
                 right = right and not any(before.kind == "update" for before in actions[:position])
             case "step":
-                right = position == len(actions) - 1
+                right = all(later.kind in ("average", "broadcast") for later in actions[position + 1 :])
+            case "average" | "broadcast":
+                right = at.get(("step", -1, -1), nowhere) < position
             case _:
                 needs = _sources(action, device, plan, graph, program)
                 right = all(at.get(key, nowhere) < position for key in needs)
@@ -206,7 +229,8 @@ def _check_order(
 
 
 def _follows_norm(action: Action) -> bool:
-    return action.kind in ("update", "step") or (action.kind == "send" and action.payload == "pull")
+    after = ("update", "step", "average", "broadcast")
+    return action.kind in after or (action.kind == "send" and action.payload == "pull")
 
 
 def _gives(action: Action, plan: Plan) -> list[_Key]:
@@ -238,7 +262,7 @@ def _gradients(names: tuple[str, ...], device: str, plan: Plan, graph: ModelGrap
         for s, stage in enumerate(plan.stages)
         if device in stage.devices
         for name in names
-        for layer in graph.users[name]
+        for layer in layers_of(name, graph)
         if stage.start <= layer < stage.stop
     ]
 

@@ -8,13 +8,16 @@ from typing import Literal, NamedTuple
 
 from spanwise.core.errors import PlanError
 from spanwise.core.model import ModelGraph, TensorSpec
-from spanwise.core.plan import Plan, Sync, row_ranges
+from spanwise.core.plan import Plan, row_ranges
 from spanwise.core.precision import Precision, wire_row_bytes
 from spanwise.core.program import Action, Program, RowPayload
+from spanwise.core.syncs import AnySync, ServerSync, Sync
+from spanwise.core.trained import GroupSync
 from spanwise.lowering.check import check
 from spanwise.lowering.order import StageOp, compute_order
 from spanwise.lowering.serve import Key, Serving
-from spanwise.lowering.syncs import buckets_of, holders, served_names, steppers, updaters
+from spanwise.lowering.syncs import buckets_of, holders, layers_of, served_names, steppers, updaters
+from spanwise.lowering.units import trained_units, units_of
 
 
 def lower(plan: Plan, graph: ModelGraph, *, clip: bool = False) -> Program:
@@ -49,6 +52,11 @@ def unchecked(plan: Plan, graph: ModelGraph, *, clip: bool = False) -> Program:
             f"plan '{plan.strategy}': a server updates segments as they are aggregated, but clip_norm needs "
             "all gradients first; choose a plan whose pulls follow all pushes, or train without clip_norm"
         )
+    if clip and any(group.way == "masked" for group in plan.groups):
+        raise PlanError(
+            f"plan '{plan.strategy}': devices of a masked group update by their own gradients, but clip_norm "
+            "needs the norm of their sum; choose grouped sums, or train without clip_norm"
+        )
     if plan.stages[-1].stop != len(graph):
         raise PlanError(
             f"plan '{plan.strategy}' covers layers [0:{plan.stages[-1].stop}), model "
@@ -66,6 +74,13 @@ class _Meeting(NamedTuple):
     precision: Precision
 
 
+def _summing(sync: AnySync) -> tuple[str, ...]:
+    """Devices whose gradients a sync takes before the step."""
+    if not isinstance(sync, GroupSync):
+        return sync.devices
+    return sync.trainers if sync.way == "grouped" and len(sync.trainers) > 1 else ()
+
+
 class _Lowering:
     """State of one lowering: transfer numbers and the growing lists."""
 
@@ -77,6 +92,7 @@ class _Lowering:
         self.serving = Serving(plan, graph, self.buckets, self._number)
         self.users = graph.users
         self.sizes = {p.name: p.bytes for p in graph.parameters}
+        self.sizes |= {unit.text: unit.nbytes for unit in units_of(plan, graph)}
         self.actions: dict[str, list[Action]] = {device: [] for device in plan.devices}
         self.sources = row_ranges(plan.sources)
         self.ranges = tuple(stage.row_ranges() for stage in plan.stages)
@@ -99,7 +115,16 @@ class _Lowering:
             {d: tuple(names) for d, names in held.items()},
             self.buckets,
             self.serving.pulled,
+            self._trained(held),
         )
+
+    def _trained(self, held: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
+        """Units by device, with the parameters of stages that train everything; empty if all stages do."""
+        if not self.plan.sparse:
+            return {}
+        found = trained_units(self.plan, self.graph)
+        apart = {unit.parameter for unit in units_of(self.plan, self.graph)}
+        return {d: (*found.get(d, ()), *(n for n in names if n not in apart)) for d, names in held.items()}
 
     def _device(self, device: str, order: tuple[StageOp, ...]) -> None:
         loads = self._load_slots(device, order)
@@ -129,6 +154,7 @@ class _Lowering:
         out += then
         if device in self.stepping:
             out.append(Action("step"))
+        out += self._passed_on(device)
 
     def _load_slots(self, device: str, order: tuple[StageOp, ...]) -> dict[int, tuple[int, ...]]:
         """After which position of the compute order each micro-batch is loaded; -1 = at the start.
@@ -216,7 +242,7 @@ class _Lowering:
         Segments of a sync go from the last to the first, on all its devices alike: one ring follows another.
         """
         for number, sync in enumerate(self.plan.syncs):
-            if device not in sync.devices:
+            if device not in _summing(sync):
                 continue
             segments = self.buckets[number]
             for segment in range(len(segments) - 1 - reduced.get(number, 0), -1, -1):
@@ -224,19 +250,35 @@ class _Lowering:
                 if not all(self._is_complete(name, reached) for name in names):
                     break
                 reduced[number] = reduced.get(number, 0) + 1
-                if isinstance(sync, Sync):
+                if not isinstance(sync, ServerSync):
                     nbytes = sum(self.sizes[name] for name in names)
                     self.actions[device].append(
-                        Action("reduce", sync=number, segment=segment, nbytes=nbytes, members=sync.devices)
+                        Action("reduce", sync=number, segment=segment, nbytes=nbytes, members=_summing(sync))
                     )
                 elif names and device != sync.server:
                     self.actions[device].append(self.serving.push(device, number, segment))
+
+    def _passed_on(self, device: str) -> Iterator[Action]:
+        """What goes from those who train to all who hold it, after the update; in one order everywhere."""
+        for number, sync in enumerate(self.plan.syncs):
+            if not isinstance(sync, GroupSync) or device not in sync.devices:
+                continue
+            chain = (sync.trainers[0], *sync.receivers)
+            for segment, names in enumerate(self.buckets[number]):
+                nbytes = sum(self.sizes[name] for name in names)
+                if sync.way == "masked":
+                    yield Action("average", sync=number, segment=segment, nbytes=nbytes, members=sync.devices)
+                elif sync.receivers and device in chain:
+                    yield Action(
+                        "broadcast", sync=number, segment=segment, nbytes=nbytes, members=chain,
+                        every=sync.refresh_every,
+                    )  # fmt: skip
 
     def _is_complete(self, name: str, reached: dict[int, int]) -> bool:
         stages = self.plan.stages
         return all(
             layer >= low
-            for layer in self.users[name]
+            for layer in layers_of(name, self.graph)
             for stage, low in reached.items()
             if stages[stage].start <= layer < stages[stage].stop
         )

@@ -56,8 +56,15 @@ def moves(old: Plan, new: Plan, graph: ModelGraph, cluster: Cluster) -> tuple[Mo
     holders, since each has seen its own rows; the receiver takes their mean by rows, as a checkpoint does.
 
     Raises:
-        PlanError: no holder has a link to a device that lacks a parameter.
+        PlanError: no holder has a link to a device that lacks a parameter, or devices of one of the plans
+            train some parameters only: then copies may differ, and nobody has the optimizer state of all.
     """
+    for plan in (old, new):
+        if plan.sparse:
+            raise PlanError(
+                f"plan '{plan.strategy}': its devices train some parameters only; such a run keeps its plan, "
+                "start it again from a checkpoint to change it"
+            )
     before, after = _Kept.of(old, graph), _Kept.of(new, graph)
     sizes = {parameter.name: parameter.bytes for parameter in graph.parameters}
     parameters: dict[tuple[str, str], list[str]] = {}

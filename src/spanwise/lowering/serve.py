@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from spanwise.core.model import ModelGraph
-from spanwise.core.plan import Plan, ServerSync
+from spanwise.core.plan import Plan
 from spanwise.core.program import Action, Buckets, SegmentPayload
+from spanwise.core.syncs import ServerSync
 from spanwise.lowering.order import StageOp
 from spanwise.lowering.syncs import Segments, pulled
 

@@ -19,6 +19,7 @@ from spanwise.ops.flow import is_random, written
 from spanwise.ops.opgraph import Op, OpGraph
 from spanwise.ops.recompute import Forward, Recomputed, Scratch, Tensors, run_parts
 from spanwise.ops.resolve import resolve, torch_value, unpack_constant
+from spanwise.ops.sparse import Sparse
 
 # Position of the flag that lets batch_norm use cuDNN, which a trace on a CPU leaves off.
 _CUDNN_FLAG = {"aten.batch_norm.default": 8}
@@ -37,6 +38,8 @@ class StageModule(nn.Module):
         parameters, buffers: at least those that these layers use, on ``device``.
         device: where it runs, ``cpu`` or ``cuda:0``.
         recompute: ranges of its layers whose forward runs again in backward (see ``Stage.recompute``).
+        sparse: if given, layers keep only what those parameters need that want a gradient. Neither layers run
+            again nor a backward in halves go with it.
 
     Raises:
         InputError: the range or the graph does not fit, or a tensor is missing or of another shape, dtype
@@ -54,10 +57,15 @@ class StageModule(nn.Module):
         buffers: Mapping[str, Tensor],
         device: str = "cpu",
         recompute: tuple[tuple[int, int], ...] = (),
+        sparse: Sparse | None = None,
     ) -> None:
         super().__init__()
+        if sparse is not None and recompute:
+            raise InputError(
+                f"stage [{start}:{stop}): runs layers again and trains some parameters only; choose one"
+            )
         _check_range(ops, graph, start, stop)
-        self.start, self.stop = start, stop
+        self.start, self.stop, self._sparse = start, stop, sparse
         self.device = torch.device(device)
         self._last = stop == len(graph)
         self._nodes = ops.flow.stage(graph.layers[start].ops[0], graph.layers[stop - 1].ops[1])
@@ -111,6 +119,10 @@ class StageModule(nn.Module):
             )
         if later is None:
             return self._whole(inputs, labels, None)
+        if self._sparse is not None:
+            raise InputError(
+                f"stage [{self.start}:{self.stop}) trains some parameters only and cannot go back in halves"
+            )
         if self._halved is None:
             self._halved = self._make_halved()
         return self._halved(inputs, labels, later)
@@ -210,7 +222,7 @@ class StageModule(nn.Module):
             names[ref] = f"c{number}"
             if ref in used:
                 scope[f"c{number}"] = unpack_constant(constant, self.device)
-        writer = _Source(scope, names, self.device, deferring=deferring)
+        writer = _Source(scope, names, self.device, deferring=deferring, sparse=self._sparse)
         nodes, layers = [ops.nodes[i] for i in self._nodes], [graph.layer_of(i) for i in self._nodes]
         text = writer.function(nodes, self._inputs, self._labels, self._results, layers)
         exec(compile(text, f"<stage [{self.start}:{self.stop})>", "exec"), scope)
@@ -221,9 +233,11 @@ class _Source:
     """Writes the function. Nothing from the graph enters the source but numbers and quoted text."""
 
     def __init__(
-        self, scope: dict[str, Any], names: dict[Ref, str], device: torch.device, *, deferring: bool
-    ) -> None:
+        self, scope: dict[str, Any], names: dict[Ref, str], device: torch.device, *, deferring: bool,
+        sparse: Sparse | None = None,
+    ) -> None:  # fmt: skip
         self.scope, self.names, self.device, self.deferring = scope, names, device, deferring
+        self.sparse = sparse
         self.bound: dict[Any, str] = {}
 
     def function(
@@ -269,6 +283,9 @@ class _Source:
         function = resolve(node.op)
         if node.op == "aten.batch_norm.default":
             function = batch_norm
+        replacement = None if self.sparse is None else self.sparse.function(node)
+        if replacement is not None:
+            function = replacement
         waits = deferrable(node) if self.deferring else None
         if waits is not None:
             function = waits

@@ -11,6 +11,7 @@ from spanwise.planner.asteroid import asteroid
 from spanwise.planner.bound import Bound, lower_bound
 from spanwise.planner.dapple import dapple
 from spanwise.planner.data_parallel import data_parallel, weighted_data_parallel
+from spanwise.planner.dsparse import SPARSE_STRATEGIES
 from spanwise.planner.feasible import broken_rule
 from spanwise.planner.gpipe import gpipe
 from spanwise.planner.hetpipe import hetpipe
@@ -37,6 +38,7 @@ __all__ = [
     "BASELINES",
     "MOST_REPLANS",
     "SERVER_STRATEGIES",
+    "SPARSE_STRATEGIES",
     "STRATEGIES",
     "Advice",
     "Bound",
@@ -96,10 +98,11 @@ def make_plan(problem: Problem, strategy: str = "auto") -> Plan:
         if best is None or best.plan is None:
             raise InfeasibleError(f"auto: {no_plan(evaluations)}")
         return best.plan
-    planners = BASELINES | SERVER_STRATEGIES | STRATEGIES
+    planners = BASELINES | SERVER_STRATEGIES | SPARSE_STRATEGIES | STRATEGIES
     planner = planners.get(strategy)
     if planner is None:
-        known = ", ".join(dict.fromkeys((*STRATEGIES, "auto", *BASELINES, *SERVER_STRATEGIES)))
+        others = (*BASELINES, *SERVER_STRATEGIES, *SPARSE_STRATEGIES)
+        known = ", ".join(dict.fromkeys((*STRATEGIES, "auto", *others)))
         raise InputError(f"strategy '{strategy}': unknown; known: {known}")
     try:
         return planner(problem)

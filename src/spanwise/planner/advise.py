@@ -131,6 +131,8 @@ def bottleneck(problem: Problem, plan: Plan, timeline: Timeline) -> str:
         return f"compute on {busiest.device} ({100 * min(busiest.utilization, 1.0):.0f} % busy)"
     if plan.servers:  # the formula knows gradient sums by rings only
         return f"messages to and from {', '.join(sync.server for sync in plan.servers)}"
+    if plan.sparse:  # nor does it know what does not train
+        return "gradients and values between the groups that train"
     return price(problem, plan).bottleneck
 
 

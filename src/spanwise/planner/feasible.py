@@ -9,7 +9,8 @@ from itertools import permutations
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.model import ModelGraph
 from spanwise.core.order import Kept
-from spanwise.core.plan import Plan, ScheduleName, ServerSync, Stage, row_ranges
+from spanwise.core.plan import Plan, ScheduleName, Stage, row_ranges
+from spanwise.core.syncs import ServerSync
 from spanwise.core.units import format_bytes
 from spanwise.cost import stage_bytes
 from spanwise.lowering import buckets_of, holders, updaters

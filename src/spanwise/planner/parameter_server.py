@@ -16,7 +16,8 @@ from itertools import pairwise
 
 from spanwise.core.cluster import Route
 from spanwise.core.errors import InfeasibleError
-from spanwise.core.plan import Plan, Replica, ServerSync, Stage
+from spanwise.core.plan import Plan, Replica, Stage
+from spanwise.core.syncs import ServerSync
 from spanwise.planner.build import span_shares
 from spanwise.planner.duplex import DuplexCuts
 from spanwise.planner.duplex_search import duplex

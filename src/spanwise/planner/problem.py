@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from spanwise.core.cluster import Cluster, DataShare
 from spanwise.core.errors import InfeasibleError
+from spanwise.core.importance import Importance
 from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan, Replica, Stage
@@ -79,12 +80,16 @@ class Memo:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Everything a planner looks at. ``memo`` holds derived values only and takes no part in equality."""
+    """Everything a planner looks at. ``memo`` holds derived values only and takes no part in equality.
+
+    ``importance``: scores of parameters, for planners that choose what trains where.
+    """
 
     graph: ModelGraph
     profile: Profile
     cluster: Cluster
     job: Job
+    importance: Importance | None = None
     memo: Memo = field(default_factory=Memo, compare=False, repr=False)
 
     @property

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from spanwise.core.cluster import Route
-from spanwise.core.plan import Plan, Sync
+from spanwise.core.plan import Plan
+from spanwise.core.syncs import Sync
 from spanwise.cost import ring_edge_bytes, ring_rounds
 from spanwise.lowering import ring_parameters
 from spanwise.planner.problem import Problem

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
+from spanwise.core.program import COLLECTIVES
 from spanwise.core.timeline import Timeline
 from spanwise.core.units import format_bytes, format_seconds
-from spanwise.cost import ring_edge_bytes, stage_bytes
+from spanwise.cost import collective_sent, stage_bytes
 from spanwise.lowering import lower
 from spanwise.planner.bound import compute_bound
 from spanwise.planner.changes import Change, more_memory, second_device, wider_links
@@ -115,11 +116,11 @@ def _link_loads(problem: Problem, plan: Plan) -> dict[str, float]:
         for action in actions:
             if action.kind == "send":
                 peer, nbytes = action.peer, float(action.nbytes)
-            elif action.kind == "reduce":
-                ring = action.members
-                peer = ring[(ring.index(device) + 1) % len(ring)]
-                nbytes = ring_edge_bytes(len(ring), action.nbytes)
+            elif action.kind in COLLECTIVES:
+                peer, nbytes = collective_sent(action, device)
             else:
+                continue
+            if not peer:
                 continue
             route = problem.links.route(index[device], index[peer])
             for name, rate in route.resources if route is not None else ():

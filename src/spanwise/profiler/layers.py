@@ -14,6 +14,7 @@ from spanwise.ops.flops import Flops, Operand, count
 from spanwise.ops.opgraph import Op, OpGraph
 from spanwise.profiler.cut import Cut
 from spanwise.profiler.observe import Observation, Seen
+from spanwise.profiler.sites import sites_of
 
 # A product below this share of the model's FLOPs and of its parameters makes no layer of its own.
 NEGLIGIBLE = 1e-4
@@ -40,6 +41,7 @@ def build_layers(chain: Chain, cuts: Sequence[Cut]) -> tuple[Layer, ...]:
     bounds = [0, *(cut.position for cut in cuts), len(chain.ops.nodes)]
     names = _unique([_name(chain, flops, a, b) for a, b in pairwise(bounds)])
     saved = _saved(chain, bounds)
+    sites = sites_of(chain.ops, chain.few, chain.more, bounds)
     layers: list[Layer] = []
     for index, (start, stop) in enumerate(pairwise(bounds)):
         tensors = cuts[index].tensors if index < len(cuts) else ()
@@ -60,6 +62,7 @@ def build_layers(chain: Chain, cuts: Sequence[Cut]) -> tuple[Layer, ...]:
                 saved_fixed_bytes=saved[index][1],
                 deferred_bytes=_deferred_bytes(chain, own),
                 batch_statistics=any(_mixes_rows(chain.ops.nodes[i]) for i in own),
+                sites=None if sites is None else sites[index],
             )
         )
     return tuple(layers)

@@ -20,6 +20,8 @@ _CLASSES = {
     "norm": "upd",
     "wait": "wait",
     "reduce": "red",
+    "average": "red",
+    "broadcast": "red",
     "activation": "act",
     "gradient": "grad",
     "push": "red",

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from spanwise.core.model import ModelGraph
-from spanwise.core.plan import Plan, ServerSync, Stage, Sync
+from spanwise.core.plan import Plan, Replica, Stage
+from spanwise.core.syncs import AnySync, Sync
+from spanwise.core.trained import GroupSync
 from spanwise.core.units import format_bytes, format_seconds
+from spanwise.cost import unit_bytes
 from spanwise.reporting.record import as_number
 
 if TYPE_CHECKING:
@@ -39,17 +42,31 @@ def describe_plan(plan: Plan, graph: ModelGraph) -> str:
     return "\n".join([head, *lines, *sums, *reduced, *feeds])
 
 
-def _sum(sync: Sync | ServerSync) -> str:
+def _sum(sync: AnySync) -> str:
     """Who sums the gradients of which layers, and how they travel."""
     layers = ", ".join(layer_range(*r) for r in sync.layers)
     if isinstance(sync, Sync):
         parts = f", in {sync.most_segments} segments" if sync.most_segments > 1 else ""
         return f"sum of gradients of layers {layers} over {', '.join(sync.devices)}{parts}"
+    if isinstance(sync, GroupSync):
+        return f"{_group(sync)} in layers {layers}"
     when = "each as soon as it is updated" if sync.as_aggregated else "after all gradients are in"
     return (
         f"{sync.server} updates layers {layers} for {', '.join(sync.devices)}: gradients in "
         f"{count_of(len(sync.pushes), 'segment')}, parameters in {len(sync.pulls)}, {when}"
     )
+
+
+def _group(sync: GroupSync) -> str:
+    """Who trains units, and how they reach those who do not."""
+    trainers, receivers = ", ".join(sync.trainers), ", ".join(sync.receivers)
+    if sync.way == "masked":
+        return f"mean over the trainers {trainers} to all by a masked sum with {receivers or 'nobody else'}"
+    text = f"sum over the trainers {trainers}" if len(sync.trainers) > 1 else f"trained by {trainers}"
+    if receivers:
+        every = "" if sync.refresh_every == 1 else f" every {sync.refresh_every} steps"
+        text += f", then sent on to {receivers}{every}"
+    return text
 
 
 def layer_range(start: int, stop: int) -> str:
@@ -142,11 +159,20 @@ def _stage_row(first: int, last: int, plan: Plan, graph: ModelGraph) -> tuple[st
         f"stage {first}" if first == last else f"stages {first}-{last}",
         f"layers {layer_range(stage.start, stage.stop)}",
         layer_names(graph, stage),
-        ", ".join(f"{r.device} x {r.rows}" for r in stage.replicas),
+        ", ".join(_replica(r, graph, state) for r in stage.replicas),
         ", ".join(filter(None, (_depth(plan, stage), recompute_text(stage)))),
         f"{format_bytes(state)} of weights",
         f"sends {format_bytes(cut)} a row" if last + 1 < len(plan.stages) else "ends in the loss",
     )
+
+
+def _replica(replica: Replica, graph: ModelGraph, state: int) -> str:
+    """Device and rows, and which part of the weights it trains if that is not all."""
+    text = f"{replica.device} x {replica.rows}"
+    if replica.trained is None:
+        return text
+    share = sum(unit_bytes(graph, replica.trained).values()) / state if state else 0.0
+    return f"{text} (trains {100 * share:.3g} %)"
 
 
 def _depth(plan: Plan, stage: Stage) -> str:

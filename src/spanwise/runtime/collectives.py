@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spanwise.cost import chain_piece_bytes
 from spanwise.runtime.transport import Pending, Transport
 
 _AHEAD = 3  # receives of a ring posted at once
@@ -46,6 +47,32 @@ def ring_all_reduce(
                 transfer.wait(timeout_s)
         if total is not None:
             total.add_(turns[turn][1])
+
+
+def chain_broadcast(
+    transport: Transport, chain: Sequence[str], me: str, flat: Tensor, *, tag: int, timeout_s: float
+) -> None:
+    """Gives every device of a chain the values of ``flat`` that the first has, in place.
+
+    Each passes a piece on as soon as it has it, while the next comes in: the last has all of it little later
+    than the second. Uses tags ``tag .. tag + chain_pieces(bytes) - 1``.
+    """
+    rank = chain.index(me)
+    before = chain[rank - 1] if rank else None
+    after = chain[rank + 1] if rank + 1 < len(chain) else None
+    size = max(1, chain_piece_bytes(flat.nbytes) // flat.element_size())
+    pieces = [flat[first : first + size] for first in range(0, flat.numel(), size)]
+    posted: deque[Pending] = deque()
+    sent: list[Pending] = []
+    for number, piece in enumerate(pieces):
+        if before is not None:
+            for ahead in range(number + len(posted), min(number + _AHEAD, len(pieces))):
+                posted.append(transport.recv(before, tag + ahead, [pieces[ahead]]))
+            posted.popleft().wait(timeout_s)
+        if after is not None:
+            sent.append(transport.send(after, tag + number, [piece]))
+    for pending in sent:
+        pending.wait(timeout_s)
 
 
 def _receive(transport: Transport, peer: str, tag: int, buffer: Tensor) -> Pending | None:

@@ -29,6 +29,7 @@ from spanwise.runtime.feed import Feed, Rows, Sampler, held_rows
 from spanwise.runtime.message_times import TimedTransport
 from spanwise.runtime.parts import DeviceParts
 from spanwise.runtime.recorder import Recorder
+from spanwise.runtime.trained import TrainedPart, check_masked
 from spanwise.runtime.transport import Transport
 
 
@@ -136,16 +137,18 @@ class DeviceRun:
         self.buffers = {
             name: tensors[name].detach().clone().to(target) for name in sorted(assignment.buffers_of(device))
         }
+        check_masked(plan, job)
+        self.trained = trained = TrainedPart(plan, assignment.graph, device, self.parameters)
         stages = {
             index: StageModule(
                 assignment.ops, assignment.graph, stage.start, stage.stop,
                 parameters=self.parameters, buffers=self.buffers, device=spec.torch_device,
-                recompute=stage.recompute,
+                recompute=stage.recompute, sparse=trained.sparse(plan, stage, device),
             )
             for index, stage in own
         }  # fmt: skip
         names = assignment.program.updated.get(device, ())
-        self._updated = {name: self.parameters[name] for name in self.parameters if name in set(names)}
+        self._updated = {name: leaf for name, leaf in trained.leaves.items() if name in set(names)}
         self.optimizer = optimize.make_optimizer(job.optimizer, self._updated) if self._updated else None
         self.scheduler = optimize.make_scheduler(job.scheduler, self.optimizer) if self.optimizer else None
         self.recorder = Recorder(device)
@@ -159,7 +162,7 @@ class DeviceRun:
         )
         self._stages = stages
         self.executor = Executor(
-            DeviceParts(device, stages, self.parameters, self.optimizer, spec.torch_device),
+            DeviceParts(device, stages, self.parameters, self.optimizer, spec.torch_device, trained),
             plan,
             assignment.graph,
             assignment.program,
@@ -178,6 +181,8 @@ class DeviceRun:
                 self._assignment.plan, self._assignment.graph, self._assignment.program, self.device,
                 self._stages, self.parameters, self.buffers,
             )  # fmt: skip
+            for leaf in self.trained.leaves.values():  # channels that train are parameters of their own
+                leaf.grad = None
 
     def run(self, first: int, count: int, on_step: OnStep) -> None:
         """Steps ``first .. first + count - 1``."""
@@ -226,7 +231,7 @@ class DeviceRun:
             {k: v.detach().cpu().clone() for k, v in self.buffers.items()},
         )
         if self.optimizer is not None:
-            state.optimizer = optimize.optimizer_state(self.optimizer, self._updated)
+            state.optimizer = self.trained.widened(optimize.optimizer_state(self.optimizer, self._updated))
             state.options = optimize.group_options(self.optimizer)
             state.scheduler = optimize.scheduler_state(self.scheduler)
         return state
@@ -237,7 +242,7 @@ class DeviceRun:
         """Puts optimizer and scheduler where a checkpoint left them."""
         if self.optimizer is None:
             return
-        optimize.load_optimizer_state(self.optimizer, self._updated, optimizer)
+        optimize.load_optimizer_state(self.optimizer, self._updated, self.trained.narrowed(optimizer))
         optimize.load_scheduler_state(self.scheduler, scheduler)
         optimize.load_group_options(self.optimizer, options)
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from spanwise.core.plan import Plan, ServerSync
+from spanwise.core.plan import Plan
 from spanwise.core.program import Action, Program
+from spanwise.core.syncs import ServerSync
 
 Flat = tuple[Tensor, ...]  # values of several tensors one after the other, a tensor for each type
 

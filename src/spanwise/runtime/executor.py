@@ -14,13 +14,15 @@ from torch import Tensor
 
 from spanwise.core.errors import PeerError
 from spanwise.core.model import ModelGraph
-from spanwise.core.plan import Plan, Sync
+from spanwise.core.plan import Plan
 from spanwise.core.program import SEGMENTS, Action, Program
+from spanwise.core.syncs import ServerSync
 from spanwise.ops.deferred import Deferred
 from spanwise.runtime.assembly import Tensors, cut
 from spanwise.runtime.collectives import exchange_sum, ring_all_reduce
 from spanwise.runtime.exchange import Exchange, gradient
 from spanwise.runtime.feed import Feed
+from spanwise.runtime.groups import Groups
 from spanwise.runtime.inbox import Inbox
 from spanwise.runtime.outbox import Outbox
 from spanwise.runtime.parts import DeviceParts, Pace
@@ -72,7 +74,7 @@ class Executor:
             "backward": self._backward, "backward_input": self._backward,
             "backward_weight": self._backward_weight,
             "reduce": self._reduce, "norm": self._norm, "update": self._update_segment,
-            "step": self._update,
+            "step": self._update, "average": self._pass_on, "broadcast": self._pass_on,
         }  # fmt: skip
         self._in_halves = {(a.stage, a.micro_batch) for a in self._actions if a.kind == "backward_input"}
         self._sends = Counter(_key(a) for a in self._actions if a.kind == "send")
@@ -83,8 +85,11 @@ class Executor:
         self._rings = {
             number: ThreadPoolExecutor(1, f"ring-{self._me}-{number}")
             for number, sync in enumerate(plan.syncs)
-            if isinstance(sync, Sync) and self._me in sync.devices
+            if not isinstance(sync, ServerSync) and self._me in sync.devices
         }
+        self._groups = None
+        if parts.trained is not None and plan.sparse:
+            self._groups = Groups(self._me, plan, program, parts.trained, transport, self._tags, timeout_s)
         self._reset(-1)
 
     def step(self, index: int, *, more: bool = False) -> StepResult:
@@ -99,6 +104,8 @@ class Executor:
         self._inbox.begin(index, more=more)
         for action in self._actions:
             self._do(action, self._handlers[action.kind])
+        if self._reductions:  # that pass values on after the update
+            self._finish_reductions()
         self._outbox.drain()
         loss = float(self._loss) if self._loss is not None else 0.0
         return StepResult(index, loss, self._recorder.end())
@@ -141,6 +148,7 @@ class Executor:
         self._deferred: dict[tuple[int, int], Deferred] = {}
         self._reductions: list[tuple[Action, Future[None]]] = []
         self._loss: Tensor | None = None
+        self._scaled = False
 
     def _tag(self, number: int, ahead: int = 0) -> int:
         return self._tags.tag(self._step + ahead, number)
@@ -224,12 +232,15 @@ class Executor:
         start = time.monotonic()
         with self._pace.work(action.work, s):
             if s == self._last:
-                outputs[0].backward()  # pyright: ignore[reportUnknownMemberType]
+                if outputs[0].requires_grad:  # a device may train nothing
+                    outputs[0].backward()  # pyright: ignore[reportUnknownMemberType]
             else:
                 specs = self._inbox.specs("activation", s)
                 gradients = self._inbox.whole("gradient", s, m)
                 targets = [t for t, spec in zip(outputs, specs, strict=True) if spec.differentiable]
-                torch.autograd.backward(targets, list(gradients))
+                pairs = [(t, g) for t, g in zip(targets, gradients, strict=True) if t.requires_grad]
+                if pairs:
+                    torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
             own = tuple(torch.zeros_like(t) if t.grad is None else t.grad for t in inputs if t.requires_grad)
         self._recorder.span(action.kind, action, start, time.monotonic(), busy=True)
         if s > 0:
@@ -256,6 +267,9 @@ class Executor:
         self._reductions.append((action, self._rings[action.sync].submit(self._sum, action)))
 
     def _sum(self, action: Action) -> None:
+        if self._groups is not None and action.sync in self._groups:
+            self._groups.sum(action, self._step)
+            return
         names = self._program.buckets[action.sync][action.segment]
         parameters = [self._parts.parameters[name] for name in names]
         gradients = [gradient(p) for p in parameters]
@@ -265,6 +279,13 @@ class Executor:
         parts = flat.split_with_sizes([g.numel() for g in gradients])
         for own, part in zip(gradients, parts, strict=True):
             own.copy_(part.view_as(own))
+
+    def _pass_on(self, action: Action) -> None:
+        """Gives values of units to those who do not train them, beside whatever follows."""
+        assert self._groups is not None
+        if action.due(self._step):
+            work = self._groups.average if action.kind == "average" else self._groups.broadcast
+            self._reductions.append((action, self._rings[action.sync].submit(work, action, self._step)))
 
     def _finish_reductions(self) -> None:
         start = time.monotonic()
@@ -281,13 +302,18 @@ class Executor:
             self._recorder.span("wait", last, start, time.monotonic(), busy=False)
             self._pace.idle()
         self._reductions.clear()
+        if self._groups is not None and not self._scaled:
+            self._scaled = True
+            self._groups.scale()
 
     def _norm(self, action: Action) -> None:
         """Global gradient norm over all devices; a parameter counts where it is held first."""
         self._finish_reductions()
         own = torch.zeros((), dtype=torch.float64)
+        trained = self._parts.trained
         for name in self._program.owned.get(self._me, ()):
-            own += gradient(self._parts.parameters[name]).detach().double().pow(2).sum().cpu()
+            found = trained.gradient(name) if trained is not None else gradient(self._parts.parameters[name])
+            own += found.detach().double().pow(2).sum().cpu()
         start = time.monotonic()
         total = exchange_sum(
             self._transport, action.members, self._me, own,
@@ -311,12 +337,16 @@ class Executor:
         if optimizer is None:
             return
         with self._pace.work("step", -1):
+            trained = self._parts.trained
             if self._scale is not None:
-                for parameter in self._parts.parameters.values():
+                leaves = self._parts.parameters if trained is None else trained.leaves
+                for parameter in leaves.values():
                     if parameter.grad is not None:
                         parameter.grad.mul_(self._scale.to(parameter.grad.dtype))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if trained is not None:
+                trained.write_back()
         self._recorder.span("step", action, start, time.monotonic(), busy=True)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
 
-from spanwise.core.program import Program
+from spanwise.core.program import COLLECTIVES, Program
 from spanwise.core.timeline import DeviceUse, Span, Timeline
-from spanwise.cost import ring_edge_bytes
+from spanwise.cost import collective_sent
 from spanwise.runtime.session import DeviceSpans, StepReport
 
 
@@ -56,11 +56,11 @@ def measured_timeline(
 
 
 def sent_bytes(program: Program, device: str) -> int:
-    """Bytes that a device sends in a step: its messages, and its edge of every ring."""
+    """Bytes that a device sends in a step: its messages, and its edge of every ring and chain."""
     total = 0.0
     for action in program.devices.get(device, ()):
         if action.kind == "send":
             total += action.nbytes
-        elif action.kind == "reduce":
-            total += ring_edge_bytes(len(action.members), action.nbytes)
+        elif action.kind in COLLECTIVES:
+            total += collective_sent(action, device)[1]
     return round(total)

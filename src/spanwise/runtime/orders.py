@@ -10,6 +10,7 @@ import safetensors.torch
 from torch import Tensor
 
 from spanwise.core.cluster import Cluster
+from spanwise.core.errors import PlanError
 from spanwise.core.faults import Fault
 from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
@@ -38,7 +39,11 @@ def whole(assignment: Assignment) -> dict[str, Any]:
 
 def plan_only(assignment: Assignment) -> dict[str, Any]:
     """What a change of plan changes, for a device that knows the rest."""
-    return {"plan": assignment.plan.to_data(), "program": ProgramFile.of(assignment.program).to_data()}
+    return {
+        "plan": assignment.plan.to_data(),
+        "plan_digest": assignment.plan.digest,
+        "program": ProgramFile.of(assignment.program).to_data(),
+    }
 
 
 def is_whole(head: dict[str, Any]) -> bool:
@@ -53,7 +58,7 @@ def read_whole(head: dict[str, Any]) -> Assignment:
         Cluster.parse(head["cluster"]),
         ModelGraph.parse(head["graph"]),
         OpGraph.from_json(head["ops"]),
-        Plan.parse(head["plan"]),
+        _plan(head),
         ProgramFile.parse(head["program"]).program(),
         int(head["dataset_rows"]),
         bool(head["emulate"]),
@@ -65,7 +70,18 @@ def read_whole(head: dict[str, Any]) -> Assignment:
 def read_plan(head: dict[str, Any], before: Assignment) -> Assignment:
     """The same run under the plan that ``plan_only`` wrote."""
     program = ProgramFile.parse(head["program"]).program()
-    return replace(before, plan=Plan.parse(head["plan"]), program=program)
+    return replace(before, plan=_plan(head), program=program)
+
+
+def _plan(head: dict[str, Any]) -> Plan:
+    """The plan of an order; ``PlanError`` unless it is the one that all others run."""
+    plan = Plan.parse(head["plan"])
+    if plan.digest != head["plan_digest"]:
+        raise PlanError(
+            f"plan '{plan.strategy}' has digest {plan.digest} here, that of the run is "
+            f"{head['plan_digest']}; start all devices with one version of spanwise and one plan"
+        )
+    return plan
 
 
 def moves_data(moves: Sequence[Move]) -> list[list[Any]]:

@@ -11,17 +11,22 @@ import torch
 from torch import nn
 
 from spanwise.ops.stage_module import StageModule
+from spanwise.runtime.trained import TrainedPart
 
 
 @dataclass(frozen=True)
 class DeviceParts:
-    """What an executor works with: its stages, parameters (shared between stages) and optimizer."""
+    """What an executor works with: its stages, parameters (shared between stages) and optimizer.
+
+    ``trained``: what of the parameters the optimizer updates, and units inside of them.
+    """
 
     device: str
     stages: Mapping[int, StageModule]
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer | None
     torch_device: str = "cpu"
+    trained: TrainedPart | None = None
 
 
 class Pace(Protocol):

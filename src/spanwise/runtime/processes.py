@@ -326,9 +326,9 @@ class ProcessSession:
 
     def snapshot(self) -> Snapshot:
         """Collects every parameter once, from the first device that updates it."""
-        owned = self._assignment.program.owned
+        reported = self._assignment.program.reported
         for device in self._devices:
-            self._coordinator.tell(device, "collect", names=owned.get(device, ()))
+            self._coordinator.tell(device, "collect", names=reported.get(device, ()))
         states: dict[str, Snapshot] = {}
         for device, frame in self._coordinator.gather("collected", self._devices, _SETUP_S).items():
             state = Snapshot(options=frame.head["options"], scheduler=frame.head["scheduler"])

@@ -12,6 +12,7 @@ from spanwise.core.observed import DeviceStep
 from spanwise.lowering import buffer_holders
 from spanwise.runtime.device_run import Assignment, Snapshot
 from spanwise.runtime.migrate import mean_by_rows
+from spanwise.runtime.trained import merged_parameters
 
 
 @dataclass(frozen=True)
@@ -159,21 +160,29 @@ class Horizon:
 def merge_states(assignment: Assignment, states: Mapping[str, Snapshot]) -> Snapshot:
     """One Snapshot of all devices'.
 
-    Parameters and optimizer state are equal on all holders, so the first one's is taken. Running
-    statistics differ, as each replica has seen its own rows: they are averaged by rows.
+    Parameters and optimizer state are equal on all holders, so the first one's is taken; of plans whose
+    devices train some parameters only each unit comes from a device that trains it. Running statistics
+    differ, as each replica has seen its own rows: they are averaged by rows.
     """
     merged = Snapshot()
-    for device, names in assignment.program.owned.items():
+    plan, program = assignment.plan, assignment.program
+    for device, names in program.owned.items():
         if device not in states:
             continue
         state = states[device]
-        for name in names:
-            merged.parameters[name] = state.parameters[name]
-        wanted = set(names)
-        merged.optimizer |= {k: v for k, v in state.optimizer.items() if k.partition("::")[0] in wanted}
+        if not plan.sparse:
+            for name in names:
+                merged.parameters[name] = state.parameters[name]
+            wanted = set(names)
+            merged.optimizer |= {k: v for k, v in state.optimizer.items() if k.partition("::")[0] in wanted}
         merged.options = merged.options or state.options
         merged.scheduler = merged.scheduler or state.scheduler
+    if plan.sparse:
+        merged.parameters, merged.optimizer = merged_parameters(plan, assignment.graph, program, states)
     for name, weights in buffer_holders(assignment.plan, assignment.graph).items():
+        if plan.stored_statistics:  # nobody changes them; a mean of equal values may round
+            merged.buffers[name] = states[weights[0][0]].buffers[name]
+            continue
         merged.buffers[name] = mean_by_rows(
             [(states[device].buffers[name], rows) for device, rows in weights]
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import fsum, lcm
+
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InputError
 from spanwise.core.faults import Fault
@@ -11,9 +13,9 @@ from spanwise.core.profile import Profile
 from spanwise.core.program import Program
 from spanwise.core.timeline import DeviceUse, Timeline
 from spanwise.simulator.contention import relieved, shares_machine
-from spanwise.simulator.engine import Engine, feeders
+from spanwise.simulator.engine import Engine
 from spanwise.simulator.network import max_min_rates
-from spanwise.simulator.setup import Costs
+from spanwise.simulator.setup import Costs, feeders
 
 __all__ = ["max_min_rates", "simulate"]
 
@@ -43,7 +45,8 @@ def simulate(
         optimizer_copies: of the parameters, for memory; see ``cost.optimizer_copies``.
         steps: how many; the step time is the distance between the ends of the last two. Where a device only
             feeds others its rows, at least three, and one more that does not count: in a last step no rows
-            for the next one are on the links, and in the first ones they came too early.
+            for the next one are on the links, and in the first ones they came too early. Where some actions
+            are done every few steps only there are more; step time and bytes are means over a whole period.
         spans: whether to keep spans and memory points; planners need only the totals.
         faults: what goes wrong; a lost device or cut link ends the Timeline where nothing moves any more.
 
@@ -57,25 +60,28 @@ def simulate(
         costs = Costs(program, plan, graph, profile, cluster, optimizer_copies, ())
         profile = relieved(profile, cluster, _timeline(costs, steps=2, spans=False))
     costs = Costs(program, plan, graph, profile, cluster, optimizer_copies, faults)
-    return _timeline(costs, steps=steps, spans=spans)
+    period = lcm(*(group.refresh_every for group in plan.groups))
+    return _timeline(costs, steps=max(steps, period + 1) if period > 1 else steps, spans=spans, period=period)
 
 
-def _timeline(costs: Costs, *, steps: int, spans: bool) -> Timeline:
+def _timeline(costs: Costs, *, steps: int, spans: bool, period: int = 1) -> Timeline:
     feeding = bool(feeders(costs.program))
     steps = max(steps, LEAST_FED) if feeding and steps > 1 else steps
     engine = Engine(costs, steps=steps + feeding, spans=spans)
     trace = engine.run()
     done = min((min(lane.step, steps) for lane in engine.lanes.values()), default=0)
     ends = trace.ends[:done]
-    step_s = ends[-1] - ends[-2] if len(ends) > 1 else ends[-1] if ends else 0.0
+    period = min(period, max(len(ends) - 1, 1))
+    step_s = (ends[-1] - ends[-1 - period]) / period if len(ends) > 1 else ends[-1] if ends else 0.0
     last = max(done - 1, 0)
+    whole = range(max(last - period + 1, 0), last + 1)
     uses = tuple(
         DeviceUse(
             device=device,
-            busy_s=trace.busy[device][last],
-            utilization=trace.busy[device][last] / step_s if step_s else 0.0,
+            busy_s=(busy_s := fsum(trace.busy[device][i] for i in whole) / len(whole)),
+            utilization=busy_s / step_s if step_s else 0.0,
             peak_memory_bytes=engine.memory.peak[device],
-            sent_bytes=round(trace.sent[device][last]),
+            sent_bytes=round(fsum(trace.sent[device][i] for i in whole) / len(whole)),
         )
         for device in costs.program.devices
     )

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from heapq import heappop, heappush
 from itertools import permutations
-from typing import Any
 
 from spanwise.core.errors import PlanError
-from spanwise.core.program import Action, Program
-from spanwise.cost import ring_edge_bytes, ring_rounds
+from spanwise.core.program import Action
+from spanwise.cost import chain_piece_bytes, ring_edge_bytes, ring_rounds
 from spanwise.simulator.memory import MemoryMeter
 from spanwise.simulator.network import Network
-from spanwise.simulator.setup import Costs, Way, Work, all_ways, ring_edges
+from spanwise.simulator.setup import Costs, Way, Work, all_ways, feeders, ring_edges
+from spanwise.simulator.trace import Trace
 
 _LOST = Action("step")  # what a lost device does not do
 
@@ -62,28 +62,6 @@ class _Channel:
     queue: deque[_Message] = field(default_factory=deque[_Message])
 
 
-@dataclass(slots=True)
-class Trace:
-    """What the loop saw: ends of steps, busy seconds and sent bytes per step and device, spans.
-
-    ``spans`` are the fields of ``Span``, to be validated all at once: one by one takes twice as long.
-    """
-
-    ends: list[float]
-    busy: dict[str, list[float]]
-    sent: dict[str, list[float]]
-    spans: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-
-
-def feeders(program: Program) -> frozenset[str]:
-    """Devices that only send raw rows: nothing that others do holds them up."""
-    return frozenset(
-        device
-        for device, actions in program.devices.items()
-        if actions and all(action.kind in ("load", "send") for action in actions)
-    )
-
-
 class Engine:
     """Runs a Program ``steps`` times in virtual time."""
 
@@ -103,8 +81,8 @@ class Engine:
         self._texts: dict[int, str] = {}  # by identity: the actions of the Program outlive the loop
         self._arrived: set[tuple[int, int]] = set()
         self._waiting: dict[tuple[int, int], _Lane] = {}
-        self._joined: dict[tuple[int, int, int], list[_Lane]] = {}
-        self._ready: dict[tuple[int, int], deque[tuple[Action, list[_Lane]]]] = {}
+        self._joined: dict[tuple[int, str, int, int], list[_Lane]] = {}
+        self._ready: dict[tuple[int, str, int], deque[tuple[Action, list[_Lane]]]] = {}
         self._normed: dict[int, list[_Lane]] = {}
         feeding = feeders(costs.program)
         for name in feeding:
@@ -146,7 +124,8 @@ class Engine:
             if lane.at == 0 and self._is_ahead(lane):
                 return
             if lane.at == len(lane.actions):
-                lane.drains = lane.unsent > 0  # so that sources do not run ahead by whole steps
+                # So that sources do not run ahead by whole steps, and values are passed on in their own.
+                lane.drains = lane.unsent > 0 or lane.reductions > 0
                 if lane.drains:
                     return
                 self.trace.ends[lane.step] = max(self.trace.ends[lane.step], now)
@@ -198,7 +177,10 @@ class Engine:
                     return True
                 self._arrived.discard(key)
                 lane.consumed += 0 if crosses else action.nbytes
-            case "reduce":
+            case "reduce" | "average" | "broadcast":
+                if not action.due(lane.step):
+                    lane.at += 1
+                    return False
                 self._join(lane, action, now)
             case "norm":
                 return (lane.reductions > 0 and self._block(lane, now)) or self._norm(lane, action, now)
@@ -298,19 +280,20 @@ class Engine:
         if lane is not None:
             self._advance(lane, now)
         source.unsent -= 1
-        if source.drains and not source.unsent:
+        if source.drains and not source.unsent and not source.reductions:
             self._advance(source, now)
 
     # Collectives
 
     def _join(self, lane: _Lane, action: Action, now: float) -> None:
         lane.reductions += 1
-        key = (lane.step, action.sync, action.segment)
+        self.memory.add(lane.name, self.costs.flat_bytes(lane.name, action), now)
+        key = (lane.step, action.kind, action.sync, action.segment)
         joined = self._joined.setdefault(key, [])
         joined.append(lane)
         if len(joined) < len(action.members):
             return
-        queue = self._ready.setdefault((lane.step, action.sync), deque())
+        queue = self._ready.setdefault((lane.step, action.kind, action.sync), deque())
         queue.append((action, self._joined.pop(key)))
         if len(queue) == 1:
             self._ring(queue, lane.step, now)
@@ -323,15 +306,18 @@ class Engine:
         """
         action, lanes = queue[0]
         edges = ring_edges(action)
-        nbytes = ring_edge_bytes(len(edges), action.nbytes)
-        latency_s = ring_rounds(len(edges)) * self._farthest(edges, step)
+        if action.kind == "broadcast":
+            nbytes, latency_s = float(action.nbytes), self._fill_s(action, edges, step)
+        else:
+            nbytes = ring_edge_bytes(len(edges), action.nbytes)
+            latency_s = ring_rounds(len(edges)) * self._farthest(edges, step)
         latency_s += max(self._slowed(lane, self.costs.messages_s(lane.name, action)) for lane in lanes)
         left = len(edges)
 
         def edge_done(source: str, target: str, t: float) -> None:
             nonlocal left
             left -= 1
-            self._span(f"{source}>{target}", "reduce", action, now, t, step)
+            self._span(f"{source}>{target}", action.kind, action, now, t, step)
             if not left:
                 self._at(t + latency_s, lambda end: self._reduced(queue, step, end))
 
@@ -346,6 +332,19 @@ class Engine:
                     lambda t, a=a, b=b: edge_done(a, b, t),
                 )
 
+    def _fill_s(self, action: Action, edges: Iterable[tuple[str, str]], step: int) -> float:
+        """Of a chain: a latency a link, and until the last link has its first piece."""
+        piece = min(action.nbytes, chain_piece_bytes(action.nbytes))
+        seconds = 0.0
+        for hop, (a, b) in enumerate(edges):
+            factor = self._factor(a, b, step)
+            if factor is None:
+                return float("inf")
+            way = self.costs.way(a, b)
+            rate = min((self.costs.capacities[r] for r in way.resources), default=float("inf"))
+            seconds += factor * (way.latency_s + (piece / rate if hop else 0.0))
+        return seconds
+
     def _farthest(self, pairs: Iterable[tuple[str, str]], step: int) -> float:
         """Most latency of any of these links; infinite if one is cut."""
         most = 0.0
@@ -355,13 +354,14 @@ class Engine:
         return most
 
     def _reduced(self, queue: deque[tuple[Action, list[_Lane]]], step: int, now: float) -> None:
-        _, lanes = queue.popleft()
+        action, lanes = queue.popleft()
         if queue:
             self._ring(queue, step, now)
         for lane in lanes:
             lane.reductions -= 1
+            self.memory.add(lane.name, -self.costs.flat_bytes(lane.name, action), now)
             waits = lane.blocked_since is not None and lane.actions[lane.at].kind in ("step", "norm")
-            if waits and not lane.reductions:
+            if not lane.reductions and (waits or (lane.drains and not lane.unsent)):
                 self._advance(lane, now)
 
     def _norm(self, lane: _Lane, action: Action, now: float) -> bool:

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from spanwise.core.cluster import Cluster
 from spanwise.core.faults import Fault, slowdown, stretch
 from spanwise.core.model import ModelGraph
-from spanwise.core.plan import Plan
+from spanwise.core.plan import Plan, Replica
 from spanwise.core.profile import Profile
-from spanwise.core.program import Action, Program
+from spanwise.core.program import COLLECTIVES, Action, Program
 from spanwise.core.routes import Routes
 from spanwise.cost import (
+    Trains,
     again_bytes,
     again_s,
+    chain_pieces,
     deferred_bytes,
     kept_bytes,
     ring_edge_bytes,
     ring_rounds,
+    sparse_backward_s,
+    sparse_saved_bytes,
+    sparse_state_bytes,
     state_bytes,
+    transient_bytes,
+    unit_bytes,
 )
 
 
@@ -58,12 +66,21 @@ class Costs:
         self._work: dict[tuple[str, str, int, tuple[int, int] | None], Work] = {}
         #: Bytes by device and stage that are kept from a forward.
         self.saved: dict[tuple[str, int], int] = {}
+        #: Bytes by device and stage that one operation works with, counted where sparse layers run.
+        self.transient: dict[tuple[str, int], int] = {}
         #: More bytes by device, stage and kind of backward: held by the layers that it runs again.
         self.again: dict[tuple[str, int, str], int] = {}
         for index, stage in enumerate(plan.stages):
             for replica in stage.replicas:
                 key = (replica.device, index)
                 ranges, rows = stage.recompute, replica.rows
+                if self.partly(replica):
+                    trains, stored = self.trains(replica), bool(plan.stored_statistics)
+                    self.saved[key] = sum(
+                        sparse_saved_bytes(graph, stage.start, stage.stop, rows, trains, stored=stored)
+                    )
+                    self.transient[key] = transient_bytes(graph, stage.start, stage.stop, rows)
+                    continue
                 self.saved[key] = kept_bytes(graph, stage.start, stage.stop, rows, ranges)
                 if ranges:
                     for kind, in_halves in (("backward", False), ("backward_input", True)):
@@ -91,10 +108,51 @@ class Costs:
             state = state_bytes(held, buffers, copies, synced=False)
             self.base[device] = state + state_bytes(used, 0, 0, synced=False) + travels
             stepped = self._bytes(name for name in own if name not in program.served)
+            partly = [
+                (s, r) for s in plan.stages for r in s.replicas if r.device == device and self.partly(r)
+            ]
+            if plan.sparse and any(device in stage.devices for stage in plan.stages):
+                self.base[device], stepped = self._sparse_base(device, copies)
+            elif partly:  # stored statistics, but everything trains
+                self.base[device] -= travels
             self.update[device] = profile.update_s(device, stepped) if stepped else 0.0
             table, factor = profile.table(device)
             self.message[device] = (table.message_s * factor, table.message_s_per_byte * factor)
             self.sum_byte_s[device] = table.sum_s_per_byte * factor
+
+    def partly(self, replica: Replica) -> bool:
+        """Whether a replica runs layers that keep only what the trained parameters need."""
+        return replica.trained is not None or bool(self.plan.stored_statistics)
+
+    def trains(self, replica: Replica) -> Trains:
+        """What a replica trains."""
+        everything: Trains = dict.fromkeys(self.sizes)
+        return everything if replica.trained is None else replica.trained
+
+    def _sparse_base(self, device: str, copies: int) -> tuple[int, int]:
+        """What a device holds throughout, and bytes of the parameters that it updates."""
+        base = stepped = 0
+        for stage in self.plan.stages:
+            for replica in stage.replicas:
+                if replica.device == device:
+                    trains = self.trains(replica)
+                    held = self.graph.parameters_of(stage.start, stage.stop)
+                    own = unit_bytes(self.graph, trains)
+                    base += sparse_state_bytes(self.graph, stage.start, stage.stop, trains, copies)
+                    stepped += sum(own.get(p.name, 0) for p in held)
+        return base, stepped
+
+    def flat_bytes(self, device: str, action: Action) -> int:
+        """Bytes of a collective's buffers while it runs: its parts, the flat buffer, what comes in ahead.
+
+        0 where they are part of the base, as on devices that train everything.
+        """
+        stages = [s for s in self.plan.stages if device in s.devices]
+        if not any(self.partly(r) for s in stages for r in s.replicas if r.device == device):
+            return 0
+        members = len(action.members)
+        ahead = 0 if action.kind == "broadcast" else action.nbytes * min(3, members - 1) // members
+        return 2 * action.nbytes + ahead
 
     def _bytes(self, names: Iterable[str]) -> int:
         return sum(self.sizes[name] for name in names)
@@ -120,11 +178,12 @@ class Costs:
         # For a weight half, or the part of it, kept from the input half on.
         deferred = deferred_bytes(self.graph, start, stop, rows)
         again = self.again.get((device, action.stage, action.kind), 0)
+        works = self.transient.get((device, action.stage), 0)
         match action.kind:
             case "forward":
-                return Work(seconds, saved, 0)
+                return Work(seconds, saved + works, -works)
             case "backward":
-                return Work(seconds, again, -saved - again)
+                return Work(seconds, again + works, -saved - again - works)
             case "backward_input":
                 return Work(seconds, again, deferred - saved - again)
             case _:
@@ -137,6 +196,12 @@ class Costs:
             case "forward":
                 return self.profile.forward_s(*where)
             case "backward":
+                stage = self.plan.stages[action.stage]
+                replica = next(r for r in stage.replicas if r.device == device)
+                if replica.trained is not None:
+                    return sparse_backward_s(
+                        self.profile, self.graph, stage, device, where[-1], replica.trained
+                    )
                 return self.profile.backward_s(*where) + again
             case _:
                 into, weight = self.profile.halves_s(*where)
@@ -154,7 +219,12 @@ class Costs:
                     self.sum_byte_s[device] if (action.kind, action.payload) == ("recv", "push") else 0.0
                 )
                 return each_s + action.nbytes * (byte_s + summed_s)
-            case "reduce":
+            case "broadcast":
+                ends = action.members[:1] + action.members[-1:]
+                each = (1 if device in ends else 2) * chain_pieces(action.nbytes)
+                nbytes = (1 if device in ends else 2) * action.nbytes
+                return each * each_s + nbytes * byte_s
+            case "reduce" | "average":
                 members = len(action.members)
                 both = 2 * ring_rounds(members) * each_s
                 messages_s = both + 2 * ring_edge_bytes(members, action.nbytes) * byte_s
@@ -200,8 +270,10 @@ class Costs:
 
 
 def ring_edges(action: Action) -> tuple[tuple[str, str], ...]:
-    """Neighbours of a ring, in its order."""
+    """Neighbours of a ring, or of a chain, in its order."""
     members = action.members
+    if action.kind == "broadcast":
+        return tuple(pairwise(members))
     return tuple((m, members[(i + 1) % len(members)]) for i, m in enumerate(members))
 
 
@@ -211,10 +283,19 @@ def all_ways(costs: Costs) -> None:
         for action in actions:
             if action.kind == "send":
                 costs.way(device, action.peer)
-            elif action.kind == "reduce":
+            elif action.kind in COLLECTIVES:
                 for a, b in ring_edges(action):
                     costs.way(a, b)
             elif action.kind == "norm":
                 for peer in action.members:
                     if peer != device:
                         costs.way(device, peer)
+
+
+def feeders(program: Program) -> frozenset[str]:
+    """Devices that only send raw rows: nothing that others do holds them up."""
+    return frozenset(
+        device
+        for device, actions in program.devices.items()
+        if actions and all(action.kind in ("load", "send") for action in actions)
+    )
