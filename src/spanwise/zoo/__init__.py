@@ -14,7 +14,7 @@ from spanwise.zoo.models.lenet import lenet5
 from spanwise.zoo.models.mlp import mlp
 from spanwise.zoo.models.mobilenet import mobilenet_v2
 from spanwise.zoo.models.resnet import resnet18, resnet50
-from spanwise.zoo.models.vgg import vgg11
+from spanwise.zoo.models.vgg import vgg9, vgg11, vgg16
 
 __all__ = [
     "alexnet",
@@ -32,5 +32,7 @@ __all__ = [
     "synthetic_images",
     "synthetic_text",
     "synthetic_vectors",
+    "vgg9",
     "vgg11",
+    "vgg16",
 ]

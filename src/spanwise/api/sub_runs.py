@@ -1,0 +1,163 @@
+"""Sub-models as runs of their own: each has its graph, its job and a one-stage plan on one device."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import TensorDataset
+
+from spanwise.api.planning import choose, predict
+from spanwise.api.prepare import Prepared, prepare_live
+from spanwise.api.run import TrainOptions, run_job
+from spanwise.api.times import profile_prepared
+from spanwise.core.cluster import Cluster, DataShare
+from spanwise.core.decoupling import Decoupling
+from spanwise.core.errors import SpanwiseError
+from spanwise.core.job import LIVE, Job, Recipe
+from spanwise.core.profile import Profile
+from spanwise.decoupler.build import State, sub_model
+from spanwise.decoupler.local import loss_of
+from spanwise.decoupler.rows import group_rows, relabel, tensors
+from spanwise.decoupler.walk import Walked
+from spanwise.runtime.feed import Rows
+from spanwise.simulator.uploads import Upload, arrivals
+
+if TYPE_CHECKING:
+    from spanwise.api.decoupled import DecoupleOptions
+
+Data = tuple[Rows, Rows | None, Rows | None]  # training, test, public
+
+
+@dataclass(frozen=True)
+class Returned:
+    """One sub-model after its run: ``state`` is None and ``error`` says why if it never came back.
+
+    Times are of the whole training. ``predicted_arrival_s``: until its weights are at the assembling device.
+    """
+
+    group: int
+    rows: int
+    sent_bytes: int
+    predicted_s: float | None = None
+    predicted_arrival_s: float | None = None
+    measured_s: float | None = None
+    accuracy: float | None = None
+    state: State | None = None
+    error: SpanwiseError | None = None
+
+
+@dataclass(frozen=True)
+class SubRun:
+    """What one sub-model is trained from."""
+
+    group: int
+    cluster: Cluster
+    prepared: Prepared
+    times: Profile
+    steps: int
+    predicted_s: float
+
+
+def run_apart(
+    job: Job,
+    cluster: Cluster,
+    walked: Walked,
+    decoupling: Decoupling,
+    data: Data,
+    options: DecoupleOptions,
+) -> tuple[Returned, ...]:
+    """Trains every sub-model; those that fail are returned with their error. Nobody waits for anybody."""
+    runs = [
+        prepared_run(job, cluster, walked, decoupling, group, data, options)
+        for group in range(len(decoupling.groups))
+    ]
+    arrived = arrivals(
+        cluster,
+        [Upload(run.cluster.ids[0], run.predicted_s, _bytes(run.prepared)) for run in runs],
+        options.assembler or cluster.ids[0],
+    )
+    with ThreadPoolExecutor(len(runs) if options.at_once else 1, "sub-model") as pool:
+        futures = [pool.submit(_carried_out, run, options) for run in runs]
+        found = [future.result() for future in futures]
+    return tuple(
+        Returned(
+            run.group, len(run.prepared.train), _bytes(run.prepared), run.predicted_s, arrived_s, **result
+        )
+        for run, arrived_s, result in zip(runs, arrived, found, strict=True)
+    )
+
+
+def prepared_run(
+    job: Job,
+    cluster: Cluster,
+    walked: Walked,
+    decoupling: Decoupling,
+    group: int,
+    data: Data,
+    options: DecoupleOptions,
+) -> SubRun:
+    """Builds and traces one sub-model, and predicts its run."""
+    train, test, public = data
+    rows = group_rows(train, decoupling, group, public=public, seed=job.seed)
+    model = sub_model(walked, decoupling, group, start=options.start, seed=job.seed)
+    live = Recipe(name=LIVE)
+    own = job.model_copy(
+        update={
+            "name": f"{job.name}-{group}", "model": live, "data": live, "loss": LIVE,
+            "batch": min(job.batch, len(rows)), "data_devices": (),
+        }
+    )  # fmt: skip
+    own_test = None if test is None else _own(test, decoupling, group)
+    prepared = prepare_live(own, model, loss_of(decoupling.loss), rows, own_test)
+    alone = cluster_of(cluster, str(decoupling.groups[group].device))
+    times = profile_prepared(prepared, alone, options.cache)
+    plan, _ = choose(prepared.job, alone, prepared.traced.graph, times, "single")
+    timeline = predict(plan, prepared.traced.graph, times, alone, prepared.job)
+    steps = _steps(prepared.job, len(rows))
+    return SubRun(group, alone, prepared, times, steps, steps * timeline.step_time_s)
+
+
+def cluster_of(cluster: Cluster, device: str) -> Cluster:
+    """One device of a cluster, with data of its own and nobody to talk to."""
+    return cluster.model_copy(
+        update={"devices": (cluster.device(device),), "links": (), "data": (DataShare(device=device),)}
+    )
+
+
+def _own(test: Rows, decoupling: Decoupling, group: int) -> TensorDataset:
+    x, y = tensors(test)
+    own = torch.isin(y, torch.tensor(decoupling.groups[group].classes))
+    return TensorDataset(x[own], relabel(y[own], decoupling, group))
+
+
+def _steps(job: Job, rows: int) -> int:
+    limits = [job.steps] if job.steps is not None else []
+    if job.epochs is not None or not limits:
+        limits.append((job.epochs or 1) * (rows // job.batch))
+    return min(limits)
+
+
+def _bytes(prepared: Prepared) -> int:
+    """Of the weights that come back, running statistics included; frozen layers are known already."""
+    traced = prepared.traced
+    found = [*traced.parameters.values(), *traced.buffers.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in found)
+
+
+def _carried_out(run: SubRun, options: DecoupleOptions) -> dict[str, Any]:
+    folder = Path(options.run) / f"sub-{run.group}"
+    settings = TrainOptions(
+        run=folder, strategy="single", prepared=run.prepared, times=None if options.lab else run.times,
+        backend=options.backend, lab=options.lab, cache=options.cache,
+    )  # fmt: skip
+    try:
+        outcome = run_job(run.prepared.job, run.cluster, settings)
+    except SpanwiseError as error:
+        return {"error": error}
+    training = outcome.summary["step_time_s"] * outcome.summary["steps"]
+    state = dict(outcome.model.state_dict())
+    return {"state": state, "measured_s": training, "accuracy": outcome.summary["accuracy"]}
