@@ -40,10 +40,11 @@ if TYPE_CHECKING:
     from spanwise.core.timeline import Timeline
 
 _HOMES = {
-    "Trainer": "api", "decouple": "api", "load_cluster": "api", "load_job": "api", "plan": "api", "profile": "api",
-    "replan": "api", "report": "api", "simulate": "api", "train": "api",
+    "Trainer": "api", "decouple": "api", "load_cluster": "api", "load_job": "api", "plan": "api",
+    "profile": "api", "replan": "api", "report": "api", "simulate": "api", "train": "api",
     "Cluster": "core.cluster", "Device": "core.cluster", "Link": "core.cluster",
-    "Decoupling": "core.decoupling", "default_cluster": "core.defaults", "SpanwiseError": "core.errors", "Job": "core.job",
+    "Decoupling": "core.decoupling", "default_cluster": "core.defaults", "SpanwiseError": "core.errors",
+    "Job": "core.job",
     "ModelGraph": "core.model", "Plan": "core.plan", "Profile": "core.profile", "Timeline": "core.timeline",
 }  # fmt: skip
 

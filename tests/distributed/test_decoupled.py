@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import spanwise
+from spanwise.api.decoupled import parse_negatives, parse_owners, parse_shares
+from spanwise.cli import app
 from spanwise.core.cluster import Cluster
 from spanwise.core.decoupling import Decoupling, Negatives
 from spanwise.core.errors import InfeasibleError, InputError
@@ -41,8 +45,8 @@ JOB = Job.parse(
 def model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(48, 24), nn.ReLU(),
-        nn.Linear(24, 6),
+        nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(),
+        nn.Linear(48, 24), nn.ReLU(), nn.Linear(24, 6),
     )  # fmt: skip
 
 
@@ -105,22 +109,24 @@ def test_a_device_that_never_returns_costs_its_classes(tmp_path):
 
 
 def test_worker_processes_one_killed(tmp_path, monkeypatch):
-    """As processes at the same time; the worker of one device ends before its first step."""
-    from spanwise.runtime import processes
+    """At the same time; the worker of one device is killed as soon as it holds its sub-model."""
+    from spanwise.api.run import _Run
 
-    start = processes.start_here
+    session = _Run._session
 
-    def start_or_die(device, argv, env):
-        command = ["sh", "-c", "exit 1"] if device == "b" else argv
-        return start(device, command, env)
+    def session_then_death(self, assignment, snapshot):
+        found = session(self, assignment, snapshot)
+        if self.pool.devices == ("a",):
+            os.kill(self.pool.process_ids["a"], signal.SIGKILL)
+        return found
 
-    monkeypatch.setattr(processes.Meeting, "start", staticmethod(start_or_die))
-    monkeypatch.setattr("spanwise.api.run.TrainOptions.join_timeout_s", 8.0, raising=True)
-    found = run(tmp_path, groups=3, backend="processes", at_once=True)
-    assert found.merged.missing == (4, 5)
-    assert set(found.summary["devices"]) == {"hub", "a", "b"}
-    assert found.summary["devices"]["b"]["lost"]
-    assert found.summary["devices"]["a"]["measured_s"] > 0
+    monkeypatch.setattr(_Run, "_session", session_then_death)
+    found = run(tmp_path, groups=2, backend="processes", at_once=True)
+    assert found.merged.missing == (3, 4, 5)
+    devices = found.summary["devices"]
+    assert "a" in devices["a"]["lost"]
+    assert devices["a"]["measured_s"] is None
+    assert devices["hub"]["measured_s"] > 0
 
 
 def test_what_cannot_be_is_refused_before_training(tmp_path):
@@ -144,3 +150,25 @@ def test_what_cannot_be_is_refused_before_training(tmp_path):
     squares = JOB.model_copy(update={"loss": "mse"})
     with pytest.raises(InputError, match="only classifications"):
         spanwise.decouple(squares, CLUSTER, run=tmp_path / "run", model=model(), data=data())
+
+
+def test_command_line(tmp_path):
+    job = tmp_path / "job.toml"
+    job.write_text(
+        'batch = 32\nsteps = 2\nmodel = {name = "spanwise.zoo:mlp", sizes = [8, 12, 6]}\n'
+        'data = {name = "spanwise.zoo.data:synthetic_vectors", rows = 120, features = 8, classes = 6}\n'
+    )
+    clusters = tmp_path / "cluster.toml"
+    CLUSTER.save(clusters)
+    given = [str(job), "--cluster", str(clusters), "--run", str(tmp_path / "run"), "--cache", str(tmp_path)]
+    with pytest.raises(InputError, match="negatives 'some': must be none, all, or pool:SAMPLES"):
+        app(["decouple", *given, "--negatives", "some"], standalone_mode=False)
+    with pytest.raises(InputError, match="owner 'a=x': write each device once"):
+        app(["decouple", *given, "--owner", "a=x"], standalone_mode=False)
+    with pytest.raises(InputError, match="shares '1;2': must be speed, equal, or numbers"):
+        app(["decouple", *given, "--shares", "1;2"], standalone_mode=False)
+    assert parse_negatives("pool:7") == Negatives(policy="pool", per_class=7)
+    assert parse_owners(["a=0,3", "b=1,2"]) == {"a": (0, 3), "b": (1, 2)}
+    assert parse_shares("0.5,0.3,0.2") == (0.5, 0.3, 0.2)
+    with pytest.raises(InputError, match="class 5"):
+        app(["decouple", *given, "--owner", "a=0,1,2", "--owner", "b=3,4"], standalone_mode=False)

@@ -32,7 +32,7 @@ from spanwise.planner.decouple import decoupled, equal_groups
 JOB = Job.parse(
     {
         "model": "live", "data": "live", "batch": 64, "epochs": 8, "seed": 1,
-        "optimizer": {"name": "Adam", "lr": 0.003},
+        "optimizer": {"name": "Adam", "lr": 0.005},
     }
 )  # fmt: skip
 

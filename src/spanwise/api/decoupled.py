@@ -139,6 +139,35 @@ def run_decoupled(job: Job, cluster: Cluster, options: DecoupleOptions) -> Decou
     return Decoupled(decoupling, merged, returned, summary)
 
 
+def parse_negatives(text: str) -> Negatives:
+    """Negatives as on the command line: ``none``, ``all`` or ``pool:20``."""
+    policy, _, count = text.partition(":")
+    if policy not in ("none", "all", "pool") or (policy == "pool") != count.isdigit():
+        raise InputError(f"negatives '{text}': must be none, all, or pool:SAMPLES like pool:20")
+    return Negatives.parse({"policy": policy} | ({"per_class": int(count)} if count else {}))
+
+
+def parse_owners(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Owners as on the command line: ``cam-1=0,3`` for each device."""
+    owners: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        device, _, classes = text.partition("=")
+        if not all(part.isdigit() for part in classes.split(",")) or device in owners:
+            raise InputError(f"owner '{text}': write each device once, with its classes, like cam-1=0,3")
+        owners[device] = tuple(int(part) for part in classes.split(","))
+    return owners
+
+
+def parse_shares(text: str) -> Shares:
+    """Shares as on the command line: ``speed``, ``equal`` or ``0.5,0.3,0.2``."""
+    if text == "speed" or text == "equal":
+        return text
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"shares '{text}': must be speed, equal, or numbers like 0.5,0.3,0.2") from None
+
+
 def refuse_private(job: Job, negatives: Negatives) -> None:
     """``InputError`` where negatives would be samples that must not leave their device."""
     if job.private and negatives.policy in ("pool", "all"):

@@ -146,7 +146,8 @@ def _joined(
 ) -> fx.GraphModule:
     """One network of the target's widths; the read-out is its last module where the head cannot hold it."""
     whole = copy.deepcopy(walked.module)
-    folded = decoupling.read_out != "probability" and len(states) == len(decoupling.groups)
+    lost = len(states) < len(decoupling.groups)
+    folded = decoupling.read_out != "probability" and (decoupling.net.head.bias or not lost)
     for layer in walked.net.layers:
         module = whole.get_submodule(layer.name)
         if layer.kind == "head":
@@ -230,7 +231,10 @@ def _stacked(decoupling: Decoupling, layer: LayerShape, states: Mapping[int, Sta
 
 
 def _head(decoupling: Decoupling, layer: LayerShape, states: Mapping[int, State], *, folded: bool) -> State:
-    """The head's rows: of all sub-models one after the other, or, ``folded``, scores in class order."""
+    """The head's rows: of all sub-models one after the other, or, ``folded``, scores in class order.
+
+    Folded biases of lost classes are minus infinity, so that the target's own class gives the same scores.
+    """
     like = dict(tensors_of(states[min(states)], layer))
     total = sum(decoupling.outputs(g) for g in range(len(decoupling.groups)))
     found = {
@@ -241,7 +245,13 @@ def _head(decoupling: Decoupling, layer: LayerShape, states: Mapping[int, State]
         rows, columns = decoupling.gives(layer, group), decoupling.reads(layer, group)
         for key in found:
             _place(found[key], state[f"{layer.name}.{key}"], rows, columns)
-    return {key: fold(value, decoupling) for key, value in found.items()} if folded else found
+    if not folded:
+        return found
+    found = {key: fold(value, decoupling) for key, value in found.items()}
+    for group, lost in enumerate(decoupling.groups):
+        if group not in states:
+            found["bias"][list(lost.classes)] = float("-inf")
+    return found
 
 
 def fold(rows: Tensor, decoupling: Decoupling) -> Tensor:

@@ -6,7 +6,15 @@ they would hide whether a plan computes the gradient of one device.
 
 from __future__ import annotations
 
-from spanwise.zoo.data import cifar10, cifar100, digits, synthetic_images, synthetic_text, synthetic_vectors
+from spanwise.zoo.data import (
+    cifar10,
+    cifar100,
+    digits,
+    keywords,
+    synthetic_images,
+    synthetic_text,
+    synthetic_vectors,
+)
 from spanwise.zoo.losses import language_model_loss
 from spanwise.zoo.models.alexnet import alexnet, alexnet_224
 from spanwise.zoo.models.gpt import gpt
@@ -23,6 +31,7 @@ __all__ = [
     "cifar100",
     "digits",
     "gpt",
+    "keywords",
     "language_model_loss",
     "lenet5",
     "mlp",
