@@ -18,9 +18,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from comparison import draw, show
 from harness import Cells, keep, parser, redrawn
 from rivals import Cell, apart, central, fedavg, single_width
-from table import draw, show
 from tasks import MODELS, WORDS, Sets, Task, short_digits, tasks
 
 from spanwise.core.decoupling import Negatives

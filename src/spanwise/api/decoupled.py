@@ -115,6 +115,11 @@ def run_decoupled(job: Job, cluster: Cluster, options: DecoupleOptions) -> Decou
             "decoupling: averaged first layers need rounds of messages, and sub-models that train as runs of "
             "their own send none; freeze them, or use spanwise.decoupler.local.fit_with_averages"
         )
+    if options.at_once and options.lab is not None:
+        raise InputError(
+            "decoupling: sub-models take turns in a lab, as setting one up eases the CPU shares of all; "
+            "leave out at_once"
+        )
     sample = tensors(train)[0][:_SAMPLE_ROWS]
     walked = walk(model, sample.to(getattr(torch, job.dtype)), shared=options.shared)
     decoupling = divide(job, cluster, walked, model, train, options)
