@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from comparison import draw, show
 from harness import Cells, keep, parser, redrawn
 from rivals import Cell, apart, central, fedavg, single_width
-from tasks import MODELS, WORDS, Sets, Task, short_digits, tasks
+from tasks import MODELS, WORDS, Sets, Task, tasks
 
 from spanwise.core.decoupling import Negatives
 
@@ -98,7 +98,7 @@ def main() -> None:
     found = tasks(args.words, args.cifar)
     models = list(args.models)
     if args.short:
-        found = {"digits": replace(found["digits"], epochs=3, load=short_digits)}
+        found = {"digits": replace(found["digits"], epochs=8)}
         models, args.groups = ["alexnet_11"], [5]
     elif args.tasks is not None:
         found = {name: found[name] for name in args.tasks}

@@ -70,12 +70,6 @@ def spoken(words: Path, seed: int) -> Sets:
     return zoo.keywords(words)
 
 
-def short_digits(seed: int) -> Sets:
-    """A part of the digits."""
-    train, test = zoo.digits(test_fraction=0.3, seed=seed)
-    return TensorDataset(*(t[:480] for t in train.tensors)), test
-
-
 def fresh(model: str, classes: int, seed: int) -> nn.Module:
     """A network with weights as sub-models have them."""
     found = MODELS[model](classes)
