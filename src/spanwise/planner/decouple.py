@@ -113,13 +113,16 @@ def shares_by_speed(
     left = 1.0
     while open_to:
         total = sum(wanted[g] for g in open_to)
-        full = {g for g in open_to if wanted[g] / total * left > limits[g]}
-        for g in full or open_to:
-            shares[g] = limits[g] if full else wanted[g] / total * left
+        due = {g: wanted[g] / total * left for g in open_to}
+        full = [g for g in open_to if due[g] > limits[g]]
+        for g in full:
+            shares[g] = limits[g]
+            left -= limits[g]
+            open_to.discard(g)
         if not full:
+            for g, share in due.items():
+                shares[g] = share
             break
-        left -= sum(limits[g] for g in full)
-        open_to -= full
     return tuple(shares)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import wave
 from collections.abc import Sequence
+from math import log10
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -105,9 +107,9 @@ def mel_bands(size: int) -> Tensor:
 
     O'Shaughnessy, "Speech communication: human and machine", 1987; the form that HTK made common.
     """
-    low, high = (2595.0 * np.log10(1.0 + f / 700.0) for f in (_LOWEST_HZ, _HIGHEST_HZ))
-    edges = 700.0 * (10.0 ** (np.linspace(low, high, size + 2) / 2595.0) - 1.0)
-    at = np.linspace(0.0, RATE / 2, _WINDOW // 2 + 1)
+    low, high = (2595.0 * log10(1.0 + f / 700.0) for f in (_LOWEST_HZ, _HIGHEST_HZ))
+    edges: NDArray[np.float64] = 700.0 * (np.power(10.0, np.linspace(low, high, size + 2) / 2595.0) - 1.0)
+    at: NDArray[np.float64] = np.linspace(0.0, RATE / 2, _WINDOW // 2 + 1)
     rising = (at - edges[:-2, None]) / (edges[1:-1, None] - edges[:-2, None])
     falling = (edges[2:, None] - at) / (edges[2:, None] - edges[1:-1, None])
     return torch.as_tensor(np.maximum(0.0, np.minimum(rising, falling)), dtype=torch.float32)
@@ -131,7 +133,7 @@ def read_wave(path: Path) -> Tensor:
     found = np.zeros(RATE, dtype=np.float32)
     samples = np.frombuffer(content[: len(content) // 2 * 2], dtype="<i2").astype(np.float32)
     found[: len(samples)] = samples / 32768.0
-    return torch.from_numpy(found)
+    return torch.as_tensor(found)
 
 
 def _words(folder: Path) -> tuple[str, ...]:
