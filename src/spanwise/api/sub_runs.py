@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import TensorDataset
@@ -42,7 +42,7 @@ class Returned:
     group: int
     rows: int
     sent_bytes: int
-    predicted_s: float | None = None
+    predicted_s: float
     predicted_arrival_s: float | None = None
     measured_s: float | None = None
     accuracy: float | None = None
@@ -75,20 +75,14 @@ def run_apart(
         prepared_run(job, cluster, walked, decoupling, group, data, options)
         for group in range(len(decoupling.groups))
     ]
-    arrived = arrivals(
-        cluster,
-        [Upload(run.cluster.ids[0], run.predicted_s, _bytes(run.prepared)) for run in runs],
-        options.assembler or cluster.ids[0],
-    )
     with ThreadPoolExecutor(len(runs) if options.at_once else 1, "sub-model") as pool:
-        futures = [pool.submit(_carried_out, run, options) for run in runs]
-        found = [future.result() for future in futures]
-    return tuple(
-        Returned(
-            run.group, len(run.prepared.train), _bytes(run.prepared), run.predicted_s, arrived_s, **result
-        )
-        for run, arrived_s, result in zip(runs, arrived, found, strict=True)
-    )
+        found = [future.result() for future in [pool.submit(_carried_out, run, options) for run in runs]]
+    uploads = [
+        Upload(run.cluster.ids[0], returned.predicted_s, returned.sent_bytes)
+        for run, returned in zip(runs, found, strict=True)
+    ]
+    arrived = arrivals(cluster, uploads, options.assembler or cluster.ids[0])
+    return tuple(replace(r, predicted_arrival_s=at) for r, at in zip(found, arrived, strict=True))
 
 
 def prepared_run(
@@ -148,16 +142,22 @@ def _bytes(prepared: Prepared) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in found)
 
 
-def _carried_out(run: SubRun, options: DecoupleOptions) -> dict[str, Any]:
+def _carried_out(run: SubRun, options: DecoupleOptions) -> Returned:
     folder = Path(options.run) / f"sub-{run.group}"
     settings = TrainOptions(
         run=folder, strategy="single", prepared=run.prepared, times=None if options.lab else run.times,
         backend=options.backend, lab=options.lab, cache=options.cache,
     )  # fmt: skip
+    known = Returned(run.group, len(run.prepared.train), _bytes(run.prepared), run.predicted_s)
     try:
         outcome = run_job(run.prepared.job, run.cluster, settings)
     except SpanwiseError as error:
-        return {"error": error}
-    training = outcome.summary["step_time_s"] * outcome.summary["steps"]
-    state = dict(outcome.model.state_dict())
-    return {"state": state, "measured_s": training, "accuracy": outcome.summary["accuracy"]}
+        return replace(known, error=error)
+    steps = int(outcome.summary["steps"])
+    return replace(
+        known,
+        predicted_s=steps * outcome.predicted.step_time_s,  # in a lab by the device's own pace
+        measured_s=steps * outcome.measured.step_time_s,
+        accuracy=outcome.summary["accuracy"],
+        state=dict(outcome.model.state_dict()),
+    )
