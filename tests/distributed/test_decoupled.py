@@ -147,6 +147,9 @@ def test_what_cannot_be_is_refused_before_training(tmp_path):
     )
     with pytest.raises(InfeasibleError, match="memory for"):
         spanwise.decouple(JOB, small, run=tmp_path / "run", model=model(), data=data())
+    apart = Cluster.parse({"name": "apart", "devices": [{"id": "a"}, {"id": "b", "site": "far"}]})
+    with pytest.raises(InputError, match="no link from 'b'"):
+        spanwise.decouple(JOB, apart, run=tmp_path / "run", model=model(), data=data())
     squares = JOB.model_copy(update={"loss": "mse"})
     with pytest.raises(InputError, match="only classifications"):
         spanwise.decouple(squares, CLUSTER, run=tmp_path / "run", model=model(), data=data())

@@ -71,18 +71,19 @@ def run_apart(
     options: DecoupleOptions,
 ) -> tuple[Returned, ...]:
     """Trains every sub-model; those that fail are returned with their error. Nobody waits for anybody."""
+    assembler = options.assembler or cluster.ids[0]
+    for group in decoupling.groups:
+        cluster.route(str(group.device), assembler)  # a missing link: now, not when all have trained
     runs = [
         prepared_run(job, cluster, walked, decoupling, group, data, options)
         for group in range(len(decoupling.groups))
     ]
     with ThreadPoolExecutor(len(runs) if options.at_once else 1, "sub-model") as pool:
         found = [future.result() for future in [pool.submit(_carried_out, run, options) for run in runs]]
-    uploads = [
-        Upload(run.cluster.ids[0], returned.predicted_s, returned.sent_bytes)
-        for run, returned in zip(runs, found, strict=True)
-    ]
-    arrived = arrivals(cluster, uploads, options.assembler or cluster.ids[0])
-    return tuple(replace(r, predicted_arrival_s=at) for r, at in zip(found, arrived, strict=True))
+    back = [returned for returned in found if returned.error is None]
+    uploads = [Upload(runs[r.group].cluster.ids[0], r.predicted_s, r.sent_bytes) for r in back]
+    arrived = dict(zip((r.group for r in back), arrivals(cluster, uploads, assembler), strict=True))
+    return tuple(replace(r, predicted_arrival_s=arrived.get(r.group)) for r in found)
 
 
 def prepared_run(
