@@ -108,6 +108,15 @@ def test_a_device_that_never_returns_costs_its_classes(tmp_path):
     assert torch.isfinite(scores[:, [1, 2, 4, 5]]).all()
 
 
+def test_frozen_first_layers_stay_as_they_are_and_are_not_sent(tmp_path):
+    found = run(tmp_path, groups=[(4, 1, 0), (3, 2, 5)], shared=1, form="dense")
+    assert torch.equal(found.merged.module.state_dict()["0.weight"], model()[0].weight)
+    assert [r.sent_bytes for r in found.returned] == [
+        sum(v.numel() * 4 for k, v in r.state.items() if not k.startswith("0.")) for r in found.returned
+    ]
+    assert found.summary["accuracy"] > 0.3
+
+
 def test_worker_processes_one_killed(tmp_path, monkeypatch):
     """At the same time; the worker of one device is killed as soon as it holds its sub-model."""
     from spanwise.api.run import _Run

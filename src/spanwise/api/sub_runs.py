@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from spanwise.api.planning import choose, predict
@@ -58,7 +59,7 @@ class SubRun:
     cluster: Cluster
     prepared: Prepared
     times: Profile
-    steps: int
+    sent_bytes: int
     predicted_s: float
 
 
@@ -113,7 +114,8 @@ def prepared_run(
     plan, _ = choose(prepared.job, alone, prepared.traced.graph, times, "single")
     timeline = predict(plan, prepared.traced.graph, times, alone, prepared.job)
     steps = _steps(prepared.job, len(rows))
-    return SubRun(group, alone, prepared, times, steps, steps * timeline.step_time_s)
+    sent_bytes = _bytes(model, decoupling)
+    return SubRun(group, alone, prepared, times, sent_bytes, steps * timeline.step_time_s)
 
 
 def cluster_of(cluster: Cluster, device: str) -> Cluster:
@@ -136,10 +138,10 @@ def _steps(job: Job, rows: int) -> int:
     return min(limits)
 
 
-def _bytes(prepared: Prepared) -> int:
+def _bytes(model: nn.Module, decoupling: Decoupling) -> int:
     """Of the weights that come back, running statistics included; frozen layers are known already."""
-    traced = prepared.traced
-    found = [*traced.parameters.values(), *traced.buffers.values()]
+    frozen = {layer.name for layer in decoupling.net.layers if layer.whole}
+    found = (t for key, t in model.state_dict().items() if key.rpartition(".")[0] not in frozen)
     return sum(tensor.numel() * tensor.element_size() for tensor in found)
 
 
@@ -149,7 +151,7 @@ def _carried_out(run: SubRun, options: DecoupleOptions) -> Returned:
         run=folder, strategy="single", prepared=run.prepared, times=None if options.lab else run.times,
         backend=options.backend, lab=options.lab, cache=options.cache,
     )  # fmt: skip
-    known = Returned(run.group, len(run.prepared.train), _bytes(run.prepared), run.predicted_s)
+    known = Returned(run.group, len(run.prepared.train), run.sent_bytes, run.predicted_s)
     try:
         outcome = run_job(run.prepared.job, run.cluster, settings)
     except SpanwiseError as error:
