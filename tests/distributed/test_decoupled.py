@@ -114,7 +114,7 @@ def test_frozen_first_layers_stay_as_they_are_and_are_not_sent(tmp_path):
     assert [r.sent_bytes for r in found.returned] == [
         sum(v.numel() * 4 for k, v in r.state.items() if not k.startswith("0.")) for r in found.returned
     ]
-    assert found.summary["accuracy"] > 0.3
+    assert found.summary["missing_classes"] == []
 
 
 def test_worker_processes_one_killed(tmp_path, monkeypatch):
