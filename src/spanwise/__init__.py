@@ -17,8 +17,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from spanwise.api import Trainer, load_cluster, load_job, plan, profile, replan, report, simulate, train
+    from spanwise.api import (
+        Trainer,
+        decouple,
+        load_cluster,
+        load_job,
+        plan,
+        profile,
+        replan,
+        report,
+        simulate,
+        train,
+    )
     from spanwise.core.cluster import Cluster, Device, Link
+    from spanwise.core.decoupling import Decoupling
     from spanwise.core.defaults import default_cluster
     from spanwise.core.errors import SpanwiseError
     from spanwise.core.job import Job
@@ -28,15 +40,17 @@ if TYPE_CHECKING:
     from spanwise.core.timeline import Timeline
 
 _HOMES = {
-    "Trainer": "api", "load_cluster": "api", "load_job": "api", "plan": "api", "profile": "api",
-    "replan": "api", "report": "api", "simulate": "api", "train": "api",
+    "Trainer": "api", "decouple": "api", "load_cluster": "api", "load_job": "api", "plan": "api",
+    "profile": "api", "replan": "api", "report": "api", "simulate": "api", "train": "api",
     "Cluster": "core.cluster", "Device": "core.cluster", "Link": "core.cluster",
-    "default_cluster": "core.defaults", "SpanwiseError": "core.errors", "Job": "core.job",
+    "Decoupling": "core.decoupling", "default_cluster": "core.defaults", "SpanwiseError": "core.errors",
+    "Job": "core.job",
     "ModelGraph": "core.model", "Plan": "core.plan", "Profile": "core.profile", "Timeline": "core.timeline",
 }  # fmt: skip
 
 __all__ = [
     "Cluster",
+    "Decoupling",
     "Device",
     "Job",
     "Link",
@@ -47,6 +61,7 @@ __all__ = [
     "Timeline",
     "Trainer",
     "__version__",
+    "decouple",
     "default_cluster",
     "load_cluster",
     "load_job",

@@ -236,6 +236,54 @@ def train(
 
 
 @app.command()
+def decouple(
+    job: JobFile,
+    cluster: ClusterFile = None,
+    groups: Annotated[
+        int | None, typer.Option("--groups", min=1, help="Groups of classes; default: one a device.")
+    ] = None,
+    owner: Annotated[
+        list[str] | None,
+        typer.Option("--owner", metavar="DEVICE=K,K", help="Classes that a device owns; repeatable."),
+    ] = None,
+    clustered: Annotated[
+        bool, typer.Option("--clustered", help="Classes with like activations together.")
+    ] = False,
+    shares: Annotated[str, typer.Option("--shares", help="speed, equal, or numbers: 0.5,0.3,0.2.")] = "speed",
+    negatives: Annotated[
+        str, typer.Option("--negatives", help="none, pool:SAMPLES or all; see docs/decoupled.md.")
+    ] = "all",
+    shared: Annotated[int, typer.Option("--shared", min=0, help="First layers kept whole and frozen.")] = 0,
+    tune: Annotated[int, typer.Option("--tune", min=0, help="Epochs of fine-tuning after merging.")] = 0,
+    run: Annotated[Path, typer.Option("--run", help="Run folder to write.")] = Path("runs/latest"),
+    sets: Sets = None,
+    cache: Cache = None,
+    in_lab: Annotated[bool, typer.Option("--lab", help="Devices of a lab train; needs root.")] = False,
+    at_once: Annotated[bool, typer.Option("--at-once", help="All devices at the same time.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train narrow sub-models of a classifier apart, one a device, and merge them exactly."""
+    from spanwise import api
+    from spanwise.api.decoupled import parse_negatives, parse_owners, parse_shares
+    from spanwise.console import show_decoupled
+
+    task, machines = api.load_job(job, tuple(sets or ())), api.load_cluster(cluster)
+    options: dict[str, Any] = {
+        "groups": parse_owners(owner) if owner else groups, "clustered": clustered, "shared": shared,
+        "shares": parse_shares(shares), "negatives": parse_negatives(negatives), "tune_epochs": tune,
+        "cache": _cache(cache), "at_once": at_once,
+    }  # fmt: skip
+    with ExitStack() as stack:
+        if in_lab:
+            options["lab"] = stack.enter_context(_lab(machines, None))
+        found = api.decouple(task, machines, run=run, **options)
+    if as_json:
+        _print(found.summary)
+    else:
+        show_decoupled(found.summary)
+
+
+@app.command()
 def worker(
     join: Annotated[str, typer.Option("--join", metavar="HOST:PORT", help="Where train listens.")],
     device: Annotated[str, typer.Option("--device", help="Which device of the cluster file this is.")],

@@ -218,6 +218,32 @@ def show_outcome(summary: dict[str, Any], report: Path) -> None:
     console.print(f"report: {report}", markup=False)
 
 
+def show_decoupled(summary: dict[str, Any]) -> None:
+    """``spanwise decouple``: one row a device."""
+    table = _table(("device", "l"), ("classes", "l"), ("share", "r"), ("less compute", "r"),
+                   ("predicted", "r"), ("measured", "r"), ("sent", "r"), ("own classes", "r"))  # fmt: skip
+    for device, found in summary["devices"].items():
+        own = found["accuracy_own_classes"]
+        measured = "lost" if found["measured_s"] is None else format_seconds(found["measured_s"])
+        table.add_row(
+            device, ",".join(map(str, found["classes"])), f"{found['share']:.0%}",
+            f"{found['saving_per_sample']:.1f}x", format_seconds(found["predicted_s"]), measured,
+            format_bytes(found["sent_bytes"]), "" if own is None else f"{own:.1%}",
+        )  # fmt: skip
+    console = _console()
+    console.print(table)
+    console.print(f"negatives {summary['negatives']}: {summary['privacy']}")
+    if summary["missing_classes"]:
+        console.print(f"missing classes: {', '.join(map(str, summary['missing_classes']))}")
+    if "accuracy" in summary:
+        console.print(
+            f"merged accuracy {summary['accuracy']:.1%} "
+            f"({summary['accuracy_without_read_out']:.1%} by plain logits)"
+        )
+    if summary.get("tuned_accuracy") is not None:
+        console.print(f"after fine-tuning {summary['tuned_accuracy']:.1%}")
+
+
 def _adaptation(change: dict[str, Any]) -> str:
     realised = change["realised_gain"]
     gained = "not known" if realised is None else f"{realised:+.0%}"

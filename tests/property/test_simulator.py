@@ -14,7 +14,7 @@ from spanwise.core.order import Kept
 from spanwise.core.profile import Profile
 from spanwise.core.program import Program
 from spanwise.core.timeline import Timeline
-from spanwise.cost import again_s, kept_bytes, ring_edge_bytes, stage_bytes
+from spanwise.cost.training import again_s, kept_bytes, ring_edge_bytes, stage_bytes
 from spanwise.lowering import check, lower
 from spanwise.planner import feasible
 from spanwise.simulator import simulate

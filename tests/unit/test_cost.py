@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from plan_cases import chain
-from spanwise import cost
 from spanwise.core.job import Recipe
+from spanwise.cost import training as cost
 
 
 @pytest.mark.parametrize(

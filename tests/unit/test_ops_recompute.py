@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spanwise.cost import again_bytes, kept_bytes, saved_bytes
+from spanwise.cost.training import again_bytes, kept_bytes, saved_bytes
 from spanwise.ops.deferred import Deferred
 from spanwise.ops.recompute import Recomputed
 from spanwise.ops.stage_module import StageModule

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spanwise.core.errors import InputError
 from spanwise.core.model import ModelGraph
-from spanwise.cost import sparse_saved_bytes
+from spanwise.cost.sparse import sparse_saved_bytes
 from spanwise.ops.arguments import Ref
 from spanwise.ops.opgraph import Op
 from spanwise.ops.sparse import Slice, Sparse

@@ -11,7 +11,8 @@ from planner_cases import make_job, make_profile
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.core.trained import parse_unit
-from spanwise.cost import chain_pieces, chain_s, optimizer_copies, ring_edge_bytes
+from spanwise.cost.sparse import chain_pieces, chain_s
+from spanwise.cost.training import optimizer_copies, ring_edge_bytes
 from spanwise.lowering import lower, units_of
 from spanwise.planner import SPARSE_STRATEGIES, STRATEGIES, Problem, check_plan, make_plan
 from spanwise.planner.dsparse import Sparsity, sparse_plan

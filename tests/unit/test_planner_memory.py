@@ -10,7 +10,7 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.core.units import parse_bytes
-from spanwise.cost import stage_bytes
+from spanwise.cost.training import stage_bytes
 from spanwise.planner import STRATEGIES, Problem, compare, make_plan
 from spanwise.planner.build import build
 from spanwise.planner.feasible import memory_bytes, shortage

@@ -10,7 +10,7 @@ from planner_cases import make_graph, make_job, make_profile
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan, Replica, Stage
-from spanwise.cost import again_s, stage_bytes
+from spanwise.cost.training import again_s, stage_bytes
 from spanwise.lowering import lower
 from spanwise.planner import STRATEGIES, Problem, build, compare, finish, make_plan
 from spanwise.planner.build import fitted

@@ -14,7 +14,7 @@ from spanwise.core.order import parse_order
 from spanwise.core.plan import ScheduleName
 from spanwise.core.profile import LayerTimes, LinkTimes
 from spanwise.core.program import Action, Program
-from spanwise.cost import ring_s
+from spanwise.cost.training import ring_s
 from spanwise.lowering import lower
 from spanwise.schedules import Hop, StageSeconds, zero_bubble
 from spanwise.simulator import simulate

@@ -9,7 +9,7 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InputError, PlanError
 from spanwise.core.program import Program
 from spanwise.core.timeline import Span, Timeline
-from spanwise.cost import stage_bytes, state_bytes
+from spanwise.cost.training import stage_bytes, state_bytes
 from spanwise.lowering import lower
 from spanwise.simulator import simulate
 from spanwise.simulator.engine import Engine

@@ -29,6 +29,10 @@ def linear(c: int, out: int) -> int:
     return c * out + out
 
 
+VGG11 = (64, 128, 256, 256, 512, 512, 512, 512)
+VGG16 = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+
+
 def mobilenet_by_hand(classes: int) -> int:
     total, c = conv(3, 3, 32) + bn(32), 32
     table = [(1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1)]
@@ -56,12 +60,12 @@ def resnet_by_hand(depths: tuple[int, ...], *, bottleneck: bool) -> int:
     return total + linear(c, 10)
 
 
-def vgg_by_hand(*, batch_norm: bool) -> int:
+def vgg_by_hand(*, batch_norm: bool, channels: tuple[int, ...] = VGG11, last: int = 0) -> int:
     total, c = 0, 3
-    for out in (64, 128, 256, 256, 512, 512, 512, 512):
+    for out in channels:
         total += conv(3, c, out, bias=True) + (bn(out) if batch_norm else 0)
         c = out
-    return total + linear(512, 10)
+    return total + (last or linear(512, 10))
 
 
 # Second number: as published. MobileNetV2: torchvision's 3,504,872 with its 1000-class head (1,281,000)
@@ -75,6 +79,9 @@ def vgg_by_hand(*, batch_norm: bool) -> int:
         (lambda: zoo.resnet50(), resnet_by_hand((3, 4, 6, 3), bottleneck=True), 23_520_842),
         (lambda: zoo.vgg11(), vgg_by_hand(batch_norm=False), 9_225_610),
         (lambda: zoo.vgg11(batch_norm=True), vgg_by_hand(batch_norm=True), 9_231_114),
+        (lambda: zoo.vgg16(batch_norm=True), vgg_by_hand(batch_norm=True, channels=VGG16), 14_728_266),
+        (lambda: zoo.vgg9(), vgg_by_hand(batch_norm=False, channels=(32, 64, 128, 128, 256, 256),
+         last=linear(4096, 512) + linear(512, 512) + linear(512, 10)), 3_491_530),
         (lambda: zoo.alexnet(stem=11), 2_469_696 + linear(256, 10), 2_472_266),
         (lambda: zoo.alexnet(stem=11, width=1 / 64), conv(11, 3, 1, bias=True) + conv(5, 1, 3, bias=True)
          + conv(3, 3, 6, bias=True) + conv(3, 6, 4, bias=True) + conv(3, 4, 4, bias=True) + linear(4, 10),

@@ -18,6 +18,7 @@ from spanwise.core.timeline import Timeline
 if TYPE_CHECKING:
     from torch import nn
 
+    from spanwise.api.decoupled import Decoupled
     from spanwise.api.prepare import Prepared
     from spanwise.api.run import Outcome, Watcher
     from spanwise.core.faults import Fault
@@ -136,6 +137,29 @@ def train(
         cache=cache, plan=chosen, watcher=watcher, **options,
     )  # fmt: skip
     return run_job(job, cluster or default_cluster(), settings)
+
+
+def decouple(
+    job: Job, cluster: Cluster | None = None, *, run: Path | str = "runs/latest", **options: Any
+) -> Decoupled:
+    """Divides a classifier by classes into narrow sub-models, trains each on its device, merges them exactly.
+
+    No message passes between devices while they train, and one that is lost costs its classes only. See
+    docs/decoupled.md.
+
+    Args:
+        job: what to train; a classification by class number with the loss ``cross_entropy``.
+        cluster: on what; the embedded example by default.
+        run: the folder to write; the sub-models are runs in ``sub-0``, ``sub-1`` and so on.
+        **options: see ``api.decoupled.DecoupleOptions``: groups, shares, negatives, shared first layers.
+
+    Raises:
+        InputError: the model does not divide, classes are missing or doubled, or options do not go together.
+        InfeasibleError: the devices have no memory for the sub-models.
+    """
+    from spanwise.api.decoupled import DecoupleOptions, run_decoupled
+
+    return run_decoupled(job, cluster or default_cluster(), DecoupleOptions(run=Path(run), **options))
 
 
 def report(run: Path | str) -> Path:

@@ -13,7 +13,7 @@ from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.core.timeline import Timeline
-from spanwise.cost import optimizer_copies
+from spanwise.cost.training import optimizer_copies
 from spanwise.lowering import lower
 from spanwise.planner import Problem, compare, fastest_of, make_plan
 from spanwise.simulator import simulate

@@ -86,6 +86,11 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def decoupling(self) -> Path:
+        """Decoupling, of runs by ``decouple``; their sub-models are runs in ``sub-0``, ``sub-1``, ..."""
+        return self.path / "decoupling.json"
+
+    @property
     def program(self) -> Path:
         """Program, as text."""
         return self.path / "program.txt"

@@ -9,7 +9,7 @@ Limits. The device order is by memory, largest first, and is not searched. One p
 left, devices left, stages left), which is a heuristic. Prices are those of ``published.py`` (links half
 duplex). Raw data and labels on their way are not priced, privacy is unknown to it. Models of more than 24
 layers are planned on the grid of ``grid.py``, as the paper merges cheap layers. Memory is Asteroid's: rows
-have a cap at warm-up depth 2(P-p)-1; what the formula of ``cost.py`` or the simulator finds beyond it makes
+have a cap at warm-up depth 2(P-p)-1; what the formula of ``cost`` or the simulator finds beyond it makes
 the plan infeasible.
 """
 

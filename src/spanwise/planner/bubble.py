@@ -14,7 +14,7 @@ from itertools import chain
 
 from spanwise.core.order import Kept, Op, kept_over, order_text
 from spanwise.core.plan import Plan, Stage
-from spanwise.cost import again_s
+from spanwise.cost.training import again_s
 from spanwise.planner.build import warmup
 from spanwise.planner.feasible import replica_bytes, shortage
 from spanwise.planner.problem import Problem

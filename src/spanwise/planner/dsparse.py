@@ -17,7 +17,8 @@ from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan, Ranking, Replica, Stage, Trained
 from spanwise.core.trained import GroupSync
 from spanwise.core.units import format_bytes
-from spanwise.cost import chain_s, ring_s
+from spanwise.cost.sparse import chain_s
+from spanwise.cost.training import ring_s
 from spanwise.lowering import group_syncs, natural_syncs, units_of
 from spanwise.planner.dsparse_options import RATIOS, Selectable
 from spanwise.planner.dsparse_select import Choice, in_order, last_k, select, shifts_only, within_bytes

@@ -9,7 +9,7 @@ from math import ceil
 
 from spanwise.core.importance import Importance
 from spanwise.core.model import ModelGraph, Site
-from spanwise.cost import Trains, sparse_saved_bytes, sparse_state_bytes, transient_bytes, unit_bytes
+from spanwise.cost.sparse import Trains, sparse_saved_bytes, sparse_state_bytes, transient_bytes, unit_bytes
 
 RATIOS = (0.125, 0.25, 0.5, 1.0)
 

@@ -12,7 +12,7 @@ from spanwise.core.order import Kept
 from spanwise.core.plan import Plan, ScheduleName, Stage, row_ranges
 from spanwise.core.syncs import ServerSync
 from spanwise.core.units import format_bytes
-from spanwise.cost import stage_bytes
+from spanwise.cost.training import stage_bytes
 from spanwise.lowering import buckets_of, holders, updaters
 from spanwise.planner.problem import Problem
 

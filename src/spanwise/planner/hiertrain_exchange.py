@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from spanwise.cost import ring_edge_bytes, ring_rounds
+from spanwise.cost.training import ring_edge_bytes, ring_rounds
 from spanwise.planner.hiertrain_layout import Instance, Layout, Roles
 
 

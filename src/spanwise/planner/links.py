@@ -14,7 +14,7 @@ from spanwise.core.cluster import Cluster, Route
 from spanwise.core.precision import VALUE_BYTES
 from spanwise.core.profile import LinkTimes
 from spanwise.core.routes import Routes
-from spanwise.cost import ring_edge_bytes, ring_rounds
+from spanwise.cost.training import ring_edge_bytes, ring_rounds
 from spanwise.planner.kinds import Kinds, by_kind, link_kinds
 
 Floats = NDArray[np.float64]

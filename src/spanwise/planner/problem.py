@@ -16,7 +16,7 @@ from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.core.profile import Profile
 from spanwise.core.timeline import Timeline
-from spanwise.cost import optimizer_copies
+from spanwise.cost.training import optimizer_copies
 from spanwise.planner.kinds import Group, Kinds, device_kinds
 from spanwise.planner.lanes import Lanes
 from spanwise.planner.links import Links, Shares

@@ -17,7 +17,7 @@ from itertools import permutations, product
 
 import numpy as np
 
-from spanwise.cost import ring_edge_bytes, ring_rounds
+from spanwise.cost.training import ring_edge_bytes, ring_rounds
 from spanwise.planner.lanes import Group
 from spanwise.planner.problem import Problem
 from spanwise.planner.tables import Floats

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from spanwise.core.observed import Arrival, Departure, DeviceStep, least_large
 from spanwise.core.program import Action
 from spanwise.core.timeline import Timeline
-from spanwise.cost import ring_edge_bytes
+from spanwise.cost.training import ring_edge_bytes
 
 Link = tuple[str, str]
 

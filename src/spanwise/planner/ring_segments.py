@@ -18,7 +18,7 @@ from itertools import pairwise
 from spanwise.core.cluster import Route
 from spanwise.core.plan import Plan
 from spanwise.core.syncs import Sync
-from spanwise.cost import ring_edge_bytes, ring_rounds
+from spanwise.cost.training import ring_edge_bytes, ring_rounds
 from spanwise.lowering import ring_parameters
 from spanwise.planner.problem import Problem
 from spanwise.planner.segments import Chain, Ends, best_segments

@@ -10,7 +10,8 @@ from spanwise.core.plan import Plan
 from spanwise.core.program import COLLECTIVES
 from spanwise.core.timeline import Timeline
 from spanwise.core.units import format_bytes, format_seconds
-from spanwise.cost import collective_sent, stage_bytes
+from spanwise.cost.sparse import collective_sent
+from spanwise.cost.training import stage_bytes
 from spanwise.lowering import lower
 from spanwise.planner.bound import compute_bound
 from spanwise.planner.changes import Change, more_memory, second_device, wider_links

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from spanwise.core.model import ModelGraph
-from spanwise.cost import Ranges, again_bytes, kept_bytes
+from spanwise.cost.training import Ranges, again_bytes, kept_bytes
 
 PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 

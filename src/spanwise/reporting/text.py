@@ -10,7 +10,7 @@ from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.core.syncs import AnySync, Sync
 from spanwise.core.trained import GroupSync
 from spanwise.core.units import format_bytes, format_seconds
-from spanwise.cost import unit_bytes
+from spanwise.cost.sparse import unit_bytes
 from spanwise.reporting.record import as_number
 
 if TYPE_CHECKING:

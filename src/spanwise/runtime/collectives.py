@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spanwise.cost import chain_piece_bytes
+from spanwise.cost.sparse import chain_piece_bytes
 from spanwise.runtime.transport import Pending, Transport
 
 _AHEAD = 3  # receives of a ring posted at once

@@ -8,7 +8,7 @@ from statistics import median
 
 from spanwise.core.program import COLLECTIVES, Program
 from spanwise.core.timeline import DeviceUse, Span, Timeline
-from spanwise.cost import collective_sent
+from spanwise.cost.sparse import collective_sent
 from spanwise.runtime.session import DeviceSpans, StepReport
 
 

@@ -21,7 +21,7 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.errors import PeerError, SpanwiseError
 from spanwise.core.job import LIVE
 from spanwise.core.observed import DeviceStep
-from spanwise.cost import optimizer_copies
+from spanwise.cost.training import optimizer_copies
 from spanwise.lowering import Move, move_bytes, moves
 from spanwise.runtime import orders
 from spanwise.runtime.control import listen

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spanwise.core.program import Program
-from spanwise.cost import chain_pieces
+from spanwise.cost.sparse import chain_pieces
 from spanwise.runtime.collectives import ring_tags
 
 

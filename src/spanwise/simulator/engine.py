@@ -11,7 +11,8 @@ from itertools import permutations
 
 from spanwise.core.errors import PlanError
 from spanwise.core.program import Action
-from spanwise.cost import chain_piece_bytes, ring_edge_bytes, ring_rounds
+from spanwise.cost.sparse import chain_piece_bytes
+from spanwise.cost.training import ring_edge_bytes, ring_rounds
 from spanwise.simulator.memory import MemoryMeter
 from spanwise.simulator.network import Network
 from spanwise.simulator.setup import Costs, Way, Work, all_ways, feeders, ring_edges

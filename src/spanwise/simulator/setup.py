@@ -14,21 +14,23 @@ from spanwise.core.plan import Plan, Replica
 from spanwise.core.profile import Profile
 from spanwise.core.program import COLLECTIVES, Action, Program
 from spanwise.core.routes import Routes
-from spanwise.cost import (
+from spanwise.cost.sparse import (
     Trains,
+    chain_pieces,
+    sparse_backward_s,
+    sparse_saved_bytes,
+    sparse_state_bytes,
+    transient_bytes,
+    unit_bytes,
+)
+from spanwise.cost.training import (
     again_bytes,
     again_s,
-    chain_pieces,
     deferred_bytes,
     kept_bytes,
     ring_edge_bytes,
     ring_rounds,
-    sparse_backward_s,
-    sparse_saved_bytes,
-    sparse_state_bytes,
     state_bytes,
-    transient_bytes,
-    unit_bytes,
 )
 
 

@@ -1,0 +1,1 @@
+"""Sub-models of a classifier: built from it, trained apart, merged exactly. Submodules need torch."""
