@@ -331,9 +331,7 @@ def read_options() -> argparse.Namespace:
     if short:
         own.local_epochs = own.local_epochs[:1]
     if own.systems is None:
-        own.systems = ["spanwise", "ddp", "flower_resident"] if short else list(SYSTEMS)
-        if short and not own.flower_venv.exists():  # a short run installs nothing
-            own.systems = ["spanwise", "ddp"]
+        own.systems = ["spanwise", "ddp"] if short else list(SYSTEMS)  # a short run installs nothing
     return own
 
 
