@@ -41,7 +41,7 @@ def options() -> argparse.Namespace:
     found.add_argument("--planners", nargs="*", choices=NAMES, default=list(NAMES))
     args = found.parse_args()
     if args.short:
-        args.environments, args.models, args.rounds = ["spantrain-4"], ["gpt"], 1
+        args.environments, args.models, args.rounds = ["home"], ["gpt"], 1
         args.planners = list(NAMES[:2])
     return args
 

@@ -42,7 +42,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=None, help="folder of profiles")
     args = parser.parse_args()
     if args.short:
-        args.environments, args.models = ["spantrain-4"], ["gpt"]
+        args.environments, args.models = ["home"], ["gpt"]
         args.strategies = ["hpp", "single"]
     return args
 

@@ -36,7 +36,7 @@ def options() -> argparse.Namespace:
     found.add_argument("--cache", type=Path, default=None, help="folder of profiles")
     args = found.parse_args()
     if args.short:
-        args.sizes, args.models, args.rounds, args.batch = list(SIZES[:1]), ["gpt"], 1, 32
+        args.sizes, args.models, args.rounds, args.batch = list(SIZES[:1]), ["gpt"], 1, 16
     return args
 
 

@@ -48,7 +48,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=None, help="folder of profiles")
     args = parser.parse_args()
     if args.short:
-        args.environments, args.models, args.batches, args.rounds = ["spantrain-2"], ["gpt"], [32], 1
+        args.environments, args.models, args.batches, args.rounds = ["home"], ["gpt"], [32], 1
         args.peers = ["ddp", "1f1b", "single"]
     return args
 
