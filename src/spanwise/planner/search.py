@@ -197,8 +197,7 @@ class Search:
             both, least, late = self._crossing(lanes[0])
             one = both + most[0]
             np.maximum(least, one, out=one)
-            only: Ints = np.full(one.shape, who[0], dtype=np.int64)
-            return one, exposed[0] - late, only
+            return one, exposed[0] - late, np.broadcast_to(np.int64(who[0]), one.shape)
         found = [self._crossing(lane) for lane in lanes]
         after: Floats = np.stack([both for both, _, _ in found]) + most
         np.maximum(np.stack([least for _, least, _ in found]), after, out=after)
