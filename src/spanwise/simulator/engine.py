@@ -10,7 +10,7 @@ from itertools import permutations
 from typing import Any
 
 from spanwise.core.errors import PlanError
-from spanwise.core.program import Action
+from spanwise.core.program import Action, Program
 from spanwise.cost import ring_edge_bytes, ring_rounds
 from spanwise.simulator.memory import MemoryMeter
 from spanwise.simulator.network import Network
@@ -33,6 +33,7 @@ class _Lane:
     unsent: int = 0  # own messages that have not arrived
     drains: bool = False  # all actions of the step taken; waits for them to arrive
     lost: bool = False
+    feeds: bool = False  # only sends raw rows to others
 
 
 @dataclass(slots=True)
@@ -57,6 +58,15 @@ class Trace:
     spans: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
 
+def feeders(program: Program) -> frozenset[str]:
+    """Devices that only send raw rows: nothing that others do holds them up."""
+    return frozenset(
+        device
+        for device, actions in program.devices.items()
+        if actions and all(action.kind in ("load", "send") for action in actions)
+    )
+
+
 class Engine:
     """Runs a Program ``steps`` times in virtual time."""
 
@@ -79,6 +89,10 @@ class Engine:
         self._joined: dict[tuple[int, int, int], list[_Lane]] = {}
         self._ready: dict[tuple[int, int], deque[tuple[Action, list[_Lane]]]] = {}
         self._normed: dict[int, list[_Lane]] = {}
+        feeding = feeders(costs.program)
+        for name in feeding:
+            self.lanes[name].feeds = True
+        self._feeding = bool(feeding)
 
     def run(self) -> Trace:
         """Until every device has ended its last step, or nothing moves any more."""
@@ -110,15 +124,32 @@ class Engine:
                 lane.lost = True
                 self._span(lane.name, "lost", _LOST, now, now, lane.step)
                 return
+            if lane.at == 0 and self._is_ahead(lane):
+                return
             if lane.at == len(lane.actions):
                 lane.drains = lane.unsent > 0  # so that sources do not run ahead by whole steps
                 if lane.drains:
                     return
                 self.trace.ends[lane.step] = max(self.trace.ends[lane.step], now)
                 lane.step, lane.at = lane.step + 1, 0
+                if self._feeding and not lane.feeds:
+                    self._at(now, self._wake_feeders)
                 continue
             if self._take(lane, lane.actions[lane.at], now):
                 return
+
+    def _is_ahead(self, lane: _Lane) -> bool:
+        """Whether a device that only feeds others is with its rows a step ahead of them.
+
+        Receives for a step are posted in the one before, no earlier.
+        """
+        return lane.feeds and lane.step > 1 + min(o.step for o in self.lanes.values() if not o.feeds)
+
+    def _wake_feeders(self, now: float) -> None:
+        """Lets those go on that were a step ahead."""
+        for lane in self.lanes.values():
+            if lane.feeds and lane.at == 0 and lane.step:
+                self._advance(lane, now)
 
     def _waited(self, lane: _Lane, now: float) -> None:
         """Ends the wait of a device, if it waits."""
