@@ -198,10 +198,10 @@ def bound_bytes(case: Case, device: str, steps: int) -> int:
     """
     plan, graph = case.plan, case.graph
     synced = any(device in sync.devices for sync in plan.syncs)
-    in_halves = plan.schedule == "zero_bubble" or any(sync.segments > 1 for sync in plan.syncs)
+    in_halves = plan.schedule == "zero_bubble" or any(sync.most_segments > 1 for sync in plan.syncs)
     total = 0
     in_flight = [feasible.kept(stage, plan.schedule, plan.micro_batches) for stage in plan.stages]
-    if any(sync.segments > 1 for sync in plan.syncs):  # the last micro-batch may go back in halves
+    if any(sync.most_segments > 1 for sync in plan.syncs):  # the last micro-batch may go back in halves
         in_flight = [(*kept, Kept(0, 1)) for kept in in_flight]
     depths = [max(whole for whole, _ in kept) for kept in in_flight]
     raw = graph.input_row_bytes + graph.label_row_bytes

@@ -84,14 +84,41 @@ class Sync(Noun):
     """Gradients of some layers summed over some devices, once a step, by a ring.
 
     Meant are the parameters in these half-open layer ranges that exactly these devices hold: a tied weight
-    whose layers lie in two stages has a Sync of its own, over the devices of both. ``segments`` cuts the
-    parameters into so many rings, one after the other from the last layers to the first, each as soon as the
-    last micro-batch has left its gradients behind. ``devices`` is the order of the ring.
+    whose layers lie in two stages has a Sync of its own, over the devices of both. ``devices`` is the order
+    of the ring.
+
+    The sum may be cut into segments, each a ring, one after the other from the last layers to the first, each
+    as soon as the last micro-batch has left its gradients behind: at layers, by ``ends``, of every segment
+    the layer after its last, rising, the last that of the sync (a parameter belongs to the first layer that
+    uses it); or into so many ``segments`` of about equal bytes.
     """
 
     layers: tuple[tuple[int, int], ...] = Field(min_length=1)
     devices: tuple[Id, ...] = Field(min_length=2)
     segments: int = Field(default=1, ge=1)
+    ends: tuple[int, ...] | None = None
+
+    @model_validator(mode="after")
+    def _cut_once(self) -> Sync:
+        if self.ends is None:
+            return self
+        first, stop = self.layers[0][0], self.layers[-1][1]
+        if not self.ends or self.ends[-1] != stop or any(a >= b for a, b in pairwise((first, *self.ends))):
+            raise PlanError(
+                f"plan: sum over {', '.join(self.devices)}: segments of layers [{first}:{stop}) end at "
+                f"{', '.join(map(str, self.ends)) or 'none'}; ends must rise and the last must be {stop}"
+            )
+        if self.segments > 1:
+            raise PlanError(
+                f"plan: sum over {', '.join(self.devices)} has both {self.segments} segments and ends of "
+                "segments; give one of them"
+            )
+        return self
+
+    @property
+    def most_segments(self) -> int:
+        """In how many segments it is cut, those without a parameter counted in."""
+        return self.segments if self.ends is None else len(self.ends)
 
 
 class ServerSync(Noun):

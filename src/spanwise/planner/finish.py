@@ -13,6 +13,7 @@ from spanwise.planner.feasible import shortage
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.pace import pace_s
 from spanwise.planner.problem import Problem
+from spanwise.planner.ring_segments import cut_by_layers
 from spanwise.planner.trial import HOPELESS, MOST_EFFORT, Priced, priced, simulated, timeline
 
 SLACK = 0.01  # a plan whose pace is slower than the best's by more is hardly faster when simulated
@@ -128,12 +129,15 @@ def recomputed(problem: Problem, plans: Sequence[Plan]) -> Plan:
 def segmented(problem: Problem, plan: Plan) -> Plan:
     """The plan with its gradients summed in several segments if that pays.
 
-    The first segments are summed while the last micro-batch still leaves the gradients of others behind.
+    The first segments are summed while the last micro-batch still leaves the gradients of others behind. Cut
+    at layers, where the formula of a ring has its optimum; or, where the simulator finds that better, into a
+    few segments of equal bytes.
     """
     if not plan.syncs:
         return plan
-    more = [tuple(sync.model_copy(update={"segments": count}) for sync in plan.syncs) for count in SEGMENTS]
-    return _paying(problem, plan, [plan.model_copy(update={"syncs": syncs}) for syncs in more])
+    equal = (tuple(sync.model_copy(update={"segments": count}) for sync in plan.syncs) for count in SEGMENTS)
+    more = [cut_by_layers(problem, plan), *(plan.model_copy(update={"syncs": syncs}) for syncs in equal)]
+    return _paying(problem, plan, [variant for variant in more if variant != plan])
 
 
 def _paying(problem: Problem, plan: Plan, variants: Sequence[Plan]) -> Plan:
