@@ -39,26 +39,23 @@ def cut_by_layers(problem: Problem, plan: Plan) -> Plan:
 
 
 def ends_of(problem: Problem, plan: Plan, sync: Sync) -> Ends | None:
-    """Of every segment the layer after its last; none where the sum is best in one piece.
-
-    Sums over layers that do not follow each other, as of a weight that is used twice, are not cut.
-    """
+    """Of every segment the layer after its last; none where the sum is best in one piece."""
     chain = chain_of(problem, plan, sync)
     if chain is None:
         return None
-    found = best_segments(chain).ends
-    first = sync.layers[0][0]
+    found, first = best_segments(chain).ends, sync.layers[0][0]
     return tuple(first + end for end in found) if len(found) > 1 else None
 
 
 def chain_of(problem: Problem, plan: Plan, sync: Sync) -> Chain | None:
-    """The layers of a sync as the pushing half of an exchange; none if they do not follow each other."""
-    if len(sync.layers) > 1:
-        return None
+    """The layers of a sync, from its first to its last, as the pushing half of an exchange.
+
+    Those in between that it does not sum have no bytes. None where a link is missing.
+    """
     edge = _edge(problem, sync.devices)
     if edge is None:
         return None
-    ((start, stop),) = sync.layers
+    start, stop = sync.layers[0][0], sync.layers[-1][1]
     nbytes = [0] * (stop - start)
     for parameter in ring_parameters(plan, problem.graph, sync):
         nbytes[problem.graph.users[parameter.name][0] - start] += parameter.bytes
@@ -101,7 +98,7 @@ def _compute_s(problem: Problem, plan: Plan, sync: Sync) -> list[float]:
     Each member goes back through its stages of the sync from the last to the first: the input half of a
     stage, then the weight half layer by layer.
     """
-    ((start, stop),) = sync.layers
+    start, stop = sync.layers[0][0], sync.layers[-1][1]
     done = [0.0] * (stop - start + 1)
     for member in sync.devices:
         now = 0.0
