@@ -219,12 +219,12 @@ NUMBERS = ("stage", "micro_batch", "transfer", "nbytes", "sync", "segment")
 def altered(action: Action, data: st.DataObject) -> Action:
     """The same kind of action with one of the fields that its text shows changed."""
     text = str(action)
-    changes = [replace(action, **{name: getattr(action, name) + 1}) for name in NUMBERS]
+    changes = [action._replace(**{name: getattr(action, name) + 1}) for name in NUMBERS]
     a, b = action.rows
-    changes += [replace(action, rows=(a, b + 1)), replace(action, rows=(a + 1, b))]
-    changes += [replace(action, peer="stranger"), replace(action, members=(*action.members, "stranger"))]
+    changes += [action._replace(rows=(a, b + 1)), action._replace(rows=(a + 1, b))]
+    changes += [action._replace(peer="stranger"), action._replace(members=(*action.members, "stranger"))]
     if action.payload is not None:
-        changes.append(replace(action, payload="label" if action.payload != "label" else "input"))
+        changes.append(action._replace(payload="label" if action.payload != "label" else "input"))
     visible = [change for change in changes if str(change) != text]
     assume(visible)
     return data.draw(st.sampled_from(visible), label="altered")

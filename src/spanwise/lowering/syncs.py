@@ -24,6 +24,8 @@ def holders(stages: tuple[Stage, ...], graph: ModelGraph) -> dict[str, tuple[str
 
 def natural_syncs(stages: tuple[Stage, ...], graph: ModelGraph) -> tuple[Sync, ...]:
     """One Sync per set of devices that share parameters: replicas of a stage, holders of a tied weight."""
+    if not graph.ties and all(len(stage.replicas) == 1 for stage in stages):
+        return ()
     owners = holders(stages, graph)
     groups: dict[tuple[str, ...], set[int]] = {}
     order: dict[frozenset[str], tuple[str, ...]] = {}

@@ -23,7 +23,8 @@ BUILT = 8  # plans are built and priced in the time that the pace of one takes
 MOST_PACED = 5  # times as many plans as are simulated, at most
 SEGMENTS = (2, 4)
 FIRST_HALVED = 2  # zero_bubble variants of every plan whose pace is worked out
-MOST_HALVED = 6  # of all of these, so many are simulated
+MOST_HALVED = 6  # of all of these, so many are simulated, of large ones as many as have this effort together
+MOST_HALVED_EFFORT = 3 * MOST_EFFORT
 # By which part such variants of a plan must be faster: more actions cost what the simulator does not show.
 LEAST_GAIN = 0.005
 
@@ -102,9 +103,13 @@ def halved(problem: Problem, plans: Sequence[Plan]) -> Plan:
     """
     firsts = dict.fromkeys(v for p in plans for v in islice(zero_bubble_variants(problem, p), FIRST_HALVED))
     order = sorted(firsts, key=lambda variant: pace_s(problem, variant))
-    best = _paying(problem, plans[0], order[:MOST_HALVED])
-    more = zero_bubble_variants(problem, best) if best in firsts else ()
-    return _paying(problem, best, [variant for variant in more if variant not in firsts])
+    most = max(2, MOST_HALVED_EFFORT // Priced(order[0], 0.0).effort) if order else 0
+    best = _paying(problem, plans[0], order[: min(most, MOST_HALVED)])
+    if best not in firsts:
+        return best
+    hopeless = HOPELESS * pace_s(problem, best)
+    more = [variant for variant in zero_bubble_variants(problem, best) if variant not in firsts]
+    return _paying(problem, best, [variant for variant in more if pace_s(problem, variant) <= hopeless])
 
 
 def recomputed(problem: Problem, plans: Sequence[Plan]) -> Plan:
@@ -256,6 +261,8 @@ def _recounted(problem: Problem, plan: Plan) -> list[Outline]:
 def _shallow(plan: Plan) -> Plan:
     """The same with warm-up depths of at most P-p; it needs no more memory."""
     total = len(plan.stages)
+    if all(stage.warmup <= total - number for number, stage in enumerate(plan.stages)):
+        return plan
     stages = tuple(
         stage.model_copy(update={"warmup": min(stage.warmup, total - number)})
         for number, stage in enumerate(plan.stages)
