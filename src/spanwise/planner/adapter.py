@@ -21,9 +21,11 @@ from spanwise.planner.explore import Explorer, Look
 from spanwise.planner.problem import Memo, Problem
 from spanwise.planner.ratios import Expected, Link
 from spanwise.planner.replan import Candidate, Kind, candidate, candidates, shape
+from spanwise.planner.resegment import Resegmenter
 from spanwise.simulator import simulate
 
 LEAST_GAIN = 0.05  # predicted, of the step time
+LEAST_GAIN_OF_SEGMENTS = 0.02  # moves nothing, and its numbers are measured, so less is enough
 LOSS = 0.03  # realised: a change that makes steps this much longer is undone
 HOLD_STEPS, HOLD_S = 5, 2.0  # after a change, before the next
 JUDGED_STEPS, JUDGED_S = 3, 0.5  # under a plan, without the first, say how fast it is
@@ -126,6 +128,7 @@ class Adapter:
         self._explorer = Explorer(problem.profile, problem.cluster)
         self._now_s = 0.0
         self._bans: dict[Plan, tuple[int, int]] = {}  # shape of a plan: until which step, how often
+        self._segments = Resegmenter.of(problem, plan)
 
     @property
     def profile(self) -> Profile:
@@ -140,6 +143,8 @@ class Adapter:
             self._rest -= 1
             return None
         self._estimator.add(step_s, observed)
+        if self._segments is not None:
+            self._segments.add(step_s, observed)
         self._times.append(step_s)
         self._now_s = now_s
         drift = self._estimator.drift()
@@ -147,12 +152,15 @@ class Adapter:
             undo = self._judge(step, step_s)
             if undo is not None:
                 return undo
+        recut = self._recut(step, now_s)
+        if recut is not None:
+            return recut
         forgotten = self._explorer.forgotten(self.profile, self.plan.devices, now_s)
         if drift is None and forgotten:
             drift = Drift(big=False, conditions=True)
         if self._searching is not None or drift is None or self._last_step - step < HOLD_STEPS:
             return None
-        held = step < self._hold_until or now_s < self._hold_until_s
+        held = self._held(step, now_s)
         hurried = drift.big and drift.conditions  # then searching may take more than its share
         if self._trial is not None or held or not (hurried or now_s >= self._quiet_until_s):
             return None
@@ -167,11 +175,14 @@ class Adapter:
 
     def look(self, now_s: float) -> tuple[Look, ...]:
         """Links to probe now; ``looked`` takes the results."""
-        return self._explorer.look(self._estimator, now_s)
+        found = self._explorer.look(self._estimator, now_s)
+        return found if found or self._segments is None else self._segments.look(now_s)
 
     def looked(self, link: Link, samples: Sequence[tuple[int, float]]) -> None:
         """(bytes, round-trip seconds) of a probe."""
         self._estimator.probed(link, samples)
+        if self._segments is not None:
+            self._segments.looked(link, samples)
 
     def consider(self, found: Sequence[Candidate], step: int, now_s: float, *, last: bool) -> Change | None:
         """What a search has come to so far; ``step`` is the newest that was observed.
@@ -211,6 +222,10 @@ class Adapter:
         record = Adaptation(step, change.reason, change.kind, change.predicted_gain, moved_bytes, seconds)
         before, before_s = self.plan, self._pace_s
         self.plan = change.plan
+        if self._segments is not None:
+            self._segments = self._segments.under(change.plan)
+        else:
+            self._segments = Resegmenter.of(self._problem, change.plan)
         if change.undoes:
             self._trial = None
         else:
@@ -227,6 +242,24 @@ class Adapter:
         """How long a step takes now."""
         entries = [(seconds, seconds) for seconds in self._times[-KEPT:]]
         return median(newest(entries, JUDGED_STEPS, JUDGED_S) or self._times)
+
+    def _held(self, step: int, now_s: float) -> bool:
+        """Whether the last change is too fresh for another."""
+        return step < self._hold_until or now_s < self._hold_until_s
+
+    def _recut(self, step: int, now_s: float) -> Change | None:
+        """Other segments at once, where messages show themselves other than believed and these pay."""
+        left = self._last_step - step - 1
+        busy = self._searching is not None or self._trial is not None or self._held(step, now_s)
+        if self._segments is None or busy or left < HOLD_STEPS or len(self._times) < JUDGED_STEPS:
+            return None
+        found = self._segments.cut_anew()
+        if found is None or self._banned(found.plan, step):
+            return None
+        gain = found.gain_s / self._pace_s
+        if gain < LEAST_GAIN_OF_SEGMENTS or found.gain_s * left < self._setup_s:
+            return None
+        return Change(found.plan, found.reason, "segments", gain)
 
     def _judge(self, step: int, step_s: float) -> Change | None:
         """Compares steps after a change with those before; a Change back if it does not pay."""

@@ -132,7 +132,11 @@ class LinkMessages:
             new = [message for step in self._recent for message in step]
         else:
             new = list(messages)
-        for message in new:
+        self.add_sizes(new)
+
+    def add_sizes(self, messages: Sequence[Message]) -> None:
+        """Takes in messages that are not a step's, such as those of a probe."""
+        for message in messages:
             same = self._kept.setdefault(message.nbytes.bit_length(), deque(maxlen=KEPT_OF_SIZE))
             same.append(message)
         self.fit = fit_messages([m for same in self._kept.values() for m in same], self._overhead_s)

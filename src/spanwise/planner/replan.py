@@ -27,8 +27,8 @@ from spanwise.planner.price import price
 from spanwise.planner.problem import Problem, largest_remainder
 from spanwise.planner.trial import Priced, simulated, timeline
 
-Kind = Literal["micro-batches", "rows", "borders", "plan"]
-KINDS: tuple[Kind, ...] = ("micro-batches", "rows", "borders", "plan")
+Kind = Literal["segments", "micro-batches", "rows", "borders", "plan"]
+KINDS: tuple[Kind, ...] = ("segments", "micro-batches", "rows", "borders", "plan")
 
 FINALISTS = 4  # simulated of every kind
 TRIES = 160  # plans that the search for borders prices
@@ -92,12 +92,20 @@ def candidates(problem: Problem, plan: Plan, strategy: str) -> Iterator[list[Can
     """Changes of a plan, each group as soon as it is known: small ones first, then a plan from the ground up.
 
     All keep the data devices and how many rows each gives to a step, so the same rows make up every step.
+    Plans over a server have no small changes here: other segments come from ``resegment.py``.
     """
+    if plan.servers:
+        yield from _from_the_ground_up(problem, plan, strategy)
+        return
     small = _distinct([*_other_micro_batches(problem, plan), *_other_rows(problem, plan)])
     found = _tried(problem, plan, small)
     yield found
     start = min(found, key=lambda c: c.step_s).plan if found else plan
     yield _tried(problem, plan, _distinct(_other_borders(problem, start, plan)))
+    yield from _from_the_ground_up(problem, plan, strategy)
+
+
+def _from_the_ground_up(problem: Problem, plan: Plan, strategy: str) -> Iterator[list[Candidate]]:
     try:
         whole = make_plan(problem, strategy)
     except InfeasibleError:
@@ -114,6 +122,9 @@ def kind_of(old: Plan, new: Plan) -> Kind:
     def rows(plan: Plan) -> list[dict[str, int]]:
         return [{r.device: r.rows * plan.micro_batches for r in stage.replicas} for stage in plan.stages]
 
+    held = {stage.replicas for plan in (old, new) for stage in plan.stages}
+    if old.servers and new.servers and len(held) == 1:
+        return "segments"
     if groups(old) != groups(new):
         return "plan"
     if [stage.stop for stage in old.stages] != [stage.stop for stage in new.stages]:

@@ -1,0 +1,194 @@
+"""Segments of a run under way, cut anew from what its own pushes and pulls took.
+
+A plan is made with overheads and rates from a profile. Here they are fitted to the run's messages, those of
+each device in each direction apart (``message_fit.py``), and where a fit moves the plan's rule cuts again, by
+the formulas of ``segments.py``: less than a millisecond for 152 layers, so it can be done at every step. The
+rate of a link that several share is what one of them got of it with all at work. Times of compute are those
+of the profile.
+
+Messages of one size tell an overhead and a rate only together. Where that is all that a run has, it sends a
+few small ones besides now and then.
+
+Latency is no part of an overhead here: it passes while the next message is on the link. What a sender waits
+for its receiver is, as it keeps the link idle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from spanwise.core.errors import InfeasibleError
+from spanwise.core.observed import DeviceStep
+from spanwise.core.plan import Plan
+from spanwise.planner.explore import SMALL_PROBE_BYTES, Look
+from spanwise.planner.message_fit import LinkMessages, MessageFit
+from spanwise.planner.parameter_server import Star, after_pushes, exchanges, plan_of
+from spanwise.planner.problem import Problem
+from spanwise.planner.ratios import SHORTEST_S, Link, Message, link_messages
+from spanwise.planner.segment_rules import SEGMENT_RULES
+from spanwise.planner.segments import NS_PER_S, Chain, Cuts, Exchange, step_ns
+
+MOVED = 0.2  # a message takes so much longer or shorter than when segments were last cut
+LOOK_EVERY_S = 5.0  # where sizes do not tell the overhead; all links in turn
+SMALL_ONES = 6  # messages of a look
+
+
+@dataclass(frozen=True, slots=True)
+class Recut:
+    """Other segments: the plan with them, what a step gains by formula, and which links moved."""
+
+    plan: Plan
+    gain_s: float
+    reason: str
+
+
+class Resegmenter:
+    """Follows the messages of one run whose plan has a parameter server."""
+
+    @classmethod
+    def of(cls, problem: Problem, plan: Plan) -> Resegmenter | None:
+        """For plans of a rule of ``segment_rules.py``: one server of all layers, pulls after all pushes.
+
+        Pulls as they are aggregated are planned by a search that takes seconds, so not at every step.
+        """
+        if plan.strategy not in SEGMENT_RULES or len(plan.syncs) != 1 or len(plan.servers) != 1:
+            return None
+        (sync,), first = plan.servers, plan.stages[0].replicas
+        whole = (sync.start, sync.stop) == (0, len(problem.graph))
+        if sync.as_aggregated or not whole or any(stage.replicas != first for stage in plan.stages):
+            return None
+        return cls(problem, plan)
+
+    def __init__(self, problem: Problem, plan: Plan) -> None:
+        """Begins with the numbers that the plan was made by."""
+        (sync,) = plan.servers
+        self._problem, self._plan = problem, plan
+        self._star = Star(sync.server, plan.stages[0].replicas)
+        self._believed = exchanges(problem, self._star, by_latency=False)
+        self._ends: list[tuple[Link, Link]] = [((sync.server, d), (d, sync.server)) for d in sync.clients]
+        pairs = [link for ends in self._ends for link in ends]
+        chains = [chain for own in self._believed for chain in (own.pull, own.push)]
+        self._overhead_s = {
+            link: chain.overhead_ns / NS_PER_S for link, chain in zip(pairs, chains, strict=True)
+        }
+        self._links = {link: LinkMessages(overhead_s) for link, overhead_s in self._overhead_s.items()}
+        self._latency_s = {
+            (a, b): problem.cluster.route(a, b).latency_s for a, b in pairs
+        }  # as the estimator counts it
+        self._cut_by: dict[Link, MessageFit] = {}
+        self._before: Sequence[DeviceStep] = ()
+        self._looked_s: dict[Link, float] = {}
+
+    @property
+    def fits(self) -> dict[Link, MessageFit]:
+        """What messages of each link take, where enough of them have been seen."""
+        return {link: seen.fit for link, seen in self._links.items() if seen.fit is not None}
+
+    def under(self, plan: Plan) -> Resegmenter | None:
+        """Goes on under another plan; of the same server and devices with all that was seen."""
+        new = Resegmenter.of(self._problem, plan)
+        if new is not None and new._star == self._star:
+            new._links, new._cut_by, new._looked_s = self._links, self.fits, self._looked_s
+        return new
+
+    def add(self, step_s: float, observed: Sequence[DeviceStep]) -> None:
+        """Takes in what devices tell of a step, which took so long."""
+        for link, messages in link_messages(over_border(self._before, observed), self._latency_s).items():
+            if link in self._links:
+                self._links[link].add(messages, step_s)
+        self._before = observed
+
+    def look(self, now_s: float) -> tuple[Look, ...]:
+        """A link to probe now by small messages; ``looked`` takes the results."""
+        for link, fit in self.fits.items():
+            if not fit.trusted and now_s - self._looked_s.get(link, -LOOK_EVERY_S) >= LOOK_EVERY_S:
+                self._looked_s[link] = now_s
+                return (Look(link, (SMALL_PROBE_BYTES,) * SMALL_ONES),)
+        return ()
+
+    def looked(self, link: Link, samples: Sequence[tuple[int, float]]) -> None:
+        """(bytes, round-trip seconds) of a probe: half of what is no latency is a small message's time."""
+        if link not in self._links:
+            return
+        latency_s = self._latency_s[link] + self._latency_s[link[1], link[0]]
+        small = [
+            Message(nbytes, max(SHORTEST_S, (seconds - latency_s) / 2))
+            for nbytes, seconds in samples
+            if nbytes <= SMALL_PROBE_BYTES
+        ]
+        self._links[link].add_sizes(small)
+
+    def cut_anew(self) -> Recut | None:
+        """Other segments if a fit has moved and they end a step earlier by formula."""
+        fits, moved = self.fits, self._moved()
+        if not moved:
+            return None
+        self._cut_by = fits
+        workers = [
+            Exchange(
+                _fitted(own.pull, own.layer_bytes, fits.get(down)),
+                _fitted(own.push, own.layer_bytes, fits.get(up)),
+                own.layer_bytes,
+            )
+            for own, (down, up) in zip(self._believed, self._ends, strict=True)
+        ]
+        rule = SEGMENT_RULES[self._plan.strategy]
+        (sync,) = self._plan.servers
+        present = Cuts(sync.pulls, sync.pushes)
+        found = dict.fromkeys((present, *(rule(worker) for worker in dict.fromkeys(workers))))
+        best = min(found, key=lambda cuts: (_slowest_ns(workers, cuts), len(cuts.pull) + len(cuts.push)))
+        gain_s = (_slowest_ns(workers, present) - _slowest_ns(workers, best)) / NS_PER_S
+        if gain_s <= 0:
+            return None
+        try:
+            plan = plan_of(self._problem, self._plan.strategy, self._star, after_pushes(best))
+        except InfeasibleError:
+            return None
+        return Recut(plan, gain_s, "; ".join(moved))
+
+    def _moved(self) -> list[str]:
+        """Links on which all layers, or one of middling size, take another time than when they were cut."""
+        layer_bytes = self._believed[0].layer_bytes
+        large = sum(layer_bytes)
+        small = large / len(layer_bytes)
+        out: list[str] = []
+        for link, fit in self.fits.items():
+            old = self._cut_by.get(link) or self._believed_fit(link)
+            changes = [fit.seconds(n) / max(old.seconds(n), 1e-9) for n in (small, large)]
+            if any(change > 1 + MOVED or change < 1 / (1 + MOVED) for change in changes):
+                text = f"{fit.overhead_s * 1e3:.2f} ms and {fit.bytes_per_s / 1e6:.3g} MB/s a message"
+                out.append(f"{link[0]}>{link[1]} shows {text}")
+        return out
+
+    def _believed_fit(self, link: Link) -> MessageFit:
+        at, is_push = next((i, link == up) for i, (down, up) in enumerate(self._ends) if link in (down, up))
+        own = self._believed[at]
+        chain = own.push if is_push else own.pull
+        rate = sum(own.layer_bytes) * NS_PER_S / max(sum(chain.message_ns), 1)
+        return MessageFit(chain.overhead_ns / NS_PER_S, rate, trusted=False)
+
+
+def over_border(before: Sequence[DeviceStep], now: Sequence[DeviceStep]) -> list[DeviceStep]:
+    """A step's messages by where they come: what a server sent in the step before came in this one."""
+    came = {(a.peer, seen.device, a.tag) for seen in now for a in seen.received}
+    late: Mapping[str, DeviceStep] = {seen.device: seen for seen in before}
+
+    def arriving(seen: DeviceStep) -> DeviceStep:
+        earlier = late[seen.device].sent if seen.device in late else ()
+        sent = tuple(d for d in (*earlier, *seen.sent) if (seen.device, d.peer, d.tag) in came)
+        return replace(seen, sent=sent)
+
+    return [arriving(seen) for seen in now]
+
+
+def _fitted(chain: Chain, layer_bytes: Sequence[int], fit: MessageFit | None) -> Chain:
+    """The chain with a fitted overhead and rate; as it was where nothing is known."""
+    if fit is None:
+        return chain
+    messages = tuple(round(nbytes / fit.bytes_per_s * NS_PER_S) for nbytes in layer_bytes)
+    return Chain(messages, chain.compute_ns, round(fit.overhead_s * NS_PER_S))
+
+
+def _slowest_ns(workers: Sequence[Exchange], cuts: Cuts) -> int:
+    return max(step_ns(worker, cuts) for worker in workers)

@@ -1,0 +1,169 @@
+"""Training over a parameter server on a wire that harms it, and on one that is not as believed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import psutil
+import pytest
+import torch.distributed as dist
+from cases import MLP
+from equality import assignment, of
+from test_servers import STEPS, Harmed, in_layers, on_threads, same_bits, trained
+from torch import nn
+
+from planner_cases import make_job
+from server_cases import server_plan, star
+from spanwise.core.errors import PeerError
+from spanwise.core.plan import Plan, ServerSync
+from spanwise.core.profile import DeviceTimes, LayerTimes, Profile, TimeTable
+from spanwise.planner import Problem, make_plan
+from spanwise.planner.resegment import Recut, Resegmenter
+from spanwise.runtime.device_run import Assignment
+from spanwise.runtime.processes import Meeting, ProcessSession, WorkerPool
+from spanwise.runtime.session import Probe
+from spanwise.runtime.torch_dist import DistTransport
+from spanwise.runtime.transport import Pending, Tensors, Transport
+
+
+@contextmanager
+def over_gloo(devices: Sequence[str]) -> Iterator[dict[str, Transport]]:
+    """Transports of a process group whose members are threads of this process."""
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+
+    def meet(device: str) -> Transport:
+        return DistTransport(store, device, devices, timeout_s=10.0)
+
+    with ThreadPoolExecutor(len(devices)) as threads:
+        found = dict(zip(devices, threads.map(meet, devices), strict=True))
+    yield found
+    for transport in found.values():
+        transport.close()
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_a_doubled_segment_is_found_on_gloo(doubled: bool) -> None:
+    """Its number is that of no other message, so nobody takes the second one, and the sender says so."""
+    plan = in_layers(as_aggregated=False)
+    work = replace(assignment(MLP, of(MLP)[1], plan), job=MLP.job(transfer_timeout_s=0.5))
+
+    def twice(inner: Transport) -> Transport:
+        def send(peer: str, tag: int, tensors: Tensors) -> Pending:
+            inner.send(peer, tag, tensors)
+            return inner.send(peer, tag, tensors)
+
+        return Harmed(inner, send, 0)
+
+    with over_gloo(plan.devices) as gloo:
+        found = {d: twice(t) if doubled and d == "a" else t for d, t in gloo.items()}
+        with on_threads(MLP, plan, work, wrap=lambda device, _: found[device]) as session:
+            if not doubled:
+                list(session.run(0, STEPS))
+                assert same_bits(session.snapshot(), trained(MLP, plan)[0])
+                return
+            with pytest.raises(PeerError) as caught:
+                list(session.run(0, STEPS))
+    assert "send push y0.3 to d" in str(caught.value)
+    assert "nothing within 0.5 s" in str(caught.value)
+
+
+def test_a_worker_killed_in_the_middle_of_a_push_leaves_whole_steps_behind() -> None:
+    """A push takes half a second here; the other devices end, and what was saved before goes on."""
+    graph = of(MLP)[1].graph
+    ends = (len(graph),)
+    sync = ServerSync(server="s", devices=("d0",), pushes=ends, pulls=ends, order=(0,), as_aggregated=True)
+    plan = server_plan(graph, {"d0": MLP.batch}, sync)
+    machines = star(1, bandwidth=2.0 * graph.parameter_bytes, emulation={"core_share": 0.4})
+    work = replace(assignment(MLP, of(MLP)[1], plan, machines), emulate=True)
+    pool = WorkerPool(machines, ("d0", "s"), Meeting(), emulate=True)
+    try:
+        session = ProcessSession(pool, work, dict(of(MLP)[1].parameters), MLP.data())
+        list(session.run(0, 1))
+        kept = session.snapshot()
+        steps = session.run(1, 1_000_000)
+        next(steps)
+        time.sleep(0.2)
+        os.kill(pool.process_ids["d0"], signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(PeerError) as caught:
+            deque(steps, maxlen=0)
+        assert time.monotonic() - began < 10.0
+        assert "'d0'" in str(caught.value)
+        server = psutil.Process(pool.process_ids["s"])
+    finally:
+        pool.close()
+    assert not server.is_running()
+    alone = assignment(MLP, of(MLP)[1], plan, machines)
+    with on_threads(MLP, plan, alone) as session:
+        list(session.run(0, 1))
+        assert same_bits(session.snapshot(), kept)  # one whole step, nothing of those that followed
+
+
+@dataclass
+class Following:
+    """Halts a run as soon as its messages ask for other segments."""
+
+    follower: Resegmenter
+    found: Recut | None = None
+
+    def wants_halt(self) -> bool:
+        return self.found is not None
+
+    def wanted_probes(self) -> tuple[Probe, ...]:
+        return tuple(Probe(*look.link, look.sizes) for look in self.follower.look(time.monotonic()))
+
+    def probed(self, probe: Probe, samples: tuple[tuple[int, float], ...]) -> None:
+        self.follower.looked((probe.source, probe.target), samples)
+
+
+def test_a_run_whose_messages_are_cheaper_than_believed_cuts_anew_and_keeps_its_bits() -> None:
+    """A message is believed to take 1 s whatever its size, so the plan has one each way; it takes no such
+    time on these links. Fits, probes and the change are real."""
+    case = replace(MLP, name="wide", model=lambda: nn.Sequential(*wide()))
+    source = of(case)[1]
+    graph, machines = source.graph, star(2, bandwidth=2e6, emulation={"core_share": 0.3})
+    layers = (LayerTimes(forward_s=(0.01,), backward_s=(0.02,)),) * len(graph)
+    table = TimeTable(rows=(1,), layers=layers, message_s=0.5)
+    profile = Profile(
+        graph_digest=graph.digest, tables=(table,),
+        devices=tuple(DeviceTimes(device=d) for d in machines.ids),
+    )  # fmt: skip
+    problem = Problem(graph, profile, machines, make_job(case.batch))
+    plan = make_plan(problem, "dynacomm")
+    assert len(plan.servers[0].pushes) == 1
+    follower = Resegmenter.of(problem, plan)
+    assert follower is not None
+
+    def work(now: Plan) -> Assignment:
+        return replace(assignment(case, source, now, machines), emulate=True, observe=True)
+
+    step, most, pushes = 0, 12, [1]
+    with on_threads(case, plan, work(plan)) as session:
+        while step < most:
+            guide = Following(follower)
+            for report in session.run(step, most - step, guide):
+                follower.add(report.end - report.start, report.observed)
+                guide.found = guide.found or follower.cut_anew()
+                step = report.step + 1
+            if guide.found is not None:
+                session.switch(work(guide.found.plan))
+                pushes.append(len(guide.found.plan.servers[0].pushes))
+                after = follower.under(guide.found.plan)
+                assert after is not None
+                follower = after
+        found = session.snapshot()
+    assert max(pushes) > 1
+    with on_threads(case, plan, assignment(case, source, plan, machines)) as session:
+        list(session.run(0, most))
+        assert same_bits(session.snapshot(), found)
+
+
+def wide() -> list[nn.Module]:
+    return [nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Linear(64, 4)]
