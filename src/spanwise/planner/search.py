@@ -195,9 +195,9 @@ class Search:
     ) -> tuple[Floats, Floats, Ints]:
         if len(who) == 1:
             both, least, late = self._crossing(lanes[0])
-            one = both + most[0]
+            one: Floats = both + most[0]
             np.maximum(least, one, out=one)
-            return one, exposed[0] - late, np.broadcast_to(np.int64(who[0]), one.shape)
+            return one, exposed[0] - late, np.full(one.shape, who[0], dtype=np.int64)
         found = [self._crossing(lane) for lane in lanes]
         after: Floats = np.stack([both for both, _, _ in found]) + most
         np.maximum(np.stack([least for _, least, _ in found]), after, out=after)
