@@ -14,6 +14,7 @@ from typing import Any
 from pictures import Draw, redraw
 
 from spanwise.api.run import environment
+from spanwise.api.times import default_cache
 from spanwise.lab import reason_against
 
 
@@ -37,6 +38,12 @@ def need_lab(args: argparse.Namespace) -> None:
     if reason:
         print(f"not run: {reason}")
         sys.exit(0 if args.short else 1)
+
+
+def cache_of(args: argparse.Namespace) -> Path | None:
+    """Where profiles are kept between runs: short runs use the user's own cache, whole ones measure anew."""
+    given: Path | None = getattr(args, "cache", None)
+    return given or (default_cache() if args.short else None)
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 
 from spanwise.core.cluster import Cluster
+from spanwise.core.model import ModelGraph
 from spanwise.core.observed import Arrival, ComputeTime, Departure, DeviceStep, noted
 from spanwise.core.plan import Plan
 from spanwise.core.profile import LinkTimes, Profile
@@ -19,8 +21,13 @@ from spanwise.simulator import simulate
 
 def timeline_of(problem: Problem, plan: Plan, world: Profile) -> Timeline:
     """What happens where devices and links are as ``world`` says."""
-    program = lower(plan, problem.graph)
-    return simulate(program, plan, problem.graph, world, problem.cluster)
+    return _timeline(problem.graph, problem.cluster, plan, world)
+
+
+@functools.lru_cache(maxsize=64)
+def _timeline(graph: ModelGraph, cluster: Cluster, plan: Plan, world: Profile) -> Timeline:
+    """Simulated once for all steps that go alike."""
+    return simulate(lower(plan, graph), plan, graph, world, cluster)
 
 
 def shown(

@@ -116,11 +116,11 @@ def scene(short: bool) -> Scene:
                 "data": {
                     "name": "spanwise.zoo.data:synthetic_vectors", "rows": 512, "features": 512, "classes": 8,
                 },
-                "batch": 32, "steps": 160, "dtype": "float64", "checkpoint_every": 0,
+                "batch": 32, "steps": 100, "dtype": "float64", "checkpoint_every": 0,
                 "optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9},
             }
         )  # fmt: skip
-        return Scene(cluster, job, ("north", "south"), 2.5e6, "south-1", 40)
+        return Scene(cluster, job, ("north", "south"), 2.5e6, "south-1", 25)
     cluster = Cluster.load(CLUSTERS / "spantrain-7-env1.toml")
     job = job_of("gpt", 32, steps=120).model_copy(update={"dtype": "float64"})
     return Scene(cluster, job, ("cloud", "edge"), 12.5e6, "cloud-1", 30)

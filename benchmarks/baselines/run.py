@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arena import CLUSTERS, Arena, Measurement, middle, predicted_s, prepared_job, shape, step_s
-from harness import Cells, keep, need_lab, parser, redrawn
+from harness import Cells, cache_of, keep, need_lab, parser, redrawn
 from measured import plan_words
 from models import RECIPES
 from pictures import OURS, PLAIN, canvas
@@ -49,7 +49,7 @@ def options() -> argparse.Namespace:
 def cell(arena: Arena, model: str, args: argparse.Namespace) -> dict[str, Any]:
     """Every planner's plan, simulated and measured."""
     prepared = prepared_job(model, args.batch)
-    times = arena.profile(prepared, args.cache)
+    times = arena.profile(prepared, cache_of(args))
     plans: dict[str, Plan] = {}
     without: dict[str, str] = {}
     for name in args.planners:

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness import keep, options, redrawn
+from harness import cache_of, keep, options, redrawn
 from pictures import OURS, PLAIN, bars, canvas
 
 from spanwise import api
@@ -53,7 +53,7 @@ def main() -> None:
     cluster = default_cluster()
     job = api.load_job(JOB, (f"steps={steps}", "batch=128", "checkpoint_every=0"))
     prepared = prepare(job)
-    times = profile_prepared(prepared, cluster, None)
+    times = profile_prepared(prepared, cluster, cache_of(args))
     graph = prepared.traced.graph
     plans = {name: choose(job, cluster, graph, times, name)[0] for name in strategies}
     auto, _ = choose(job, cluster, graph, times, "auto")

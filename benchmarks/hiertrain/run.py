@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arena import CLUSTERS, Arena, Measurement, job_of, predicted_s, shape
-from harness import Cells, keep, need_lab, parser
+from harness import Cells, cache_of, keep, need_lab, parser
 from measured import middle
 from speedups import CLOUD, NAMES, SUBJECT, tables
 from speedups import main as show
@@ -186,7 +186,7 @@ def measure(arena: Arena, model: str, mbits: Sequence[float], kept: Cells, args:
     """The cells of a model that are still to be done, and its sweep, which is simulated only."""
     prepared = SETTINGS[model].prepared(model)
     arena.lab.set_link(*SITES, bandwidth=max(args.mbits) * 1e6 / 8)
-    times = arena.profile(prepared, args.cache)
+    times = arena.profile(prepared, cache_of(args))
     began = time.monotonic()
 
     def cases(rates: Sequence[float]) -> list[Case]:

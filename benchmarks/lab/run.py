@@ -12,7 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arena import CLUSTERS, prepared_job
-from harness import keep, need_lab, options, redrawn
+from harness import cache_of, keep, need_lab, options, redrawn
 from pictures import GREY, OURS, canvas
 
 from spanwise.api.planning import choose
@@ -63,7 +63,7 @@ def main() -> None:
     steps, runs, model = (4, 1, "gpt") if args.short else (14, 3, MODEL)
     prepared = prepared_job(model, BATCH)
     prepared = dataclasses.replace(prepared, job=prepared.job.model_copy(update={"steps": steps}))
-    times = profile_prepared(prepared, cluster, None)
+    times = profile_prepared(prepared, cluster, cache_of(args))
     plan, _ = choose(prepared.job, cluster, prepared.traced.graph, times, "hpp")
     medians: list[float] = []
     for turn in range(runs):

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arena import CLUSTERS, Arena, middle, predicted_s, prepared_job, shape
-from harness import keep, need_lab
+from harness import cache_of, keep, need_lab
 from models import RECIPES
 from pictures import GREY, canvas
 
@@ -50,7 +50,7 @@ def options() -> argparse.Namespace:
 def combinations(arena: Arena, model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every strategy of one model on one cluster. Plans that are the same are run once."""
     prepared = prepared_job(model, args.batch)
-    times = arena.profile(prepared, args.cache)
+    times = arena.profile(prepared, cache_of(args))
     rows: list[dict[str, Any]] = []
     for strategy in args.strategies:
         try:

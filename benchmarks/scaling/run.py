@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arena import CLUSTERS, Arena, predicted_s, prepared_job, step_s
-from harness import Cells, keep, need_lab, parser, redrawn
+from harness import Cells, cache_of, keep, need_lab, parser, redrawn
 from pictures import OURS, PLAIN, canvas
 
 from spanwise.api.planning import choose
@@ -44,7 +44,7 @@ def cell(arena: Arena, model: str, args: argparse.Namespace) -> dict[str, Any]:
     """One number of devices: spanwise and DDP by turns, and the fastest device alone."""
     cluster = arena.cluster
     prepared = prepared_job(model, args.batch)
-    times = arena.profile(prepared, args.cache)
+    times = arena.profile(prepared, cache_of(args))
     graph = prepared.traced.graph
     plans = {s: choose(prepared.job, cluster, graph, times, s)[0] for s in STRATEGIES}
     expected = {s: predicted_s(prepared, plan, times, cluster) for s, plan in plans.items()}

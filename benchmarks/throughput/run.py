@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arena import CLUSTERS, Arena, Measurement, failed, middle, predicted_s, prepared_job, shape, step_s
-from harness import Cells, keep, need_lab
+from harness import Cells, cache_of, keep, need_lab
 from losses import losses
 from models import RECIPES
 from table import draw, summarize
@@ -77,7 +77,7 @@ def cell(
 ) -> dict[str, Any]:
     """All contestants on one cluster, model and batch; ``earlier`` is the cell of the smaller batch."""
     prepared = prepared_job(model, batch)
-    times = arena.profile(prepared, args.cache)
+    times = arena.profile(prepared, cache_of(args))
     plan, evaluations = choose(prepared.job, arena.cluster, prepared.traced.graph, times, "auto")
     expected = predicted_s(prepared, plan, times, arena.cluster)
     expects = {e.strategy: e.timeline.step_time_s for e in evaluations if e.timeline}

@@ -62,7 +62,9 @@ def main() -> None:
 
 
 def _cache(folder: Path | None) -> Path:
-    return folder if folder is not None else Path.home() / ".cache" / "spanwise"
+    from spanwise.api.times import default_cache
+
+    return folder if folder is not None else default_cache()
 
 
 def _print(data: object) -> None:

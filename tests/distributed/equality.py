@@ -41,6 +41,7 @@ class Case:
     clip_norm: float | None = None
     dtype: str = "float64"
     slice_rows: int = 1  # least rows of a replica: batch statistics over few rows amplify rounding
+    steps: int = 5
 
     def job(self, **changes: Any) -> Job:
         data = {

@@ -14,9 +14,9 @@ from equality import (
     assignment,
     cluster,
     largest_difference,
+    of,
     plan_of,
     reference,
-    traced,
 )
 from torch import nn
 
@@ -28,7 +28,6 @@ from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.lowering import move_bytes, moves
-from spanwise.profiler.trace import Traced
 from spanwise.runtime import migrate
 from spanwise.runtime.device_run import Assignment, Snapshot
 from spanwise.runtime.processes import ProcessSession, WorkerPool
@@ -40,19 +39,12 @@ from spanwise.zoo.data import synthetic_images
 
 STEPS = 8
 EVERYWHERE = cluster(data="everywhere")
-_TRACED: dict[str, tuple[nn.Module, Traced]] = {}
 
 SGD = (("name", "SGD"), ("lr", 0.05), ("momentum", 0.9))
 ADAM = (("name", "AdamW"), ("lr", 1e-2))
 PLAIN = replace(MLP, optimizer=SGD)
 CLIPPED = replace(MLP, optimizer=ADAM, clip_norm=0.5)
 TIED = replace(GPT2, optimizer=ADAM)
-
-
-def of(case: Case) -> tuple[nn.Module, Traced]:
-    if case.name not in _TRACED:
-        _TRACED[case.name] = traced(case)
-    return _TRACED[case.name]
 
 
 def replicas(text: str) -> tuple[Replica, ...]:
@@ -216,10 +208,10 @@ def test_new_rows_and_micro_batches_move_nothing() -> None:
 def test_running_statistics_of_a_new_holder_are_the_mean_of_the_old_ones() -> None:
     torch.manual_seed(0)
     case = Case(
-        "mobilenet", lambda: mobilenet_v2(num_classes=3, width=0.25), nn.CrossEntropyLoss(),
+        "mobilenet-3", lambda: mobilenet_v2(num_classes=3, width=0.25), nn.CrossEntropyLoss(),
         lambda: synthetic_images(rows=48, shape=(3, 16, 16), classes=3, seed=0)[0], batch=12,
     )  # fmt: skip
-    _, source = traced(case)
+    _, source = of(case)
     graph = source.graph
     wide = (Stage(start=0, stop=len(graph), replicas=replicas("a:8 b:4")),)
     alone = (Stage(start=0, stop=len(graph), replicas=replicas("c:12")),)

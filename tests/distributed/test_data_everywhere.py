@@ -13,12 +13,12 @@ from equality import (
     assignment,
     cluster,
     largest_difference,
+    of,
     random_plan,
     reference,
-    traced,
 )
 from test_privacy import Recording, integer_messages, leaked_rows
-from torch import Tensor, nn
+from torch import Tensor
 
 from spanwise.api.run import TrainOptions, run_job
 from spanwise.core.cluster import Cluster
@@ -27,22 +27,13 @@ from spanwise.core.plan import Plan
 from spanwise.core.profile import DeviceTimes, Profile
 from spanwise.planner import Problem, compare
 from spanwise.profiler.scale import analytic_table
-from spanwise.profiler.trace import Traced
 from spanwise.runtime.device_run import Assignment, Snapshot
 from spanwise.runtime.processes import ProcessSession, WorkerPool
 from spanwise.runtime.session import StepReport
 from spanwise.runtime.threads import ThreadSession
 from spanwise.runtime.transport import Transport
 
-STEPS = 5
 EVERYWHERE = cluster(data="everywhere")
-_TRACED: dict[str, tuple[nn.Module, Traced]] = {}
-
-
-def of(case: Case) -> tuple[nn.Module, Traced]:
-    if case.name not in _TRACED:
-        _TRACED[case.name] = traced(case)
-    return _TRACED[case.name]
 
 
 def plan_for(case: Case, seed: int) -> Plan:
@@ -67,14 +58,14 @@ def on_threads(case: Case, work: Assignment) -> tuple[Snapshot, list[StepReport]
 
     session = ThreadSession(work, source.parameters | source.buffers, case.data(), wrap=wrap)
     try:
-        reports = list(session.run(0, STEPS))
+        reports = list(session.run(0, case.steps))
         return session.snapshot(), reports, [t for recorder in recorders for t in recorder.sent]
     finally:
         session.close()
 
 
 def difference(case: Case, work: Assignment, found: Snapshot, reports: list[StepReport]) -> float:
-    expected, losses = reference(case, of(case)[0], work, STEPS)
+    expected, losses = reference(case, of(case)[0], work, case.steps)
     kept = {name: expected[name] for name in found.parameters}
     far = max(abs(report.loss - loss) for report, loss in zip(reports, losses, strict=True))
     return max(largest_difference(found.parameters, kept), far)
@@ -96,7 +87,7 @@ def test_gloo_processes_equal_plain_pytorch(pool: WorkerPool, name: str, seed: i
     source = of(case)[1]
     work = work_for(case, plan_for(case, seed))
     session = ProcessSession(pool, work, source.parameters | source.buffers, case.data())
-    reports = list(session.run(0, STEPS))
+    reports = list(session.run(0, case.steps))
     assert difference(case, work, session.snapshot(), reports) < 1e-10
 
 

@@ -26,20 +26,18 @@ from spanwise.runtime.processes import ProcessSession, WorkerPool
 from spanwise.runtime.session import StepReport
 from spanwise.runtime.threads import ThreadSession
 
-STEPS = 5
-
 
 def plan_for(case: Case, seed: int) -> Plan:
     same = case.name in BATCH_STATISTICS
     return random_plan(of(case)[1].graph, case.batch, seed, same_slices=same, least=case.slice_rows)
 
 
-def on_threads(case: Case, plan: Plan, steps: int = STEPS, **more: Any) -> tuple[Snapshot, list[StepReport]]:
+def on_threads(case: Case, plan: Plan, **more: Any) -> tuple[Snapshot, list[StepReport]]:
     _, source = of(case)
     work = assignment(case, source, plan)
     session = ThreadSession(work, source.parameters | source.buffers, case.data(), **more)
     try:
-        return_value = list(session.run(0, steps))
+        return_value = list(session.run(0, case.steps))
         return session.snapshot(), return_value
     finally:
         session.close()
@@ -47,7 +45,7 @@ def on_threads(case: Case, plan: Plan, steps: int = STEPS, **more: Any) -> tuple
 
 def difference(case: Case, plan: Plan, found: Snapshot, losses: list[float], **how: Any) -> float:
     model, source = of(case)
-    expected, expected_losses = reference(case, model, assignment(case, source, plan), STEPS, **how)
+    expected, expected_losses = reference(case, model, assignment(case, source, plan), case.steps, **how)
     kept = {k: expected[k] for k in found.parameters}
     far = max(abs(a - b) for a, b in zip(losses, expected_losses, strict=True))
     return max(largest_difference(found.parameters, kept), far)
@@ -89,7 +87,7 @@ def test_gloo_processes_equal_plain_pytorch(pool: WorkerPool, name: str, seed: i
     session = ProcessSession(
         pool, assignment(case, source, plan), source.parameters | source.buffers, case.data()
     )
-    losses = [report.loss for report in session.run(0, STEPS)]
+    losses = [report.loss for report in session.run(0, case.steps)]
     assert difference(case, plan, session.snapshot(), losses) < 1e-10
 
 

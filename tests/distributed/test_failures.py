@@ -17,10 +17,12 @@ from dataclasses import dataclass, replace
 import psutil
 import pytest
 from cases import GPT, MLP
-from equality import assignment, cluster, plan_of, traced
+from equality import assignment, cluster, of, plan_of
 
 from spanwise.core.errors import JoinError, PeerError, ResourceError
 from spanwise.core.plan import Replica, Stage
+from spanwise.runtime import coordinator as coordinator_module
+from spanwise.runtime import processes
 from spanwise.runtime.control import Channel, introduce, listen
 from spanwise.runtime.coordinator import Coordinator
 from spanwise.runtime.device_run import Assignment
@@ -33,7 +35,7 @@ END_S = 10.0  # survivors must have ended by then
 
 
 def two_stages(timeout_s: float = 30.0) -> tuple[Assignment, dict, object]:
-    _, source = traced(MLP)
+    _, source = of(MLP)
     half = len(source.graph) // 2
     rows = (Replica(device="a", rows=6),)
     stages = (
@@ -66,7 +68,11 @@ def run_until_it_fails(pool: WorkerPool, harm: int) -> tuple[PeerError, float]:
 
 
 @pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_worker_ends_the_run_everywhere(own_pool: WorkerPool, harm: int) -> None:
+def test_a_lost_worker_ends_the_run_everywhere(
+    own_pool: WorkerPool, harm: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator_module, "_SILENT_S", 3.0)  # else the same, but later
+    monkeypatch.setattr(processes, "_ENDING_S", 2.0)
     error, _ = run_until_it_fails(own_pool, harm)
     assert "'b'" in str(error) or "b:" in str(error)
     survivor = psutil.Process(own_pool.process_ids["a"])
@@ -213,4 +219,4 @@ def test_a_worker_ends_when_its_coordinator_is_gone() -> None:
 
 def test_gpt_case_has_a_tie() -> None:
     """The cases that the ladder relies on are what they claim to be."""
-    assert traced(GPT)[1].graph.ties
+    assert of(GPT)[1].graph.ties

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cases import MLP
-from equality import assignment, largest_difference, plan_of, reference, traced
+from equality import assignment, largest_difference, of, plan_of, reference
 
 from spanwise.core.plan import Plan, Replica
 from spanwise.planner.hiertrain_layout import Layout, Roles
@@ -13,7 +13,7 @@ from spanwise.runtime.threads import ThreadSession
 
 STEPS = 3
 NAMES = ("a", "b", "c")  # the finisher, the short and the long prefix
-MODEL, TRACED = traced(MLP)
+MODEL, TRACED = of(MLP)
 LAYERS = len(TRACED.graph)
 
 

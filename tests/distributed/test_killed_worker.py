@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from spanwise.cli import main
+
 JOB = """\
 batch = 12
 steps = 1000000
@@ -61,7 +63,10 @@ def train(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.timeout(180)
-def test_killed_mid_step(train: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_killed_mid_step(
+    train: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     checkpoints = tmp_path / "run" / "checkpoints"
     wait_until(lambda: checkpoints.is_dir() and any(checkpoints.glob("step-*")))
     workers = {
@@ -84,13 +89,11 @@ def test_killed_mid_step(train: subprocess.Popen[str], tmp_path: Path) -> None:
     job = (tmp_path / "job.toml").read_text()
     newest = int(sorted(checkpoints.glob("step-*"))[-1].name.removeprefix("step-"))
     (tmp_path / "job.toml").write_text(job.replace("1000000", str(newest + 3)))
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "spanwise", "train", str(tmp_path / "job.toml"), "-c",
-            str(tmp_path / "cluster.toml"), "--strategy", "single", "--run", str(tmp_path / "rest"),
-            "--resume", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), "--json",
-        ],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["steps"] == 3
+    argv = [
+        "spanwise", "train", str(tmp_path / "job.toml"), "-c", str(tmp_path / "cluster.toml"), "--strategy",
+        "single", "--run", str(tmp_path / "rest"), "--resume", str(tmp_path / "run"), "--cache",
+        str(tmp_path / "cache"), "--json",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", argv)
+    main()  # it exits only if it fails
+    assert json.loads(capsys.readouterr().out)["steps"] == 3

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import MLP
-from equality import assignment, cluster, plan_of, traced
+from equality import assignment, cluster, of, plan_of
 from torch import Tensor
 
 from spanwise.core.errors import InfeasibleError
@@ -43,7 +43,7 @@ class Recording:
 
 def messages(plan: Plan) -> list[Tensor]:
     """Everything that any device sent in two steps."""
-    _, source = traced(MLP)
+    _, source = of(MLP)
     recorders: list[Recording] = []
 
     def wrap(_: str, transport: Transport) -> Transport:
@@ -73,7 +73,7 @@ def integer_messages(sent: Iterable[Tensor]) -> int:
 
 
 def problem(*, private: bool, share_labels: bool = False) -> Problem:
-    _, source = traced(MLP)
+    _, source = of(MLP)
     table = analytic_table(source.graph, 1e8)
     machines = cluster(SOURCES)
     times = Profile(
@@ -116,7 +116,7 @@ def test_shared_labels_leave_but_samples_do_not() -> None:
 
 def test_the_recorder_sees_samples_when_they_may_leave() -> None:
     """Negative control: without ``private`` raw rows travel, and the test above would notice."""
-    graph = traced(MLP)[1].graph
+    graph = of(MLP)[1].graph
     plan = plan_of(
         graph,
         (Stage(start=0, stop=len(graph), replicas=(Replica(device="c", rows=6),)),),
@@ -136,7 +136,7 @@ def test_one_device_cannot_train_private_data_of_two(tmp_path: Path) -> None:
 
 def test_middle_layers_may_run_elsewhere() -> None:
     """A U-shaped plan: first and last layers where the data is, the middle on faster devices."""
-    graph = traced(MLP)[1].graph
+    graph = of(MLP)[1].graph
     rows = (Replica(device="a", rows=3), Replica(device="b", rows=3))
     stages = (
         Stage(start=0, stop=1, replicas=rows, warmup=3),

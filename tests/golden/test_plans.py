@@ -28,6 +28,7 @@ def text(evaluation: Evaluation) -> str:
     lines += [
         f"  sum {sync.layers} over {' '.join(sync.devices)}"
         + (f", in {sync.segments} segments" if sync.segments > 1 else "")
+        + (f", in segments up to layers {sync.ends}" if sync.ends else "")
         for sync in plan.syncs
     ]
     return "\n".join(lines)

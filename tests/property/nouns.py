@@ -207,21 +207,28 @@ timelines = st.builds(
 COMPUTE = ("forward", "backward", "backward_input", "backward_weight")
 ranges = st.tuples(st.integers(0, 999), st.integers(0, 999))
 stages = st.integers(0, 99)
+
+
+def action(kind: Any, **fields: Any) -> Action:
+    """Others have their defaults, which hypothesis would make up by the types of a tuple's fields."""
+    return Action(kind, **fields)
+
+
 actions = st.one_of(
     st.just(Action("step")),
-    st.builds(Action, st.just("load"), micro_batch=stages, rows=ranges),
-    st.builds(Action, st.sampled_from(COMPUTE), stage=stages, micro_batch=stages,
+    st.builds(action, st.just("load"), micro_batch=stages, rows=ranges),
+    st.builds(action, st.sampled_from(COMPUTE), stage=stages, micro_batch=stages,
               rows=ranges),
-    st.builds(Action, st.just("backward_weight"), stage=stages, micro_batch=stages, rows=ranges,
+    st.builds(action, st.just("backward_weight"), stage=stages, micro_batch=stages, rows=ranges,
               layers=ranges),
-    st.builds(Action, st.sampled_from(["send", "recv"]), stage=st.just(-1) | stages, micro_batch=stages,
+    st.builds(action, st.sampled_from(["send", "recv"]), stage=st.just(-1) | stages, micro_batch=stages,
               rows=ranges, payload=st.sampled_from(get_args(RowPayload)), peer=ids, transfer=counts,
               nbytes=counts),
-    st.builds(Action, st.sampled_from(["send", "recv"]), payload=st.sampled_from(get_args(SegmentPayload)),
+    st.builds(action, st.sampled_from(["send", "recv"]), payload=st.sampled_from(get_args(SegmentPayload)),
               sync=stages, segment=stages, peer=ids, transfer=counts, nbytes=counts),
-    st.builds(Action, st.just("update"), sync=stages, segment=stages, nbytes=counts),
-    st.builds(Action, st.just("reduce"), sync=stages, segment=stages, nbytes=counts, members=tuples(ids, 1)),
-    st.builds(Action, st.just("norm"), members=tuples(ids, 1)),
+    st.builds(action, st.just("update"), sync=stages, segment=stages, nbytes=counts),
+    st.builds(action, st.just("reduce"), sync=stages, segment=stages, nbytes=counts, members=tuples(ids, 1)),
+    st.builds(action, st.just("norm"), members=tuples(ids, 1)),
 )  # fmt: skip
 programs = st.builds(
     Program,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from spanwise.core.cluster import Cluster, Device, Link
 from spanwise.core.model import Layer, ModelGraph, Parameter, TensorSpec
 from spanwise.core.order import order_text
-from spanwise.core.plan import Plan, Replica, Stage
+from spanwise.core.plan import Plan, Replica, Stage, Sync
 from spanwise.core.profile import DeviceTimes, LayerTimes, LinkTimes, Profile, TimeTable
 from spanwise.lowering import natural_syncs
 from spanwise.schedules import Hop, StageSeconds, zero_bubble
@@ -200,11 +200,18 @@ def plans(draw: st.DrawFn, graph: ModelGraph, cluster: Cluster) -> Plan:
         sources=draw(replicas(cluster.ids, rows)),
         stages=stages,
         schedule=schedule,
-        syncs=tuple(
-            sync.model_copy(update={"segments": draw(st.integers(1, 3))})
-            for sync in natural_syncs(stages, graph)
-        ),
+        syncs=tuple(draw(cut(sync)) for sync in natural_syncs(stages, graph)),
     )
+
+
+@st.composite
+def cut(draw: st.DrawFn, sync: Sync) -> Sync:
+    """In a few segments of equal bytes, or at layers."""
+    first, stop = sync.layers[0][0], sync.layers[-1][1]
+    if stop - first > 1 and draw(st.booleans()):
+        inner = draw(st.sets(st.integers(first + 1, stop - 1), max_size=3))
+        return sync.model_copy(update={"ends": (*sorted(inner), stop)})
+    return sync.model_copy(update={"segments": draw(st.integers(1, 3))})
 
 
 @st.composite

@@ -130,6 +130,19 @@ class TestSyncs:
             program = lower(found.model_copy(update={"syncs": syncs}), GRAPH)
             assert program.buckets == (expected,)
 
+    def test_segments_by_layers_have_what_these_use_first(self) -> None:
+        """A weight that layers 0 and 2 use has its gradient when layer 0 is done."""
+        graph = chain(4, tied=(0, 2))
+        found = plan(graph, stage(0, 4, "a:4 b:4"))
+        for ends, expected in (
+            ((4,), (("w-tied", "w0", "w1", "w2", "w3"),)),
+            ((1, 2, 4), (("w-tied", "w0"), ("w1",), ("w2", "w3"))),
+            ((2, 3, 4), (("w-tied", "w0", "w1"), ("w2",), ("w3",))),
+        ):
+            syncs = (found.syncs[0].model_copy(update={"ends": ends}),)
+            program = lower(found.model_copy(update={"syncs": syncs}), graph)
+            assert tuple(tuple(sorted(names)) for names in program.buckets[0]) == expected
+
     def test_sums_begin_when_their_last_gradient_is_there(self) -> None:
         """The later stage of a device is ready first, so its sum need not wait for the earlier one."""
         found = plan(GRAPH, stage(0, 2, "a:4 b:4", 2), stage(2, 4, "a:4 c:4", 1))
@@ -206,12 +219,12 @@ NUMBERS = ("stage", "micro_batch", "transfer", "nbytes", "sync", "segment")
 def altered(action: Action, data: st.DataObject) -> Action:
     """The same kind of action with one of the fields that its text shows changed."""
     text = str(action)
-    changes = [replace(action, **{name: getattr(action, name) + 1}) for name in NUMBERS]
+    changes = [action._replace(**{name: getattr(action, name) + 1}) for name in NUMBERS]
     a, b = action.rows
-    changes += [replace(action, rows=(a, b + 1)), replace(action, rows=(a + 1, b))]
-    changes += [replace(action, peer="stranger"), replace(action, members=(*action.members, "stranger"))]
+    changes += [action._replace(rows=(a, b + 1)), action._replace(rows=(a + 1, b))]
+    changes += [action._replace(peer="stranger"), action._replace(members=(*action.members, "stranger"))]
     if action.payload is not None:
-        changes.append(replace(action, payload="label" if action.payload != "label" else "input"))
+        changes.append(action._replace(payload="label" if action.payload != "label" else "input"))
     visible = [change for change in changes if str(change) != text]
     assume(visible)
     return data.draw(st.sampled_from(visible), label="altered")

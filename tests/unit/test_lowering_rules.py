@@ -61,7 +61,7 @@ def test_a_transfer_names_the_device_at_its_other_end(kind: str) -> None:
     device = "a" if kind == "send" else "c"
     action = next(a for a in program.devices[device] if a.kind == kind)
     with pytest.raises(PlanError, match="do not match"):
-        check(changed(program, device, action, replace(action, peer="d")), HYBRID, GRAPH)
+        check(changed(program, device, action, action._replace(peer="d")), HYBRID, GRAPH)
 
 
 def test_a_sum_waits_for_the_last_gradient() -> None:

@@ -150,13 +150,13 @@ def test_each_rule_of_the_proof_bites(
 def test_a_segment_that_travels_twice_or_with_other_bytes_is_refused() -> None:
     program = lower(PLAN, GRAPH)
     push = next(a for a in program.devices["d0"] if a.payload == "push")
-    again = [replace(push, transfer=99), replace(push, transfer=99, kind="recv", peer="d0")]
+    again = [push._replace(transfer=99), push._replace(transfer=99, kind="recv", peer="d0")]
     doubled = {d: (*a, again[0]) if d == "d0" else (*a, again[1]) if d == "s" else a
                for d, a in program.devices.items()}  # fmt: skip
     with pytest.raises(PlanError, match="is sent twice"):
         check(replace(program, devices=doubled), PLAN, GRAPH)
     smaller = {
-        d: tuple(replace(a, nbytes=1) if a.transfer == push.transfer else a for a in actions)
+        d: tuple(a._replace(nbytes=1) if a.transfer == push.transfer else a for a in actions)
         for d, actions in program.devices.items()
     }
     with pytest.raises(PlanError, match="has 28 bytes there"):

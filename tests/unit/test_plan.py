@@ -79,6 +79,24 @@ def test_a_sync_is_over_two_devices() -> None:
         Sync.parse({"layers": [[0, 1]], "devices": ["a", "b"], "segments": 0})
 
 
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"ends": [1, 3]}, r"layers \[0:4\) end at 1, 3; ends must rise and the last must be 4"),
+        ({"ends": [2, 2, 4]}, "end at 2, 2, 4"),
+        ({"ends": [0, 4]}, "end at 0, 4"),
+        ({"ends": []}, "end at none"),
+        ({"ends": [2, 4], "segments": 2}, "has both 2 segments and ends of segments; give one"),
+    ],
+)
+def test_a_sum_is_cut_at_layers_that_it_has(more: dict[str, object], why: str) -> None:
+    data = {"layers": [[0, 4]], "devices": ["a", "b"]}
+    with pytest.raises(PlanError, match=why):
+        Sync.parse({**data, **more})
+    assert Sync.parse({**data, "ends": [1, 4]}).most_segments == 2
+    assert "ends" not in Sync.parse(data).to_data()  # as in plans from before there were any
+
+
 def test_a_broken_plan_is_an_error_of_its_own_kind_and_names_the_file() -> None:
     data = {"start": 3, "stop": 3, "replicas": [{"device": "a", "rows": 1}]}
     with pytest.raises(PlanError, match=r"^plan: stage"):

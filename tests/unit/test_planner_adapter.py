@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import replace
 from itertools import pairwise
@@ -22,8 +23,14 @@ from spanwise.planner.replan import candidates, kind_of, replan, same_rows
 from spanwise.planner.trial import timeline
 
 
+@functools.cache
+def planned() -> Plan:
+    """The plan that most runs here begin with."""
+    return make_plan(problem(), "hpp")
+
+
 def start(task: Problem, last_step: int = 1000) -> Adapter:
-    return Adapter(task, make_plan(task, "hpp"), last_step=last_step, strategy="hpp")
+    return Adapter(task, planned(), last_step=last_step, strategy="hpp")
 
 
 def result(adapter: Adapter, search: Search, step: int) -> Change | None:
@@ -161,9 +168,40 @@ def test_a_change_that_does_not_pay_is_undone_and_not_tried_again() -> None:
     assert BAN_STEPS > 30
 
 
+def test_what_slows_down_while_a_plan_is_tried_is_seen_after_going_back() -> None:
+    """By less than a plan may be off at first: it must not be taken for what is usual of the old plan."""
+    task = problem()
+    first = planned()
+    device = first.stages[0].devices[0]
+    odd = slower(task.profile, device, 1.1)  # so much the simulation is off by
+
+    def reasons(factor: float) -> list[str]:
+        """Of searches after a change was undone, in a world where the device is so much slower by then."""
+        adapter = start(task)
+        step = drive(adapter, task, odd, 0, 20)
+        assert adapter._estimator.usual[device] == pytest.approx(1.1, abs=0.02)
+        adapter.changed(Change(make_plan(task, "single"), "a try", "plan", 0.1), step, 0, 0.1)
+        undo: Search | Change | None = None
+        while not isinstance(undo, Change):
+            step += 1
+            step_s, seen = shown(task, adapter.plan, task.profile)
+            undo = adapter.observe(step, 9 * step_s, seen, float(step))
+        assert undo.undoes
+        adapter.changed(undo, step + 1, 0, 0.1)
+        assert adapter.plan == first
+        world = slower(odd, device, factor)
+        wanted = [
+            adapter.observe(n, *shown(task, first, world), float(n)) for n in range(step + 1, step + 15)
+        ]
+        return [search.reason for search in wanted if isinstance(search, Search)]
+
+    assert reasons(1.0) == []
+    assert f"{device} takes 1.3" in reasons(1.3)[0]
+
+
 def test_candidates_come_in_order_and_keep_the_rows_of_a_step() -> None:
     task = problem()
-    plan = make_plan(task, "hpp")
+    plan = planned()
     slow = Problem(task.graph, slower(task.profile, plan.stages[0].devices[0], 2.5), CLUSTER, task.job)
     groups = list(candidates(slow, plan, "hpp"))
     assert len(groups) == 3
@@ -202,7 +240,7 @@ def test_private_data_stays_where_it_is() -> None:
 
 def test_replan_gives_the_faster_plan_or_the_same() -> None:
     task = problem()
-    plan = make_plan(task, "hpp")
+    plan = planned()
     assert timeline(task, replan(plan, task.graph, task.profile, CLUSTER, task.job)).step_time_s <= timeline(
         task, plan
     ).step_time_s * (1 + 1e-9)
@@ -214,7 +252,7 @@ def test_replan_gives_the_faster_plan_or_the_same() -> None:
 
 def test_replan_without_a_device_of_the_plan_is_refused() -> None:
     task = problem()
-    plan = make_plan(task, "hpp")
+    plan = planned()
     gone = plan.devices[-1]
     data = CLUSTER.to_data()
     data |= {"devices": [d for d in data["devices"] if d["id"] != gone], "data": "everywhere"}

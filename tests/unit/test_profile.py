@@ -35,6 +35,17 @@ def test_times_are_never_negative() -> None:
     assert table((9.0, 9.0, 1.0)).forward(0, 100) == 0.0
 
 
+def test_a_table_is_stretched_by_row_count() -> None:
+    """Between known counts by the logarithm, outside as at the nearest."""
+    found = table((10.0, 14.0, 30.0, 60.0), rows=(1, 4, 8, 64), update_s_per_byte=1.0)
+    longer = found.stretched({2: 1.5, 8: 1.0, 32: 0.5})
+    assert longer.layers[0].forward_s == pytest.approx((15.0, 14.0 * 1.25, 30.0, 30.0))
+    assert longer.layers[0].backward_s == pytest.approx((30.0, 28.0 * 1.25, 60.0, 60.0))
+    assert longer.halves(0, 8) == pytest.approx((30.0, 30.0))
+    assert longer.update_s_per_byte == 1.0
+    assert found.stretched({8: 1.0}) == found
+
+
 def test_halves_of_a_backward_are_as_measured_or_half_of_it_each() -> None:
     measured = LayerTimes(
         forward_s=(1.0, 2.0), backward_s=(2.0, 4.0), backward_input_s=(1.0, 3.0), backward_weight_s=(1.5, 2.0)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 
 from simulator_cases import FAST, B, F, chain, make, run, switch, times, two
+from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InputError, PlanError
 from spanwise.core.program import Program
 from spanwise.core.timeline import Span, Timeline
 from spanwise.cost import stage_bytes, state_bytes
 from spanwise.lowering import lower
 from spanwise.simulator import simulate
+from spanwise.simulator.engine import Engine
+from spanwise.simulator.setup import Costs
 
 # Steps, memory, limits
 
@@ -66,9 +69,38 @@ def test_a_source_ends_its_step_when_its_rows_have_arrived() -> None:
     assert one.device("a").peak_memory_bytes == four.device("a").peak_memory_bytes == 3 * (40 + 8)
     moved = [s for s in four.spans if s.lane == "a>b"]
     assert len(moved) == 4 * 6
-    # 144 bytes of a step pass in 14.4 s and arrive 0.5 s later: only then the next step's begin.
-    assert [s.start_s for s in moved[::6]] == pytest.approx([0.0, 14.9, 29.8, 44.7])
+    # 144 bytes of a step pass in 14.4 s and arrive 0.5 s later: only then the next step's begin. They are a
+    # step ahead and no more: those of the third wait until b, whose first rows come after 4.5 s and whose
+    # labels follow, is done with the first.
+    first = moved[12].start_s
+    assert [s.start_s for s in moved[::6]] == pytest.approx([0.0, 14.9, first, first + 3 * (F + B)])
+    ends = [s.end_s for s in four.spans if s.lane == "b" and s.kind == "backward" and s.step == 0]
+    assert first == pytest.approx(max(ends))
     assert four.step_time_s == pytest.approx(3 * (F + B))
+
+
+def test_a_step_is_as_long_however_many_are_simulated() -> None:
+    """Rows of the next step are on the link while gradients are summed, in every step but the last.
+
+    960 B of rows pass b's port at 40 B/s, 16 s of that beside compute; the other 320 B share the port with
+    2000 B of gradients, which take 8 s longer. Control: a last step, with none behind it, does not.
+    """
+    graph = chain(2, parameter_bytes=1000)
+    names = ("a", "b", "c")
+    pairs = [("a", "b"), ("a", "c"), ("b", "c")]
+    cluster = Cluster.parse(
+        {
+            "devices": [{"id": d, "down": 40.0} for d in names],
+            "links": [{"between": p, "bandwidth": 100.0, "latency": 0.0} for p in pairs], "data": ["a"],
+        }
+    )  # fmt: skip
+    plan = make(graph, [("b:20 c:20", 1)], sources="a:40")
+    profile = times(graph, cluster, rows=20)
+    found = [run(plan, graph, profile, cluster, steps=n).step_time_s for n in (2, 3, 5, 8)]
+    assert found == pytest.approx([2 * (F + B) + 58.0] * 4)
+    costs = Costs(lower(plan, graph), plan, graph, profile, cluster, 0, ())
+    ends = Engine(costs, steps=4, spans=False).run().ends
+    assert ends[3] - ends[2] == pytest.approx(2 * (F + B) + 50.0)
 
 
 def test_the_bound_covers_outputs_that_wait_for_a_slow_link() -> None:

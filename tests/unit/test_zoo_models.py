@@ -83,6 +83,9 @@ def vgg_by_hand(*, batch_norm: bool, channels: tuple[int, ...] = VGG11, last: in
         (lambda: zoo.vgg9(), vgg_by_hand(batch_norm=False, channels=(32, 64, 128, 128, 256, 256),
          last=linear(4096, 512) + linear(512, 512) + linear(512, 10)), 3_491_530),
         (lambda: zoo.alexnet(stem=11), 2_469_696 + linear(256, 10), 2_472_266),
+        (lambda: zoo.alexnet(stem=11, width=1 / 64), conv(11, 3, 1, bias=True) + conv(5, 1, 3, bias=True)
+         + conv(3, 3, 6, bias=True) + conv(3, 6, 4, bias=True) + conv(3, 4, 4, bias=True) + linear(4, 10),
+         1_028),
         (lambda: zoo.alexnet(), 2_251_584 + linear(1024, 4096) + linear(4096, 4096) + linear(4096, 10),
          23_272_266),
         (lambda: zoo.alexnet_224(), conv(11, 3, 64, bias=True) + conv(5, 64, 192, bias=True)
@@ -212,6 +215,8 @@ def test_language_model_loss_is_the_mean_over_rows() -> None:
     [
         (lambda: zoo.mobilenet_v2(width=0.0), ["width 0.0", "greater than 0"]),
         (lambda: zoo.alexnet(stem=5), ["stem 5", "3 or 11"]),
+        (lambda: zoo.alexnet(width=0.0), ["width 0.0", "greater than 0"]),
+        (lambda: zoo.vgg11(width=-1.0), ["width -1.0", "greater than 0"]),
         (lambda: zoo.mlp(sizes=(4,)), ["1 size(s)", "at least 2"]),
         (lambda: zoo.mlp(activation="swish"), ["'swish'", "gelu, relu, sigmoid, tanh"]),
         (lambda: zoo.gpt(d_model=10, n_head=4), ["d_model 10", "n_head 4"]),

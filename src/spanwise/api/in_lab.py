@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from spanwise.api.services import profile_request
 from spanwise.api.times import profile_prepared
 from spanwise.core.cluster import Cluster
-from spanwise.core.profile import Profile
+from spanwise.core.profile import DeviceTimes, Profile, TimeTable
 from spanwise.lab import Lab
 from spanwise.runtime.control import listen
 from spanwise.runtime.processes import Meeting, WorkerPool
@@ -21,10 +21,12 @@ from spanwise.runtime.processes import Meeting, WorkerPool
 if TYPE_CHECKING:
     from spanwise.api.prepare import Prepared
 
+_FEW_ROWS = 2
 _PACE_ROWS = 8  # about what a device gets of a micro-batch
 _SET_UP_S = 4.5  # until all devices have built the model
 _SET_UP_ALONE_S = 1.5
-_PACE_S = 3.5
+_PACE_S = 3.0  # for each row count
+_PASSES = 3  # at least, in that time
 _TIMEOUT_S = 300.0
 
 
@@ -50,52 +52,84 @@ def profile_in_lab(
 
     Times of single layers do not show through a CPU quota, which comes in portions of about a millisecond.
     So layers are timed once at full speed, and the whole model under the quotas: on all devices at the same
-    time, and on one device of every share while the others rest. A device's factor is what it then needs
-    over what its layers add up to. What a message costs a processor, which matters where a device has a
-    tenth of one, is measured under the quotas too.
+    time, with few rows, some and many, and on one device of every share while the others rest. A device's
+    factor is what it then needs over what its layers add up to, with some rows; its table has what few and
+    many rows need beside that. What a message costs a processor, which matters where a device has a tenth
+    of one, is measured under the quotas too.
     """
     base = profile_prepared(prepared, cluster, cache)
-    rows = min(_PACE_ROWS, prepared.job.batch)
-    layers = range(len(prepared.traced.graph))
-    undisturbed_s: dict[str, float] = {}
-    for entry in base.devices:
-        table = base.tables[entry.table]
-        seconds = [table.forward(layer, rows) + table.backward(layer, rows) for layer in layers]
-        undisturbed_s[entry.device] = sum(seconds)
+    rows = _pace_rows(base, prepared.job.batch)
+    usual = min(rows, key=lambda count: abs(count - _PACE_ROWS))
     head, payload = profile_request(prepared)
-    request = {**head, "name": "pace", "pace_rows": rows, "last_s": _PACE_S}
-    together = _pass_s(request, payload, lab, pool, pool.devices, set_up_s=_SET_UP_S)
-    slower = {d: max(1.0, s / undisturbed_s[d]) for d, s in together.items()}
+
+    def slower(devices: tuple[str, ...], counts: list[int], set_up_s: float) -> dict[str, dict[int, float]]:
+        request = {**head, "name": "pace", "last_s": _PACE_S, "pace_rows": counts}
+        found = _passes_s(request, payload, lab, pool, devices, set_up_s)
+        return {d: _slower(base.table(d)[0], counts, seconds) for d, seconds in found.items()}
+
+    together = slower(pool.devices, rows, _SET_UP_S)
     alike = {lab.share(d): d for d in pool.devices}  # devices of one share stand for each other
-    alone: dict[float, float] = {}
-    for share, device in alike.items():
-        found = _pass_s(request, payload, lab, pool, (device,), set_up_s=_SET_UP_ALONE_S)
-        alone[share] = max(1.0, found[device] / undisturbed_s[device])
-    messages = {d: (a / slower[d], b / slower[d]) for d, (a, b) in pool.message_cpu_s().items()}
-    each_s, byte_s = (median(found) for found in zip(*messages.values(), strict=True)) if messages else (0, 0)
-    devices = [
-        d.model_copy(
-            update={
-                "factor": d.factor * slower[d.device],
-                "alone": min(1.0, alone[lab.share(d.device)] / slower[d.device]),
-            }
-        )
-        for d in base.devices
+    alone = {share: slower((d,), [usual], _SET_UP_ALONE_S)[d][usual] for share, d in alike.items()}
+    per_message = [
+        (a / together[d][usual], b / together[d][usual]) for d, (a, b) in pool.message_cpu_s().items()
     ]
+    each_s, byte_s = (median(found) for found in zip(*per_message, strict=True)) if per_message else (0, 0)
     costs = {"message_s": each_s, "message_s_per_byte": byte_s}
-    tables = [table.model_copy(update=costs) for table in base.tables]
-    return base.model_copy(update={"devices": tuple(devices), "tables": tuple(tables)})
+    shares = {d: lab.share(d) for d in pool.devices}
+    return _stretched(base, shares, together, alone, usual, costs)
 
 
-def _pass_s(
-    request: dict[str, Any], payload: bytes, lab: Lab, pool: WorkerPool, devices: tuple[str, ...], *,
+def _stretched(
+    base: Profile, shares: dict[str, float], together: dict[str, dict[int, float]], alone: dict[float, float],
+    usual: int, costs: Mapping[str, float],
+) -> Profile:  # fmt: skip
+    """Each device's factor is that of the usual row count; devices of a share have a table with the rest."""
+    tables: dict[tuple[float, int], TimeTable] = {}
+    devices: list[DeviceTimes] = []
+    for entry in base.devices:
+        key = share, table = shares[entry.device], entry.table
+        if key not in tables:
+            curves = [curve for device, curve in together.items() if shares[device] == share]
+            by_rows = {count: median(curve[count] / curve[usual] for curve in curves) for count in curves[0]}
+            tables[key] = base.tables[table].stretched(by_rows).model_copy(update=costs)
+        by = together[entry.device][usual]
+        devices.append(
+            DeviceTimes(
+                device=entry.device,
+                table=list(tables).index(key),
+                factor=entry.factor * by,
+                alone=min(1.0, alone[share] / by),
+            )
+        )
+    return base.model_copy(update={"devices": tuple(devices), "tables": tuple(tables.values())})
+
+
+def _slower(table: TimeTable, rows: list[int], seconds: list[float]) -> dict[int, float]:
+    """By row count, how much longer a pass took than its layers undisturbed."""
+    return {count: s / _layers_s(table, count) for count, s in zip(rows, seconds, strict=True)}
+
+
+def _layers_s(table: TimeTable, rows: int) -> float:
+    return sum(table.forward(layer, rows) + table.backward(layer, rows) for layer in range(len(table.layers)))
+
+
+def _pace_rows(base: Profile, batch: int) -> list[int]:
+    """Few rows, some, and as many as the slowest device gets through several times in the time it has."""
+    slowest = max(base.devices, key=lambda d: d.factor * _layers_s(base.tables[d.table], _PACE_ROWS))
+    table = base.tables[slowest.table]
+    fits = [r for r in table.rows if slowest.factor * _layers_s(table, r) <= _PACE_S / _PASSES]
+    return sorted({min(r, max(2, batch)) for r in (_FEW_ROWS, _PACE_ROWS, max(fits, default=_PACE_ROWS))})
+
+
+def _passes_s(
+    request: dict[str, Any], payload: bytes, lab: Lab, pool: WorkerPool, devices: tuple[str, ...],
     set_up_s: float,
-) -> dict[str, float]:  # fmt: skip
-    """Seconds of a pass of the whole model on these devices at once, under their quotas."""
+) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds of a pass of the whole model on these devices at once, under their quotas, by row counts."""
     with lab.eased():
         begin_s = time.monotonic() + set_up_s
         for device in devices:
             pool.coordinator.tell(device, "service", payload, begin_s=begin_s, **request)
         time.sleep(max(0.0, begin_s - time.monotonic()))
     frames = pool.coordinator.gather("served", devices, _TIMEOUT_S)
-    return {device: float(frame.head["pass_s"]) for device, frame in frames.items()}
+    return {device: [float(s) for s in frame.head["passes_s"]] for device, frame in frames.items()}

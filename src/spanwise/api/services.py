@@ -52,15 +52,15 @@ def _pace(head: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
     """What the whole model takes here while the other devices are at work too."""
     import torch
 
-    from spanwise.profiler.compute import sustained_pass_s
+    from spanwise.profiler.compute import sustained_passes_s
 
-    rows = int(head["pace_rows"])
-    traced, sample = _arrived(head, payload, rows)
-    seconds = sustained_pass_s(
+    rows = [int(r) for r in head["pace_rows"]]
+    traced, sample = _arrived(head, payload, max(rows))
+    seconds = sustained_passes_s(
         traced, rows=rows, sample=sample, threads=torch.get_num_threads(),
         begin_s=float(head["begin_s"]), last_s=float(head["last_s"]),
     )  # fmt: skip
-    return {"pass_s": seconds}, b""
+    return {"passes_s": seconds}, b""
 
 
 def _arrived(head: dict[str, Any], payload: bytes, rows: int) -> tuple[Traced, Any]:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from spanwise.runtime.processes import WorkerPool
 
 
+def default_cache() -> Path:
+    """The user's folder of profiles."""
+    return Path.home() / ".cache" / "spanwise"
+
+
 def graph_and_profile(job: Job, cluster: Cluster, cache: Path | None) -> tuple[ModelGraph, Profile]:
     """Graph and times of a job; does not import torch when the cache knows the job."""
     found = known.find(cache, job) if cache is not None else None

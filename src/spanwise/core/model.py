@@ -137,8 +137,15 @@ class ModelGraph(Noun):
 
     def parameters_of(self, start: int, stop: int) -> tuple[Parameter, ...]:
         """Parameters of layers ``[start, stop)``, each once, in order of first use."""
-        found = {p.name: p for layer in self.layers[start:stop] for p in layer.parameters}
-        return tuple(found.values())
+        known = self._parameters_of
+        if (start, stop) not in known:
+            found = {p.name: p for layer in self.layers[start:stop] for p in layer.parameters}
+            known[start, stop] = tuple(found.values())
+        return known[start, stop]
+
+    @cached_property
+    def _parameters_of(self) -> dict[tuple[int, int], tuple[Parameter, ...]]:
+        return {}
 
     def layer_of(self, op: int) -> int:
         """Index of the layer that has an operation of the traced graph in its range."""

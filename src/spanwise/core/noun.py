@@ -93,6 +93,15 @@ class Noun(BaseModel):
             held.pop(name)  # a cached property of the original
         return copied
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Worked out once: planners look plans up again and again."""
+        held = vars(self)
+        return hash(tuple(held[name] for name in type(self).model_fields))
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the content, 16 hex digits: equal values have equal digests."""

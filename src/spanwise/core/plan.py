@@ -11,7 +11,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from spanwise.core.cluster import Id
 from spanwise.core.errors import PlanError
 from spanwise.core.noun import Noun
-from spanwise.core.order import check_halves, kept_over, parse_order
+from spanwise.core.order import Kept, Op, check_halves, kept_over, parse_order
 from spanwise.core.precision import Precision
 
 ScheduleName = Literal["gpipe", "1f1b", "zero_bubble"]
@@ -61,12 +61,12 @@ class Stage(Noun):
             least = b
         return self
 
-    @property
+    @cached_property
     def devices(self) -> tuple[str, ...]:
         """Its devices in replica order."""
         return tuple(replica.device for replica in self.replicas)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows of a micro-batch over all replicas."""
         return sum(replica.rows for replica in self.replicas)
@@ -79,19 +79,60 @@ class Stage(Noun):
         """(device, first row, row after the last) per replica."""
         return row_ranges(self.replicas)
 
+    @cached_property
+    def ops(self) -> tuple[Op, ...]:
+        """Its order as values; none where the schedule makes it.
+
+        Raises:
+            PlanError: an entry is none of F, B, I, W with a number.
+        """
+        return parse_order(self.order or "")
+
+    @cached_property
+    def kept(self) -> tuple[Kept, ...]:
+        """Micro-batches that its order keeps at once: before their backward, and between its halves."""
+        return kept_over(self.ops)
+
 
 class Sync(Noun):
     """Gradients of some layers summed over some devices, once a step, by a ring.
 
     Meant are the parameters in these half-open layer ranges that exactly these devices hold: a tied weight
-    whose layers lie in two stages has a Sync of its own, over the devices of both. ``segments`` cuts the
-    parameters into so many rings, one after the other from the last layers to the first, each as soon as the
-    last micro-batch has left its gradients behind. ``devices`` is the order of the ring.
+    whose layers lie in two stages has a Sync of its own, over the devices of both. ``devices`` is the order
+    of the ring.
+
+    The sum may be cut into segments, each a ring, one after the other from the last layers to the first, each
+    as soon as the last micro-batch has left its gradients behind: at layers, by ``ends``, of every segment
+    the layer after its last, rising, the last that of the sync (a parameter belongs to the first layer that
+    uses it); or into so many ``segments`` of about equal bytes.
     """
 
     layers: tuple[tuple[int, int], ...] = Field(min_length=1)
     devices: tuple[Id, ...] = Field(min_length=2)
     segments: int = Field(default=1, ge=1)
+    ends: tuple[int, ...] | None = None
+
+    @model_validator(mode="after")
+    def _cut_once(self) -> Sync:
+        if self.ends is None:
+            return self
+        first, stop = self.layers[0][0], self.layers[-1][1]
+        if not self.ends or self.ends[-1] != stop or any(a >= b for a, b in pairwise((first, *self.ends))):
+            raise PlanError(
+                f"plan: sum over {', '.join(self.devices)}: segments of layers [{first}:{stop}) end at "
+                f"{', '.join(map(str, self.ends)) or 'none'}; ends must rise and the last must be {stop}"
+            )
+        if self.segments > 1:
+            raise PlanError(
+                f"plan: sum over {', '.join(self.devices)} has both {self.segments} segments and ends of "
+                "segments; give one of them"
+            )
+        return self
+
+    @property
+    def most_segments(self) -> int:
+        """In how many segments it is cut, those without a parameter counted in."""
+        return self.segments if self.ends is None else len(self.ends)
 
 
 class ServerSync(Noun):
@@ -246,11 +287,10 @@ class Plan(Noun):
             if stage.order is None:
                 raise PlanError(f"{where} has no order; under zero_bubble each stage needs one")
             try:
-                order = parse_order(stage.order)
-                check_halves(order, self.micro_batches)
+                check_halves(stage.ops, self.micro_batches)
             except PlanError as error:
                 raise PlanError(f"{where}: {error}") from None
-            ahead = max(kept.whole for kept in kept_over(order))
+            ahead = max(kept.whole for kept in stage.kept)
             if ahead > stage.warmup:
                 raise PlanError(f"{where} runs {ahead} forwards ahead, its warm-up depth is {stage.warmup}")
 
@@ -268,7 +308,7 @@ class Plan(Noun):
                     f"'{one.server}' and by '{other.server}'; a layer has one server"
                 )
 
-    @property
+    @cached_property
     def servers(self) -> tuple[ServerSync, ...]:
         """Those of the syncs that go over a server."""
         return tuple(sync for sync in self.syncs if isinstance(sync, ServerSync))
@@ -291,14 +331,14 @@ class Plan(Noun):
         """Rows of a global batch."""
         return self.micro_batches * self.micro_batch_rows
 
-    @property
+    @cached_property
     def devices(self) -> tuple[str, ...]:
         """Every device that takes part, sources and servers included, in order of first mention."""
         found = [device for stage in self.stages for device in stage.devices]
         found += [source.device for source in self.sources]
         return tuple(dict.fromkeys(found + [sync.server for sync in self.servers]))
 
-    @property
+    @cached_property
     def computing(self) -> tuple[str, ...]:
         """Devices that hold a stage, in order of first mention."""
         return tuple(dict.fromkeys(device for stage in self.stages for device in stage.devices))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from math import log2
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -68,6 +70,32 @@ class TimeTable(Noun):
         """Seconds of the input half and of the weight half of the backward pass of ``rows`` rows."""
         into, weight = _halves(self.layers[layer])
         return _interpolate(self.rows, into, rows), _interpolate(self.rows, weight, rows)
+
+    def stretched(self, factors: Mapping[int, float]) -> TimeTable:
+        """The table with times longer by factors known at some row counts.
+
+        Between these a factor is linear in the logarithm of the row count, outside it is that of the nearest.
+        """
+        by = tuple(_between(sorted(factors.items()), rows) for rows in self.rows)
+        return self.model_copy(update={"layers": tuple(_stretched(layer, by) for layer in self.layers)})
+
+
+def _between(known: Sequence[tuple[int, float]], rows: int) -> float:
+    """Linear in the logarithm of the row count between known points, constant outside."""
+    above = next((i for i, (count, _) in enumerate(known) if count >= rows), len(known))
+    if above in (0, len(known)):
+        return known[min(above, len(known) - 1)][1]
+    (r0, f0), (r1, f1) = known[above - 1], known[above]
+    return f0 + (f1 - f0) * log2(rows / r0) / log2(r1 / r0)
+
+
+def _stretched(layer: LayerTimes, by: tuple[float, ...]) -> LayerTimes:
+    times = {
+        name: tuple(f * s for f, s in zip(by, seconds, strict=True))
+        for name in ("forward_s", "backward_s", "backward_input_s", "backward_weight_s")
+        if (seconds := getattr(layer, name)) is not None
+    }
+    return layer.model_copy(update=times)
 
 
 def _halves(layer: LayerTimes) -> tuple[tuple[float, ...], tuple[float, ...]]:

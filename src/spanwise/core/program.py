@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from spanwise.core.errors import PlanError
 from spanwise.core.noun import Noun
@@ -31,9 +31,10 @@ Payload = RowPayload | SegmentPayload
 SEGMENTS: tuple[str, ...] = get_args(SegmentPayload)
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(NamedTuple):
     """One thing that a device does. ``str(action)`` prints it, ``Action.parse`` reads it back.
+
+    A tuple, as planners make millions: a frozen dataclass of so many fields takes four times as long.
 
     Attributes:
         kind: ``load`` reads own data rows; ``forward``/``backward`` compute a stage on own rows, and
@@ -154,7 +155,7 @@ def _move(m: re.Match[str]) -> Action:
 def _exchange(m: re.Match[str]) -> Action:
     payload: Any = m["payload"]
     kind = "recv" if m["send"] is None else "send"
-    return replace(_segment(m, kind), payload=payload, peer=m["peer"], transfer=int(m["t"]))
+    return _segment(m, kind)._replace(payload=payload, peer=m["peer"], transfer=int(m["t"]))
 
 
 def _segment(m: re.Match[str], kind: Kind) -> Action:
@@ -162,7 +163,7 @@ def _segment(m: re.Match[str], kind: Kind) -> Action:
 
 
 def _reduce(m: re.Match[str]) -> Action:
-    return replace(_segment(m, "reduce"), members=_members(m))
+    return _segment(m, "reduce")._replace(members=_members(m))
 
 
 _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Action]], ...] = (
@@ -171,7 +172,7 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Action]], ...] = 
         re.compile(
             rf"(?P<kind>backward_weight) s(?P<s>\d+) m(?P<m>\d+) {_ROWS} layers \[(?P<c>\d+):(?P<d>\d+)\)"
         ),
-        lambda m: replace(_compute(m), layers=(int(m["c"]), int(m["d"]))),
+        lambda m: _compute(m)._replace(layers=(int(m["c"]), int(m["d"]))),
     ),
     (
         re.compile(

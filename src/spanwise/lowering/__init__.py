@@ -5,7 +5,7 @@ from __future__ import annotations
 from spanwise.lowering.check import check
 from spanwise.lowering.lower import lower, unchecked
 from spanwise.lowering.moves import Move, buffer_holders, move_bytes, moves
-from spanwise.lowering.syncs import buckets_of, holders, natural_syncs, updaters
+from spanwise.lowering.syncs import buckets_of, holders, natural_syncs, ring_parameters, updaters
 
 __all__ = [
     "Move",
@@ -17,6 +17,7 @@ __all__ = [
     "move_bytes",
     "moves",
     "natural_syncs",
+    "ring_parameters",
     "unchecked",
     "updaters",
 ]

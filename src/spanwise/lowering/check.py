@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from spanwise.core.errors import PlanError
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan, ServerSync, row_ranges
@@ -159,7 +157,7 @@ def _joined(device: str, actions: tuple[Action, ...], plan: Plan) -> tuple[Actio
             if start > plan.stages[action.stage].start:
                 open_[key] = (first, start)
             else:
-                out.append(replace(first, kind="backward"))
+                out.append(first._replace(kind="backward"))
         else:
             out.append(action)
     if open_:

@@ -80,6 +80,7 @@ class _Lowering:
         self.actions: dict[str, list[Action]] = {device: [] for device in plan.devices}
         self.sources = row_ranges(plan.sources)
         self.ranges = tuple(stage.row_ranges() for stage in plan.stages)
+        self.rows = [{device: (a, b) for device, a, b in held} for held in self.ranges]
         self.numbers: dict[Key, int] = {}
         self.meetings: dict[tuple[str, str, RowPayload, int], tuple[_Meeting, ...]] = {}
 
@@ -241,7 +242,7 @@ class _Lowering:
         )
 
     def _rows(self, stage: int, device: str) -> tuple[int, int]:
-        return next((a, b) for d, a, b in self.ranges[stage] if d == device)
+        return self.rows[stage][device]
 
     def _moves(
         self,
@@ -259,18 +260,11 @@ class _Lowering:
         if met is None:
             met = self.meetings[which] = tuple(self._meet(kind, device, payload, stage, rows, others))
         for peer, shared, nbytes, precision in met:
-            key = (payload, stage, micro_batch, *((device, peer) if kind == "send" else (peer, device)))
-            self.actions[device].append(
+            ends = (device, peer) if kind == "send" else (peer, device)
+            number = self._number((payload, stage, micro_batch, *ends))
+            self.actions[device].append(  # by position, which is faster: most actions are messages
                 Action(
-                    kind,
-                    stage=stage,
-                    micro_batch=micro_batch,
-                    rows=shared,
-                    payload=payload,
-                    peer=peer,
-                    transfer=self._number(key),
-                    nbytes=nbytes,
-                    precision=precision,
+                    kind, stage, micro_batch, shared, None, payload, peer, number, nbytes, precision=precision
                 )
             )
 

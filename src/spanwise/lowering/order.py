@@ -27,7 +27,7 @@ def compute_order(plan: Plan) -> dict[str, tuple[StageOp, ...]]:
     """For each device its forwards and backwards, whole or in halves, in order."""
     orders: dict[str, list[tuple[int, tuple[Op, ...]]]] = {}
     for index, stage in enumerate(plan.stages):
-        order = stage_order(plan.schedule, plan.micro_batches, stage.warmup, stage.order)
+        order = stage_order(plan.schedule, plan.micro_batches, stage.warmup, stage.ops)
         for device in stage.devices:
             orders.setdefault(device, []).append((index, order))
     if all(len(held) == 1 for held in orders.values()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from spanwise.core.errors import PlanError
 from spanwise.core.model import ModelGraph, Parameter
@@ -24,6 +24,8 @@ def holders(stages: tuple[Stage, ...], graph: ModelGraph) -> dict[str, tuple[str
 
 def natural_syncs(stages: tuple[Stage, ...], graph: ModelGraph) -> tuple[Sync, ...]:
     """One Sync per set of devices that share parameters: replicas of a stage, holders of a tied weight."""
+    if not graph.ties and all(len(stage.replicas) == 1 for stage in stages):
+        return ()
     owners = holders(stages, graph)
     groups: dict[tuple[str, ...], set[int]] = {}
     order: dict[frozenset[str], tuple[str, ...]] = {}
@@ -48,16 +50,11 @@ def _ranges(indices: set[int]) -> tuple[tuple[int, int], ...]:
 
 def buckets_of(plan: Plan, graph: ModelGraph) -> Buckets:
     """Parameters of every segment of every sync; refuses gaps and overlaps."""
-    owners, users = holders(plan.stages, graph), graph.users
+    owners = holders(plan.stages, graph)
     covered: set[str] = set()
     out: list[tuple[tuple[str, ...], ...]] = []
     for number, sync in enumerate(plan.syncs):
-        inside = {i for start, stop in sync.layers for i in range(start, stop)}
-        chosen = [
-            p
-            for p in graph.parameters
-            if set(owners[p.name]) == set(sync.devices) and inside.issuperset(users[p.name])
-        ]
+        chosen = _meant(sync, graph, owners)
         if not chosen:
             raise PlanError(
                 f"plan '{plan.strategy}': sync {number} over {', '.join(sync.devices)} covers no parameter "
@@ -72,6 +69,8 @@ def buckets_of(plan: Plan, graph: ModelGraph) -> Buckets:
             covered.add(parameter.name)
         if isinstance(sync, ServerSync):
             out.append(by_first_use((p.name for p in chosen), graph, sync.pushes))
+        elif sync.ends is not None:
+            out.append(tuple(filter(None, by_first_use((p.name for p in chosen), graph, sync.ends))))
         else:
             out.append(_equal_segments(chosen, sync.segments))
     for name, devices in owners.items():
@@ -81,6 +80,21 @@ def buckets_of(plan: Plan, graph: ModelGraph) -> Buckets:
                 "gradient; replicas would drift apart"
             )
     return tuple(out)
+
+
+def ring_parameters(plan: Plan, graph: ModelGraph, sync: Sync) -> list[Parameter]:
+    """Those whose gradients a sync of a plan sums, in the graph's order."""
+    return _meant(sync, graph, holders(plan.stages, graph))
+
+
+def _meant(
+    sync: Sync | ServerSync, graph: ModelGraph, owners: Mapping[str, tuple[str, ...]]
+) -> list[Parameter]:
+    inside = {i for start, stop in sync.layers for i in range(start, stop)}
+    members, users = set(sync.devices), graph.users
+    return [
+        p for p in graph.parameters if set(owners[p.name]) == members and inside.issuperset(users[p.name])
+    ]
 
 
 def _equal_segments(parameters: list[Parameter], count: int) -> tuple[tuple[str, ...], ...]:

@@ -72,7 +72,10 @@ class Search:
 
 @dataclass(frozen=True)
 class Change:
-    """A plan to go over to at the next boundary, why, and how long moving should take."""
+    """A plan to go over to at the next boundary, why, and how long moving should take.
+
+    ``usual``: measured over expected of devices and links under that plan, where it ran before.
+    """
 
     plan: Plan
     reason: str
@@ -80,15 +83,17 @@ class Change:
     predicted_gain: float
     move_s: float = 0.0
     undoes: bool = False
+    usual: Mapping[str | Link, float] = field(default_factory=dict[str | Link, float])
 
 
 @dataclass
 class _Trial:
-    """A change whose gain is not known yet."""
+    """A change whose gain is not known yet; ``usual`` is that of the plan before."""
 
     record: Adaptation
     before: Plan
     before_s: float
+    usual: Mapping[str | Link, float]
     seen: list[float] = field(default_factory=list[float])
 
 
@@ -209,10 +214,10 @@ class Adapter:
         if change.undoes:
             self._trial = None
         else:
-            self._trial = _Trial(record, before, before_s)
+            self._trial = _Trial(record, before, before_s, self._estimator.usual)
             self._setup_s = max(0.0, seconds - change.move_s)
         self.records.append(record)
-        self._estimator = self._follow(self._estimator.profile)
+        self._estimator = self._follow(self._estimator.profile, change.usual)
         self._times, self._rest = [before_s], SETTLE_STEPS - 1
         self._hold_until, self._hold_until_s = step + HOLD_STEPS, self._now_s + seconds + HOLD_S
         return record
@@ -240,7 +245,9 @@ class Adapter:
         times = self._bans.get(shape(self.plan), (0, 0))[1]
         self._bans[shape(self.plan)] = (step + BAN_STEPS * 2**times, times + 1)
         reason = f"the change at step {record.step} made steps {-100 * realised:.0f} % longer"
-        return Change(trial.before, reason, record.kind, 1 - 1 / (1 - realised), undoes=True)
+        gain = 1 - 1 / (1 - realised)
+        # What slowed down meanwhile must not pass for what is usual of the plan gone back to.
+        return Change(trial.before, reason, record.kind, gain, undoes=True, usual=trial.usual)
 
     def _banned(self, plan: Plan, step: int) -> bool:
         return self._bans.get(shape(plan), (0, 0))[0] > step

@@ -12,17 +12,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-from spanwise.core.order import Op, kept_over, order_text
+from spanwise.core.order import Kept, Op, kept_over, order_text
 from spanwise.core.plan import Plan, Stage
-from spanwise.cost import again_s, stage_bytes
+from spanwise.cost import again_s
 from spanwise.planner.build import warmup
-from spanwise.planner.feasible import shortage
+from spanwise.planner.feasible import replica_bytes, shortage
 from spanwise.planner.problem import Problem
 from spanwise.schedules import Hop, StageSeconds, zb_h1, zero_bubble
+
+VARIANTS = 4
 
 
 def zero_bubble_variants(problem: Problem, plan: Plan) -> Iterator[Plan]:
     """Those that fit memory by formula; none for a single stage, where nobody waits for an input half."""
+    known = problem.memo.halves
+    key = (plan.stages, plan.micro_batches)
+    if key not in known:
+        known[key] = ([], _halves(problem, plan))
+    made, more = known[key]
+    for number in range(VARIANTS):
+        if number == len(made):
+            found = next(more, None)
+            if found is None:
+                return
+            made.append(found)
+        yield plan.model_copy(update={"stages": made[number], "schedule": "zero_bubble"})
+
+
+def _halves(problem: Problem, plan: Plan) -> Iterator[tuple[Stage, ...]]:
+    """Their stages."""
     count, total = plan.micro_batches, len(plan.stages)
     hops = [_hops(problem, plan, number) for number in range(total - 1)]
     forth = [hop for hop, _ in hops if hop is not None]
@@ -35,26 +53,32 @@ def zero_bubble_variants(problem: Problem, plan: Plan) -> Iterator[Plan]:
     limits = ((ahead, _kept(problem, plan, ahead)), (ahead, ahead), (own, _kept(problem, plan, own)))
     by_hand = tuple(zb_h1(count, number, total) for number in range(total))
     scheduled = (zero_bubble(count, seconds, forth, back, ahead=k1, kept=k2) for k1, k2 in limits)
-    found: set[Plan] = set()
+    found: set[tuple[Stage, ...]] = set()
     for orders in chain(scheduled, (by_hand,)):
-        variant = _with_orders(plan, orders)
-        if variant not in found and shortage(problem, variant.stages, variant.schedule, count) is None:
-            found.add(variant)
-            yield variant
+        stages = _with_orders(plan, orders)
+        if stages not in found and shortage(problem, stages, "zero_bubble", count) is None:
+            found.add(stages)
+            yield stages
 
 
-def _with_orders(plan: Plan, orders: tuple[tuple[Op, ...], ...]) -> Plan:
-    stages = tuple(
+def _with_orders(plan: Plan, orders: tuple[tuple[Op, ...], ...]) -> tuple[Stage, ...]:
+    return tuple(
         stage.model_copy(
             update={"order": order_text(order), "warmup": max(kept.whole for kept in kept_over(order))}
         )
         for stage, order in zip(plan.stages, orders, strict=True)
     )
-    return plan.model_copy(update={"stages": stages, "schedule": "zero_bubble"})
 
 
 def stage_seconds(problem: Problem, stage: Stage) -> StageSeconds:
     """A micro-batch in halves; those of the slowest replica, each by itself: the others wait for it."""
+    key = (stage.start, stage.stop, stage.replicas, stage.recompute)
+    if key not in problem.memo.seconds:
+        problem.memo.seconds[key] = _stage_seconds(problem, stage)
+    return problem.memo.seconds[key]
+
+
+def _stage_seconds(problem: Problem, stage: Stage) -> StageSeconds:
     forward = into = weight = 0.0
     for replica in stage.replicas:
         where = (replica.device, stage.start, stage.stop, replica.rows)
@@ -97,9 +121,9 @@ def _kept(problem: Problem, plan: Plan, ahead: list[int]) -> list[int]:
 
 def _fits(problem: Problem, stage: Stage, in_flight: int, halved: int) -> bool:
     return all(
-        stage_bytes(
-            problem.graph, stage.start, stage.stop, rows=replica.rows, in_flight=in_flight, halved=halved,
-            in_halves=True, recompute=stage.recompute, copies=problem.copies, synced=len(stage.replicas) > 1,
+        replica_bytes(
+            problem, stage, replica.rows, Kept(in_flight, halved), in_halves=True,
+            synced=len(stage.replicas) > 1,
         ) <= problem.cluster.device(replica.device).memory_bytes
         for replica in stage.replicas
     )  # fmt: skip

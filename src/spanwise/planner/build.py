@@ -52,7 +52,6 @@ def build(
     count, total = outline.micro_batches, len(outline.spans)
     rows = problem.job.batch // count
     sources = problem.source_rows(rows)
-    ids = problem.cluster.ids
     stages: list[Stage] = []
     for number, span in enumerate(outline.spans):
         ahead = count if schedule == "gpipe" else warmup(depth, number, total, count)
@@ -61,8 +60,7 @@ def build(
             shares = problem.links.aligned(
                 shares, tuple((problem.index[s.device], float(s.rows)) for s in sources)
             )
-        replicas = tuple(Replica(device=ids[d], rows=int(y)) for d, y in shares)
-        stages.append(Stage(start=span.start, stop=span.stop, replicas=replicas, warmup=ahead))
+        stages.append(_stage(problem, span, shares, ahead))
     found, short = fitted(problem, stages, schedule, count)
     if short is not None:
         found, short = fitted(problem, stages, schedule, count, recompute=True)
@@ -85,8 +83,20 @@ def build(
     return plan
 
 
+def _stage(problem: Problem, span: Span, shares: Shares, ahead: int) -> Stage:
+    """Made once: the plans that are tried have most stages in common."""
+    key, known = (span.start, span.stop, shares, ahead), problem.memo.stages
+    if key not in known:
+        ids = problem.cluster.ids
+        replicas = tuple(Replica(device=ids[d], rows=int(y)) for d, y in shares)
+        known[key] = Stage(start=span.start, stop=span.stop, replicas=replicas, warmup=ahead)
+    return known[key]
+
+
 def _wires(problem: Problem, stages: tuple[Stage, ...]) -> tuple[Wire, ...]:
     """Pairs of devices of neighbouring stages whose link is one of reduced precision."""
+    if not problem.links.reduces:
+        return ()
     pairs = {
         ends
         for before, after in pairwise(stages)
@@ -105,6 +115,13 @@ def span_shares(problem: Problem, span: Span, rows: int, ahead: int) -> Shares:
     """
     if span.rows is not None:
         return tuple((d, float(y)) for d, y in zip(span.group, span.rows, strict=True))
+    key, known = (span.group, span.start, span.stop, rows, ahead), problem.memo.shares
+    if key not in known:
+        known[key] = _fastest_shares(problem, span, rows, ahead)
+    return known[key]
+
+
+def _fastest_shares(problem: Problem, span: Span, rows: int, ahead: int) -> Shares:
     group = problem.links.in_order(span.group)
     if len(group) == 1:
         return ((group[0], float(rows)),)

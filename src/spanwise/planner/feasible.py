@@ -8,7 +8,7 @@ from itertools import permutations
 
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.model import ModelGraph
-from spanwise.core.order import Kept, kept_over, parse_order
+from spanwise.core.order import Kept
 from spanwise.core.plan import Plan, ScheduleName, ServerSync, Stage, row_ranges
 from spanwise.core.units import format_bytes
 from spanwise.cost import stage_bytes
@@ -62,28 +62,38 @@ def memory_bytes(
     for stage in stages:
         most = kept(stage, schedule, micro_batches)
         for replica in stage.replicas:
-            out[replica.device] = out.get(replica.device, 0) + max(
-                stage_bytes(
-                    problem.graph,
-                    stage.start,
-                    stage.stop,
-                    rows=replica.rows,
-                    in_flight=in_flight,
-                    halved=halved,
-                    in_halves=stage.order is not None,
-                    recompute=stage.recompute,
-                    copies=problem.copies,
-                    synced=False,
-                )
-                for in_flight, halved in most
-            )
+            rows, in_halves = replica.rows, stage.order is not None
+            needed = max(replica_bytes(problem, stage, rows, k, in_halves=in_halves) for k in most)
+            out[replica.device] = out.get(replica.device, 0) + needed
     return out
+
+
+def replica_bytes(
+    problem: Problem, stage: Stage, rows: int, most: Kept, *, in_halves: bool, synced: bool = False
+) -> int:
+    """``cost.stage_bytes`` of a replica that keeps so many micro-batches at once."""
+    known = problem.memo.stage_bytes
+    key = (stage.start, stage.stop, rows, most, in_halves, stage.recompute, synced)
+    if key not in known:
+        known[key] = stage_bytes(
+            problem.graph,
+            stage.start,
+            stage.stop,
+            rows=rows,
+            in_flight=most.whole,
+            halved=most.halved,
+            in_halves=in_halves,
+            recompute=stage.recompute,
+            copies=problem.copies,
+            synced=synced,
+        )
+    return known[key]
 
 
 def kept(stage: Stage, schedule: ScheduleName, micro_batches: int) -> tuple[Kept, ...]:
     """Micro-batches that a stage keeps at once: before their backward, and between its halves."""
     if stage.order is not None:
-        return kept_over(parse_order(stage.order))
+        return stage.kept
     return (Kept(micro_batches if schedule == "gpipe" else min(stage.warmup, micro_batches), 0),)
 
 
@@ -93,7 +103,13 @@ def _flat_bytes(graph: ModelGraph, stages: tuple[Stage, ...]) -> dict[str, int]:
     They hold each parameter that several devices have, once: replicas of a stage, holders of a tied weight.
     """
     out: dict[str, int] = {}
-    if graph.ties or any(len(stage.replicas) > 1 for stage in stages):
+    if not graph.ties:
+        for stage in stages:
+            if len(stage.replicas) > 1:
+                nbytes = sum(parameter.bytes for parameter in graph.parameters_of(stage.start, stage.stop))
+                for device in stage.devices:
+                    out[device] = out.get(device, 0) + nbytes
+    else:
         sizes = {parameter.name: parameter.bytes for parameter in graph.parameters}
         for name, devices in holders(stages, graph).items():
             if len(devices) > 1:
@@ -125,7 +141,7 @@ def shortage(
 def broken_rule(problem: Problem, plan: Plan) -> str:
     """Which rule of links, privacy or batch statistics a plan breaks; empty if none."""
     for a, b in _routes(problem, plan):
-        if not problem.cluster.connected(a, b):
+        if not problem.links.connected(a, b):
             return f"no link from {a} to {b}"
     held = " and ".join(source.device for source in plan.sources)
     if problem.job.private and plan.stages[0].replicas != plan.sources:

@@ -13,6 +13,7 @@ from spanwise.planner.feasible import shortage
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.pace import pace_s
 from spanwise.planner.problem import Problem
+from spanwise.planner.ring_segments import cut_by_layers
 from spanwise.planner.trial import HOPELESS, MOST_EFFORT, Priced, priced, simulated, timeline
 
 SLACK = 0.01  # a plan whose pace is slower than the best's by more is hardly faster when simulated
@@ -22,7 +23,8 @@ BUILT = 8  # plans are built and priced in the time that the pace of one takes
 MOST_PACED = 5  # times as many plans as are simulated, at most
 SEGMENTS = (2, 4)
 FIRST_HALVED = 2  # zero_bubble variants of every plan whose pace is worked out
-MOST_HALVED = 6  # of all of these, so many are simulated
+MOST_HALVED = 6  # of all of these, so many are simulated, of large ones as many as have this effort together
+MOST_HALVED_EFFORT = 3 * MOST_EFFORT
 # By which part such variants of a plan must be faster: more actions cost what the simulator does not show.
 LEAST_GAIN = 0.005
 
@@ -101,9 +103,13 @@ def halved(problem: Problem, plans: Sequence[Plan]) -> Plan:
     """
     firsts = dict.fromkeys(v for p in plans for v in islice(zero_bubble_variants(problem, p), FIRST_HALVED))
     order = sorted(firsts, key=lambda variant: pace_s(problem, variant))
-    best = _paying(problem, plans[0], order[:MOST_HALVED])
-    more = zero_bubble_variants(problem, best) if best in firsts else ()
-    return _paying(problem, best, [variant for variant in more if variant not in firsts])
+    most = max(2, MOST_HALVED_EFFORT // Priced(order[0], 0.0).effort) if order else 0
+    best = _paying(problem, plans[0], order[: min(most, MOST_HALVED)])
+    if best not in firsts:
+        return best
+    hopeless = HOPELESS * pace_s(problem, best)
+    more = [variant for variant in zero_bubble_variants(problem, best) if variant not in firsts]
+    return _paying(problem, best, [variant for variant in more if pace_s(problem, variant) <= hopeless])
 
 
 def recomputed(problem: Problem, plans: Sequence[Plan]) -> Plan:
@@ -128,12 +134,15 @@ def recomputed(problem: Problem, plans: Sequence[Plan]) -> Plan:
 def segmented(problem: Problem, plan: Plan) -> Plan:
     """The plan with its gradients summed in several segments if that pays.
 
-    The first segments are summed while the last micro-batch still leaves the gradients of others behind.
+    The first segments are summed while the last micro-batch still leaves the gradients of others behind. Cut
+    at layers, where the formula of a ring has its optimum; or, where the simulator finds that better, into a
+    few segments of equal bytes.
     """
     if not plan.syncs:
         return plan
-    more = [tuple(sync.model_copy(update={"segments": count}) for sync in plan.syncs) for count in SEGMENTS]
-    return _paying(problem, plan, [plan.model_copy(update={"syncs": syncs}) for syncs in more])
+    equal = (tuple(sync.model_copy(update={"segments": count}) for sync in plan.syncs) for count in SEGMENTS)
+    more = [cut_by_layers(problem, plan), *(plan.model_copy(update={"syncs": syncs}) for syncs in equal)]
+    return _paying(problem, plan, [variant for variant in more if variant != plan])
 
 
 def _paying(problem: Problem, plan: Plan, variants: Sequence[Plan]) -> Plan:
@@ -252,6 +261,8 @@ def _recounted(problem: Problem, plan: Plan) -> list[Outline]:
 def _shallow(plan: Plan) -> Plan:
     """The same with warm-up depths of at most P-p; it needs no more memory."""
     total = len(plan.stages)
+    if all(stage.warmup <= total - number for number, stage in enumerate(plan.stages)):
+        return plan
     stages = tuple(
         stage.model_copy(update={"warmup": min(stage.warmup, total - number)})
         for number, stage in enumerate(plan.stages)

@@ -44,12 +44,17 @@ class Groups:
         cuts: grid positions.
         micro_batches: counts M, an axis of all times.
         in_flight: micro-batches whose activations must fit (fewer if M is less); 0 = memory is ignored.
+        crossings: what searches know of the links between groups, by identity of these, which live as long as
+            the problem.
     """
 
     problem: Problem
     cuts: tuple[int, ...]
     micro_batches: tuple[int, ...]
     in_flight: int = 1
+    crossings: dict[int, tuple[Floats, Floats, Floats]] = field(
+        default_factory=dict[int, tuple[Floats, Floats, Floats]]
+    )
     _times: dict[tuple[Mix, int], StageTimes] = field(default_factory=dict[tuple[Mix, int], StageTimes])
     _both: dict[int, Floats] = field(default_factory=dict[int, Floats])
     _caps: dict[tuple[int, int, bool], Ints] = field(default_factory=dict[tuple[int, int, bool], Ints])
@@ -112,16 +117,18 @@ class Groups:
                 feasible.append(fits if cap is None else (cap >= total) & fits)
                 continue
             lot = self._lot(total, len(group), len(leaders))
-            given = np.arange(lot, total + 1, lot)
-            seconds = np.stack([self._range_seconds(d)[:, given - 1] for d in leaders], axis=1)
+            # A device that got more rows than this would leave another without any.
+            most = total if lot > 1 else min(total, total - len(group) + 2)
+            given = np.arange(lot, most + 1, lot)
+            seconds = np.stack([self._range_seconds(d)[:, lot - 1 : most : lot] for d in leaders], axis=1)
             for at, device in enumerate(leaders):
                 cap = self._cap(device, m, in_flight, synced=True)
                 if cap is not None and int(cap.min()) < total:
                     seconds[:, at][given[None, :] > cap[:, None]] = np.inf
             least = self.least if lot == 1 else None
-            most, fewest, fits = rows_of_kinds(seconds, counts, total // lot, least)
-            most, fewest = lot * most, lot * fewest
-            rows.append(most)
+            largest, fewest, fits = rows_of_kinds(seconds, counts, total // lot, least)
+            largest, fewest = lot * largest, lot * fewest
+            rows.append(largest)
             feasible.append(fits & (fewest.min(axis=1) >= self.least))  # without a row it is a smaller group
         return self._from_rows(group, leaders, rows, feasible)
 
@@ -167,17 +174,17 @@ class Groups:
         side = len(self.cuts)
         both = np.full((len(self.micro_batches), side, side), INFEASIBLE_S)
         backward = np.full_like(both, INFEASIBLE_S)
-        for m, (found, fits) in enumerate(zip(rows, feasible, strict=True)):
-            f = np.zeros(len(start))
-            b = np.zeros(len(start))
-            for position, device in enumerate(leaders):
-                y, extra = found[:, position], 2 * tables.message_s[device]
-                f = np.maximum(f, tables.forward[device, last, y] - tables.forward[device, first, y] + extra)
-                b = np.maximum(
-                    b, tables.backward[device, last, y] - tables.backward[device, first, y] + extra
-                )
-            both[m, start, stop] = np.where(fits, f + b, INFEASIBLE_S)
-            backward[m, start, stop] = np.where(fits, b, INFEASIBLE_S)
+        found, fits = np.stack(rows), np.stack(feasible)
+        f = np.zeros(fits.shape)
+        b = np.zeros(fits.shape)
+        for position, device in enumerate(leaders):
+            y, extra = found[:, :, position], 2 * tables.message_s[device]
+            for most, upto in ((f, tables.forward[device]), (b, tables.backward[device])):
+                seconds = upto[last, y] - upto[first, y]
+                seconds += extra
+                np.maximum(most, seconds, out=most)
+        both[:, start, stop] = np.where(fits, f + b, INFEASIBLE_S)
+        backward[:, start, stop] = np.where(fits, b, INFEASIBLE_S)
         per_byte, fixed = links.ring(links.in_order(group))
         update = float(tables.update_s_per_byte[list(leaders)].max())
         sum_s = np.full((side, side), INFEASIBLE_S)

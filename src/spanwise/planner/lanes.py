@@ -27,6 +27,9 @@ class Lanes:
     _mixes: dict[Group, Mix] = field(default_factory=dict[Group, Mix])
     _shares: dict[Group, Shares] = field(default_factory=dict[Group, Shares])
     _between: dict[object, Ways | None] = field(default_factory=dict[object, "Ways | None"])
+    _pairs: dict[tuple[Group, Group], Ways | None] = field(
+        default_factory=dict[tuple[Group, Group], "Ways | None"]
+    )
     _inputs: dict[Mix, Lane | None] = field(default_factory=dict[Mix, "Lane | None"])
 
     def mix(self, group: Group) -> Mix:
@@ -48,6 +51,12 @@ class Lanes:
 
     def between(self, before: Group, after: Group) -> Ways | None:
         """Forward and backward messages of two consecutive stages; None without links both ways."""
+        pair = (before, after)
+        if pair not in self._pairs:
+            self._pairs[pair] = self._found(before, after)
+        return self._pairs[pair]
+
+    def _found(self, before: Group, after: Group) -> Ways | None:
         apart = set(before).isdisjoint(after)  # rows that stay on a device that both have cost nothing
         key = (self.mix(before), self.mix(after)) if apart else (before, after)
         if key not in self._between:

@@ -63,6 +63,10 @@ class Links:
         default_factory=dict[tuple[int, int], "Route | None"]
     )
     _linked_kinds: dict[tuple[int, int], bool] = field(default_factory=dict[tuple[int, int], bool])
+    _linked_ids: dict[tuple[str, str], bool] = field(default_factory=dict[tuple[str, str], bool])
+    _lanes: dict[tuple[Shares, Shares, bool], Lane | None] = field(
+        default_factory=dict[tuple[Shares, Shares, bool], "Lane | None"]
+    )
 
     @classmethod
     def of(cls, cluster: Cluster, measured: Sequence[LinkTimes] = ()) -> Links:
@@ -89,6 +93,13 @@ class Links:
             a, b = self._ids[source], self._ids[target]
             self._routes[key] = self._found.route(a, b) if self._cluster.connected(a, b) else None
         return self._routes[key]
+
+    def connected(self, source: str, target: str) -> bool:
+        """Whether some link leads from one device to another, by id; ``InputError`` if one is unknown."""
+        key = (source, target)
+        if key not in self._linked_ids:
+            self._linked_ids[key] = self._cluster.connected(source, target)
+        return self._linked_ids[key]
 
     def joined(self, group: tuple[int, ...], other: tuple[int, ...]) -> bool:
         """Whether every device of one group reaches every device of the other, both ways."""
@@ -137,6 +148,12 @@ class Links:
         Rows that stay on their device cost nothing. Messages that share a capacity add up on it, others go
         side by side. Over a ``cut`` go activations or gradients, which links of reduced precision shrink.
         """
+        key = (senders, receivers, cut)
+        if key not in self._lanes:
+            self._lanes[key] = self._lane(senders, receivers, cut)
+        return self._lanes[key]
+
+    def _lane(self, senders: Shares, receivers: Shares, cut: bool) -> Lane | None:
         loads: dict[str, float] = {}
         latency = 0.0
         out, into = dict.fromkeys(dict(senders), 0), dict.fromkeys(dict(receivers), 0)

@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 
 from spanwise.planner.build import fixed_span
+from spanwise.planner.entries import Head, Tail
 from spanwise.planner.extensions import Extension, all_subsets, by_depth, subset_pairs
 from spanwise.planner.grid import all_cuts, coarse_cuts, fine_cuts, nearest
 from spanwise.planner.groups import Groups, StageTimes
@@ -15,7 +16,7 @@ from spanwise.planner.kinds import Group, Mix
 from spanwise.planner.orders import many_devices
 from spanwise.planner.outline import Outline
 from spanwise.planner.problem import Problem
-from spanwise.planner.search import Head, Search, Tail
+from spanwise.planner.search import Search
 from spanwise.planner.sequences import chains, neighbours
 
 EXACT_WORK = 12e6  # array elements of all sets and groups; beyond it a local search over device orders

@@ -68,6 +68,14 @@ def pace_s(problem: Problem, plan: Plan) -> float:
 
     Where a device holds several stages, which the recurrence does not know, it is the price.
     """
+    key = (plan.stages, plan.sources, plan.micro_batches, plan.schedule)
+    known = problem.memo.paces
+    if key not in known:
+        known[key] = _pace_s(problem, plan)
+    return known[key]
+
+
+def _pace_s(problem: Problem, plan: Plan) -> float:
     held = [device for stage in plan.stages for device in stage.devices]
     if len(set(held)) < len(held) or len(plan.stages) == 1:
         return price(problem, plan).step_time_s
@@ -105,7 +113,7 @@ def _stages(problem: Problem, plan: Plan, found: Pipeline, free: dict[str, float
     return [
         _Stage(
             step.sum_s,
-            stage_order(plan.schedule, plan.micro_batches, stage.warmup, stage.order),
+            stage_order(plan.schedule, plan.micro_batches, stage.warmup, stage.ops),
             _seconds(problem, plan, stage, step),
             onward,
             backward,
@@ -155,14 +163,13 @@ def _begin(stages: list[_Stage], number: int, queue: list[tuple[float, int]]) ->
     if stage.runs or stage.at == len(stage.ops):
         return
     kind, m = stage.ops[stage.at]
-    # A weight half follows its input half on the same stage, so it is always ready.
-    ready = stage.free if kind == "backward_weight" else _arrivals(stage, kind).get(m)
-    if ready is None:
-        return
-    stage.free = (ready if ready > stage.free else stage.free) + stage.seconds[kind]
+    free = stage.free
+    if kind != "backward_weight":  # else it follows its input half on the same stage, so it is always ready
+        ready = (stage.inputs if kind == "forward" else stage.gradients).get(m)
+        if ready is None:
+            return
+        if ready > free:
+            free = ready
+    stage.free = free = free + stage.seconds[kind]
     stage.runs = True
-    heappush(queue, (stage.free, number))
-
-
-def _arrivals(stage: _Stage, kind: OpKind) -> dict[int, float]:
-    return stage.inputs if kind == "forward" else stage.gradients
+    heappush(queue, (free, number))

@@ -54,6 +54,9 @@ class Step:
         return self.forward_s + self.backward_s
 
 
+StageStep = tuple[Step, tuple[tuple[str, float], ...]]  # and by device how long a micro-batch keeps it busy
+
+
 @dataclass(frozen=True, slots=True)
 class Price:
     """Predicted seconds of a step and what limits it."""
@@ -198,9 +201,21 @@ def link_step(name: str, forth_bytes: float, back_bytes: float, forth: Lane, bac
 
 
 def _compute(problem: Problem, stage: Stage, messages: int, used: dict[str, float]) -> Step:
+    key = (stage.start, stage.stop, stage.replicas, stage.recompute, messages)
+    known = problem.memo.steps
+    if key not in known:
+        known[key] = _stage_step(problem, stage, messages)
+    step, busy = known[key]
+    for device, seconds in busy:
+        used[device] = used.get(device, 0.0) + seconds
+    return step
+
+
+def _stage_step(problem: Problem, stage: Stage, messages: int) -> StageStep:
     tables = problem.tables
     index = problem.index
     forward = backward = update = 0.0
+    busy: list[tuple[str, float]] = []
     nbytes = float(tables.parameters[stage.start, stage.stop])
     for replica in stage.replicas:
         d, y = index[replica.device], replica.rows
@@ -209,12 +224,13 @@ def _compute(problem: Problem, stage: Stage, messages: int, used: dict[str, floa
         b = float(tables.backward[d, stage.stop, y] - tables.backward[d, stage.start, y]) + extra
         for start, stop in stage.recompute:
             b += float(tables.forward[d, stop, y] - tables.forward[d, start, y])
-        used[replica.device] = used.get(replica.device, 0.0) + f + b
+        busy.append((replica.device, f + b))
         forward, backward = max(forward, f), max(backward, b)
         update = max(update, float(tables.update_s_per_byte[d]) * nbytes)
     per_byte, fixed = problem.links.ring(tuple(index[d] for d in stage.devices))
     name = f"compute on {'+'.join(stage.devices)}"
-    return Step("compute", name, forward, backward, forward + backward, per_byte * nbytes + fixed + update)
+    total_s = per_byte * nbytes + fixed + update
+    return Step("compute", name, forward, backward, forward + backward, total_s), tuple(busy)
 
 
 def _in_flight_bounds(plan: Plan, steps: list[Step]) -> list[Price]:

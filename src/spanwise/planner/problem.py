@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import reduce
 from math import floor
@@ -11,23 +12,26 @@ from spanwise.core.cluster import Cluster, DataShare
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
-from spanwise.core.plan import Plan, Replica
+from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.core.profile import Profile
 from spanwise.core.timeline import Timeline
 from spanwise.cost import optimizer_copies
 from spanwise.planner.kinds import Group, Kinds, device_kinds
 from spanwise.planner.lanes import Lanes
-from spanwise.planner.links import Links
+from spanwise.planner.links import Links, Shares
 from spanwise.planner.outline import Outline
 from spanwise.planner.tables import Tables
 from spanwise.planner.ways import Way
 
 if TYPE_CHECKING:
     from spanwise.planner.hiertrain_plan import Arena
+    from spanwise.planner.price import StageStep
+    from spanwise.schedules import StageSeconds
 
 MOST_MICRO_BATCHES = 64
 MOST_CHOICES = 8
 
+Halves = tuple[list[tuple[Stage, ...]], Iterator[tuple[Stage, ...]]]
 Trial = tuple[str, Timeline | InfeasibleError]  # the strategy that asked first, and what came of it
 
 
@@ -35,8 +39,11 @@ Trial = tuple[str, Timeline | InfeasibleError]  # the strategy that asked first,
 class Memo:
     """What was worked out about one problem: kept so that strategies share tables and simulations.
 
-    ``trials`` has every plan that was simulated, under no strategy's name, ``ways`` those to run layers of a
-    stage again, by its layers and rows, ``arenas`` HierTrain's numbers, by devices.
+    ``trials`` has every plan that was simulated, under no strategy's name, ``paces`` what was found without,
+    ``halves`` the stages of zero_bubble variants so far and what makes more of them, ``ways`` those to run
+    layers of a stage again, by its layers and rows, ``arenas`` HierTrain's numbers, by devices. Plans that
+    are compared have most stages in common: ``shares`` has rows by group, layers and depth, ``stages`` the
+    stages made of them, ``stage_bytes``, ``steps`` and ``seconds`` what a stage takes.
     """
 
     index: dict[str, int] = field(default_factory=dict[str, int])
@@ -49,11 +56,25 @@ class Memo:
     )
     outlines: dict[str, list[Outline]] = field(default_factory=dict[str, "list[Outline]"])
     trials: dict[Plan, Trial] = field(default_factory=dict[Plan, "Trial"])
+    paces: dict[tuple[object, ...], float] = field(default_factory=dict[tuple[object, ...], float])
+    halves: dict[tuple[object, ...], Halves] = field(default_factory=dict[tuple[object, ...], "Halves"])
     ways: dict[tuple[int, int, int], tuple[Way, ...]] = field(
         default_factory=dict[tuple[int, int, int], tuple[Way, ...]]
     )
     pipeline: Plan | None = None
     arenas: dict[Group, Arena] = field(default_factory=dict[Group, "Arena"])
+    source_rows: dict[int, tuple[Replica, ...]] = field(default_factory=dict[int, tuple[Replica, ...]])
+    shares: dict[tuple[Group, int, int, int, int], Shares] = field(
+        default_factory=dict[tuple[Group, int, int, int, int], Shares]
+    )
+    stages: dict[tuple[int, int, Shares, int], Stage] = field(
+        default_factory=dict[tuple[int, int, Shares, int], Stage]
+    )
+    stage_bytes: dict[tuple[object, ...], int] = field(default_factory=dict[tuple[object, ...], int])
+    steps: dict[tuple[object, ...], StageStep] = field(default_factory=dict[tuple[object, ...], "StageStep"])
+    seconds: dict[tuple[object, ...], StageSeconds] = field(
+        default_factory=dict[tuple[object, ...], "StageSeconds"]
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +172,12 @@ class Problem:
         Empty if every device has all of the data. Where the data devices must compute their own rows it is at
         least as many as the model needs, if the micro-batch has them.
         """
+        known = self.memo.source_rows
+        if rows not in known:
+            known[rows] = self._source_rows(rows)
+        return known[rows]
+
+    def _source_rows(self, rows: int) -> tuple[Replica, ...]:
         if not self.shares:
             return ()
         least = self.least_rows(0, len(self.graph)) if self.first_is_fixed else 1
@@ -160,7 +187,8 @@ class Problem:
 
     def least_rows(self, start: int, stop: int) -> int:
         """Rows of a micro-batch that a replica of layers ``[start, stop)`` needs: 2 for batch statistics."""
-        return int(self.tables.least_rows(start, stop))
+        mixing = self.tables.mixing
+        return 2 if mixing[stop] > mixing[start] else 1
 
     def micro_batch_choices(self, replicas: int = 1) -> tuple[int, ...]:
         """Micro-batch counts worth trying: divisors of the batch, at most 8, spread evenly by ratio.

@@ -35,16 +35,30 @@ def min_max_rows(seconds: Floats, total: int, least: Ints | None = None) -> tupl
     flat = np.reshape(seconds, (cases, devices * width))
     last = np.partition(flat, total - 1, axis=1)[:, total - 1]
     feasible = np.isfinite(last)
-    edge = last[:, None, None]
-    rows = np.count_nonzero(seconds < edge, axis=2)
-    equal = np.count_nonzero(seconds == edge, axis=2)
+    rows = _counts(seconds <= last[:, None, None])
+    ties = feasible & (rows.sum(axis=1) > total)  # of equal times the first devices get theirs
+    if ties.any():
+        rows[ties] = _first_of_equals(seconds[ties], last[ties], total)
+    rows[~feasible] = 0
+    return rows, feasible
+
+
+def _first_of_equals(seconds: Floats, edge: Floats, total: int) -> Ints:
+    rows = _counts(seconds < edge[:, None, None])
+    equal = _counts(seconds == edge[:, None, None])
     left = total - rows.sum(axis=1)
-    for device in range(devices):
+    for device in range(seconds.shape[1]):
         more = np.minimum(equal[:, device], left)
         rows[:, device] += more
         left -= more
-    rows[~feasible] = 0
-    return rows.astype(np.int64), feasible
+    return rows
+
+
+def _counts(chosen: NDArray[np.bool_]) -> Ints:
+    """How many along the last axis; of few as bytes, which takes half the time."""
+    if chosen.shape[2] < 256:
+        return np.einsum("cdr->cd", chosen.astype(np.uint8)).astype(np.int64)
+    return np.count_nonzero(chosen, axis=2).astype(np.int64)
 
 
 def rows_of_kinds(

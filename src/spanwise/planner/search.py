@@ -16,10 +16,10 @@ devices out are our own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from spanwise.planner.entries import Entry, Found, Head, State, Tail, better
 from spanwise.planner.extensions import END, Extension
 from spanwise.planner.groups import INFEASIBLE_S, Groups, StageTimes
 from spanwise.planner.kinds import Group
@@ -32,58 +32,6 @@ MOST_HEADS = (
     16  # that a state takes over where devices are left out: fewer is faster, more is nearer to exact
 )
 MOST_TRACED = 2000  # cheapest plans whose devices are looked up
-
-
-@dataclass(frozen=True, slots=True)
-class Tail:
-    """A given last stage: from which position of the grid, on which group, how long."""
-
-    at: int
-    group: Group
-    times: StageTimes
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """A given first stage up to a position of the grid."""
-
-    at: int
-    group: Group
-    times: StageTimes
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """The best plans with one group at the head. Arrays are ``[M, position]``; ``cut`` -1 = to the end."""
-
-    key: int
-    group: Group
-    most: Floats
-    exposed: Floats
-    cut: Ints
-    follower: Ints
-
-
-@dataclass(slots=True)
-class _State:
-    """Numbers of the entries that a state offers to what is put in front, and their arrays, stacked."""
-
-    entries: list[int]
-    stacked: tuple[Floats, Floats] | None = None
-    pruned: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The best plan of one entry that reaches the first layer.
-
-    ``micro_batches`` is the index of their number, ``used`` the devices in rising order.
-    """
-
-    price_s: float
-    micro_batches: int
-    used: Group
-    entry: int
 
 
 class Search:
@@ -112,9 +60,10 @@ class Search:
         self.later = (self.counts - 1)[:, None]
         self.forth = (batch / self.counts)[:, None] * tables.into[at][None, :]
         self.back = (batch / self.counts)[:, None] * tables.back[at][None, :]
+        self.raw = np.maximum(self.counts * self.forth[:, 0], 1.0)  # bytes of all samples
         self.barrier = groups.problem.job.clip_norm is not None
-        self.entries: list[_Entry] = []
-        self.states: dict[int, _State] = {}
+        self.entries: list[Entry] = []
+        self.states: dict[int, State] = {}
         self.load = self._fixed_load()
         for extension in extensions:
             self.add(extension)
@@ -161,7 +110,7 @@ class Search:
             kept_exposed: Floats = np.reshape(exposed, -1)[chosen]
             found.append((kept_most, kept_exposed, cut, who[self.m_index, cut]))
         if found:
-            self._keep(key, devices, _better(*found))
+            self._keep(key, devices, better(*found))
 
     def _whole(self, devices: Group, times: StageTimes) -> Floats:
         """Seconds of all micro-batches where a given first or last stage also takes time of these devices."""
@@ -176,17 +125,17 @@ class Search:
         return self.labels and not self.lanes.gets_labels(last)
 
     def _keep(self, key: int, group: Group, arrays: tuple[Floats, Floats, Ints, Ints]) -> None:
-        state = self.states.setdefault(key, _State([]))
+        state = self.states.setdefault(key, State([]))
         state.entries.append(len(self.entries))
-        self.entries.append(_Entry(key, group, *arrays))
+        self.entries.append(Entry(key, group, *arrays))
 
     def _leave_out(self, extension: Extension) -> None:
         """A state also offers what the one behind it does."""
         behind = self.states.get(extension.rest)
         if behind is not None:
-            self.states.setdefault(extension.key, _State([])).entries += self._offered(behind)
+            self.states.setdefault(extension.key, State([])).entries += self._offered(behind)
 
-    def _offered(self, state: _State) -> list[int]:
+    def _offered(self, state: State) -> list[int]:
         """All entries, or of many those best for some cut and count among all in the same sites."""
         if self.most_heads is None or len(state.entries) <= self.most_heads:
             return state.entries
@@ -208,7 +157,7 @@ class Search:
             state.pruned, state.stacked = True, None
         return state.entries
 
-    def _stacked(self, state: _State) -> tuple[Floats, Floats]:
+    def _stacked(self, state: State) -> tuple[Floats, Floats]:
         if state.stacked is None or len(state.stacked[0]) != len(state.entries):
             found = [self.entries[i] for i in state.entries]
             if len(found) == 1:
@@ -231,34 +180,49 @@ class Search:
             numbers = self._offered(state)
             most, exposed = self._stacked(state)
             heads = [self.entries[i].group for i in numbers]
-        lanes = [self.lanes.between(devices, head) for head in heads]
-        linked = [i for i, lane in enumerate(lanes) if lane is not None]
-        if not linked:
+        between = self.lanes.between
+        lanes = [(i, lane) for i, head in enumerate(heads) if (lane := between(devices, head)) is not None]
+        if not lanes:
             return None
-        if len(linked) < len(heads):
+        if len(lanes) < len(heads):
+            linked = [i for i, _ in lanes]
             most, exposed = most[linked], exposed[linked]
-        return self._through(
-            [lane for lane in lanes if lane is not None], most, exposed, [numbers[i] for i in linked]
-        )
+            numbers = [numbers[i] for i in linked]
+        return self._through([lane for _, lane in lanes], most, exposed, numbers)
 
     def _through(
         self, lanes: list[Ways], most: Floats, exposed: Floats, who: list[int]
     ) -> tuple[Floats, Floats, Ints]:
-        out = self.forth * _column(f.s_per_byte for f, _ in lanes)
-        into = self.back * _column(b.s_per_byte for _, b in lanes)
-        late_back = _column(b.latency_s for _, b in lanes)
-        both = out + into + (_column(f.latency_s for f, _ in lanes) + late_back)
-        after = both + most
-        np.maximum(self.later * np.maximum(out, into) + both, after, out=after)
-        hidden = exposed - (into + late_back if self.barrier else both)
         if len(who) == 1:
-            return after[0], hidden[0], np.full(after.shape[1:], who[0], dtype=np.int64)
+            both, least, late = self._crossing(lanes[0])
+            one = both + most[0]
+            np.maximum(least, one, out=one)
+            return one, exposed[0] - late, np.full(one.shape, who[0], dtype=np.int64)
+        found = [self._crossing(lane) for lane in lanes]
+        after: Floats = np.stack([both for both, _, _ in found]) + most
+        np.maximum(np.stack([least for _, least, _ in found]), after, out=after)
+        hidden: Floats = exposed - np.stack([late for _, _, late in found])
         best = np.argmin(after + np.maximum(hidden, 0.0), axis=0)
         return (
             after[best, self.m_index, self.at_index],
             hidden[best, self.m_index, self.at_index],
             np.array(who, dtype=np.int64)[best],
         )
+
+    def _crossing(self, lanes: Ways) -> tuple[Floats, Floats, Floats]:
+        """``[M, position]`` of a link: time both ways of one micro-batch, least G, what is taken off X."""
+        known = self.groups.crossings.get(id(lanes))
+        if known is None:
+            forth, back = lanes
+            out, into = self.forth * forth.s_per_byte, self.back * back.s_per_byte
+            both = out + into + (forth.latency_s + back.latency_s)
+            least = self.later * np.maximum(out, into) + both
+            known = self.groups.crossings[id(lanes)] = (
+                both,
+                least,
+                into + back.latency_s if self.barrier else both,
+            )
+        return known
 
     def _tail_arrays(self, tail: Tail) -> tuple[Floats, Floats]:
         """The given last stage as the only state of the empty set."""
@@ -280,24 +244,35 @@ class Search:
             number, m = divmod(int(at), len(self.counts))
             if totals[number, m] >= INFEASIBLE_S:
                 break
-            spans = self._spans(number, m)
-            used = tuple(sorted({d for span in spans for d in span.group}))
+            held = self._held(number, m)
+            used = tuple(sorted({d for group in held for d in group}))
             price_s = float(totals[number, m]) if self.head is not None else self._fed(number, m, used)
-            if self._labels_reach(spans):
+            if self._labels_reach(held):
                 out.append(Found(price_s, m, used, number))
         return sorted(out, key=lambda f: (f.price_s, f.micro_batches, f.used, f.entry))
 
     def best_s(self, key: int | None = None) -> float:
         """About the price of the first that ``found`` gives, of one state or of all; infinite if none."""
         entries = self.entries if key is None else [self.entries[i] for i in self._own(key)]
+        if len(entries) == 1 and self.head is None:
+            return self._least_s(entries[0])
         totals = self._totals(entries)
         least = float(totals.min()) if totals.size else INFEASIBLE_S
+        return least if least < INFEASIBLE_S else float("inf")
+
+    def _least_s(self, entry: Entry) -> float:
+        """As ``best_s`` of one entry, which local searches ask for thousands of times."""
+        lane = self.lanes.inputs(entry.group)
+        if lane is None:
+            return float("inf")
+        total = entry.most[:, 0] + np.maximum(entry.exposed[:, 0], 0.0)
+        least = float(np.maximum(total, lane.s_per_byte * self.raw).min())
         return least if least < INFEASIBLE_S else float("inf")
 
     def _own(self, key: int) -> list[int]:
         return self.states[key].entries if key in self.states else []
 
-    def _totals(self, entries: Sequence[_Entry]) -> Floats:
+    def _totals(self, entries: Sequence[Entry]) -> Floats:
         """``[entry, M]`` price; where a data device computes, without the wait for its first rows."""
         if not entries:
             return np.zeros((0, len(self.counts)))
@@ -306,13 +281,13 @@ class Search:
         out = np.stack([e.most[:, 0] + np.maximum(e.exposed[:, 0], 0.0) for e in entries])
         lanes = [self.lanes.inputs(e.group) for e in entries]
         supply = np.array([INFEASIBLE_S if lane is None else lane.s_per_byte for lane in lanes])
-        return np.maximum(out, supply[:, None] * np.maximum(self.counts * self.forth[:, 0], 1.0)[None])
+        return np.maximum(out, supply[:, None] * self.raw[None])
 
-    def _labels_reach(self, spans: Sequence[Span]) -> bool:
+    def _labels_reach(self, held: Sequence[Group]) -> bool:
         """Whether the labels reach the last stage from the first, which was not known when it was chosen."""
         if not (self.labels and self.lanes.misses_labels):
             return True
-        return self.lanes.links.reach(spans[0].group, spans[-1].group)
+        return self.lanes.links.reach(held[0], held[-1])
 
     def _fed(self, number: int, m: int, used: Group) -> float:
         """Price with the raw data on its way to the first stage, where it is not there already."""
@@ -344,6 +319,22 @@ class Search:
         spans = self._spans(found.entry, found.micro_batches)
         return Outline(self.groups.micro_batches[found.micro_batches], spans, found.price_s)
 
+    def _held(self, number: int, m: int) -> list[Group]:
+        """The groups of ``_spans``."""
+        held: list[Group] = []
+        at = 0
+        if self.head is not None:
+            at = self.head.at
+            held.append(self.head.group)
+        while number >= 0:
+            entry = self.entries[number]
+            number, cut = entry.follower.item(m, at), entry.cut.item(m, at)
+            held.append(entry.group)
+            at = cut
+        if self.tail is not None:
+            held.append(self.tail.group)
+        return held
+
     def _spans(self, number: int, m: int) -> tuple[Span, ...]:
         cuts = self.groups.cuts
         spans: list[Span] = []
@@ -366,23 +357,3 @@ class Search:
         replicas = problem.source_rows(problem.job.batch // self.groups.micro_batches[m])
         rows = {problem.index[r.device]: r.rows for r in replicas}
         return tuple(rows[d] for d in group)
-
-
-def _column(values: Iterable[float]) -> Floats:
-    """``[follower, 1, 1]``."""
-    return np.array(list(values), dtype=np.float64)[:, None, None]
-
-
-def _better(
-    one: tuple[Floats, Floats, Ints, Ints], other: tuple[Floats, Floats, Ints, Ints] | None = None
-) -> tuple[Floats, Floats, Ints, Ints]:
-    """Of two ways to go on the cheaper one, for every count and position."""
-    if other is None:
-        return one
-    first = one[0] + np.maximum(one[1], 0.0) <= other[0] + np.maximum(other[1], 0.0)
-    return (
-        np.where(first, one[0], other[0]),
-        np.where(first, one[1], other[1]),
-        np.where(first, one[2], other[2]),
-        np.where(first, one[3], other[3]),
-    )

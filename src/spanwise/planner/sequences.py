@@ -27,20 +27,22 @@ class Sequences:
         self.groups = groups
         self.problem = groups.problem
         self._search = Search(groups, ())
-        self._keys: dict[Key, int] = {(): END}
-        self.priced: dict[Key, tuple[float, Sequence]] = {}
+        self._states: dict[tuple[Mix, int], int] = {}  # of a group in front of a state
+        self.priced: dict[int, tuple[float, Sequence]] = {}  # by the state of a whole sequence
 
     def price_s(self, sequence: Sequence) -> float:
         """Least over all cuts and micro-batch counts; infinite if there is none."""
-        key = self._key(sequence)
-        if key not in self.priced:
-            for first in reversed(range(len(sequence))):
-                if key[first:] not in self._keys:
-                    number = len(self._keys)
-                    self._search.add(Extension(number, sequence[first], self._keys[key[first + 1 :]]))
-                    self._keys[key[first:]] = number
-            self.priced[key] = (self._search.best_s(self._keys[key]), sequence)
-        return self.priced[key][0]
+        state = END
+        for group in reversed(sequence):
+            key = (self.problem.lanes.mix(group), state)
+            known = self._states.get(key)
+            if known is None:
+                known = self._states[key] = len(self._states) + 1
+                self._search.add(Extension(known, group, state))
+            state = known
+        if state not in self.priced:
+            self.priced[state] = (self._search.best_s(state), sequence)
+        return self.priced[state][0]
 
     def improve(self, start: Sequence, budget: int, *, singles: bool) -> Sequence:
         """The first better neighbour, from there on again, in at most ``budget`` new prices."""
@@ -74,9 +76,6 @@ class Sequences:
         chosen = chosen[:count]
         more = (sequence for _, sequence in ranked if sequence not in chosen)
         return [*chosen, *islice(more, count - len(chosen))]
-
-    def _key(self, sequence: Sequence) -> Key:
-        return tuple(self.problem.lanes.mix(group) for group in sequence)
 
 
 def chains(problem: Problem, sequences: Iterable[Sequence], *, deep: bool = False) -> Iterator[Extension]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from spanwise.core.errors import InfeasibleError, PlanError
@@ -25,20 +26,20 @@ HOPELESS = 1.15
 MOST_EFFORT = 12_000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Priced:
     """A plan and its step time by formula."""
 
     plan: Plan
     price_s: float
 
-    @property
+    @cached_property
     def kind(self) -> tuple[int, int]:
         """Number of stages; where a device holds several also the depth of the first."""
         held = [device for stage in self.plan.stages for device in stage.devices]
         return len(self.plan.stages), 0 if len(set(held)) == len(held) else self.plan.stages[0].warmup
 
-    @property
+    @cached_property
     def effort(self) -> int:
         """About how many forwards, backwards and messages a step has."""
         held = [len(stage.replicas) for stage in self.plan.stages]

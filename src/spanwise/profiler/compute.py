@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from statistics import median, quantiles
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from spanwise.profiler.traced import Traced, layer_stages, received
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 WARM_UP = 3
 MIN_REPEATS = 3
+_PARTS = 6  # of the model, as it is spread over a few devices
+_PAUSE_S = 5e-3
 
 
 class Pass(NamedTuple):
@@ -104,40 +107,50 @@ def measure_layers(
     )
 
 
-def sustained_pass_s(
+def sustained_passes_s(
     traced: Traced,
     *,
-    rows: int,
+    rows: Sequence[int],
     sample: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
     threads: int,
     begin_s: float,
     last_s: float,
-) -> float:
-    """Seconds of a forward and backward of the whole model, over ``last_s`` seconds without a pause.
+) -> list[float]:
+    """Seconds of a forward and backward of the model, as a device of a pipeline takes to them.
 
     A device that has only a part of its processor, as others need the rest, comes back to cold caches in
-    every portion that it gets: the same work takes more processor time than undisturbed.
+    every portion that it gets, and so does one that has waited for its next rows: the same work takes more
+    processor time than undisturbed. So the model runs in a few parts, with a short pause before each.
 
     Args:
         traced: the model; its weights stay untouched.
-        rows: rows of each pass.
+        rows: row counts of passes, one after the other.
         sample: inputs and labels of some rows.
         threads: torch intra-op threads.
         begin_s: when to begin, by ``time.monotonic``; others on this machine begin then too.
-        last_s: how long to go on; three passes at least.
+        last_s: how long to go on with each row count; three passes at least.
 
     Returns:
-        The median pass, in processor seconds where one thread does it all.
+        The median pass with each row count, in processor seconds where one thread does it all.
     """
     keep_freed_memory()
     with _threads(threads), fixed_seed():
         bench = LayerBench(traced, Sample(*sample), "cpu", threads)
-        data = bench.rows(rows)
-        bench.layer_pass(data)
+        parts = bench.parts(_PARTS)
+        batches = [bench.rows(count) for count in rows]
+        for data in batches:
+            bench.layer_pass(data, stages=parts)
         time.sleep(max(0.0, begin_s - time.monotonic()))
-        end, found = time.monotonic() + last_s, list[float]()
-        while len(found) < MIN_REPEATS or time.monotonic() < end:
-            found.append(_pass_s([bench.layer_pass(data)]))
+        return [
+            _sustained_s(bench, parts, data, begin_s + (i + 1) * last_s) for i, data in enumerate(batches)
+        ]
+
+
+def _sustained_s(bench: LayerBench, parts: Sequence[StageModule], data: Sample, end: float) -> float:
+    """Median seconds of the passes until ``end`` by ``time.monotonic``."""
+    found: list[float] = []
+    while len(found) < MIN_REPEATS or time.monotonic() < end:
+        found.append(_pass_s([bench.layer_pass(data, stages=parts, pause_s=_PAUSE_S)]))
     return median(found)
 
 
@@ -145,7 +158,7 @@ class LayerBench:
     """The layers of a model on copies of its weights, ready to be timed."""
 
     def __init__(self, traced: Traced, sample: Sample, device: str, threads: int = 1) -> None:
-        self.graph, self.sample, self.device = traced.graph, sample, device
+        self.traced, self.graph, self.sample, self.device = traced, traced.graph, sample, device
         self.one_thread = device == "cpu" and threads == 1
         self.parameters = {
             key: nn.Parameter(value.detach().to(device, copy=True))
@@ -153,10 +166,18 @@ class LayerBench:
         }
         self.buffers = {key: value.detach().to(device, copy=True) for key, value in traced.buffers.items()}
         self.stages = layer_stages(traced, self.parameters, self.buffers, device)
-        self.whole = StageModule(
-            traced.ops, traced.graph, 0, len(traced.graph),
-            parameters=self.parameters, buffers=self.buffers, device=device,
-        )  # fmt: skip
+        (self.whole,) = self.parts(1)
+
+    def parts(self, count: int) -> list[StageModule]:
+        """The model in about equally many layers each; less than ``count`` if it has less layers."""
+        ends = sorted({round(i * len(self.graph) / count) for i in range(count + 1)})
+        return [
+            StageModule(
+                self.traced.ops, self.graph, start, stop,
+                parameters=self.parameters, buffers=self.buffers, device=self.device,
+            )
+            for start, stop in pairwise(ends)
+        ]  # fmt: skip
 
     def passes(self, rows: int, repeats: int, *, halved: bool = False) -> list[Pass]:
         """Warm-up passes, then timed ones. Gradients add up, as they do over micro-batches.
@@ -174,16 +195,22 @@ class LayerBench:
         inputs = tuple(value.to(self.device) for value in data.inputs)
         return Sample(inputs, tuple(value.to(self.device) for value in data.labels))
 
-    def layer_pass(self, data: Sample, *, halved: bool = False) -> Pass:
-        """Forward and backward, layer by layer; with ``halved`` the weight halves after all input halves."""
+    def layer_pass(
+        self, data: Sample, *, halved: bool = False, stages: Sequence[StageModule] = (), pause_s: float = 0.0
+    ) -> Pass:
+        """Forward and backward, layer by layer; with ``halved`` the weight halves after all input halves.
+
+        ``stages``: other parts of the model than single layers. ``pause_s`` passes before each.
+        """
         forward: list[float] = []
         kept: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
         waiting: list[Deferred] = []
         values = data.inputs
-        for index, stage in enumerate(self.stages):
-            if index:
-                values = received(values, self.graph.cut_before(index))
+        for stage in stages or self.stages:
+            if stage.start:
+                values = received(values, self.graph.cut_before(stage.start))
             later = Deferred() if halved else None
+            _rest(pause_s)
             start = self.clock()
             outputs = stage(values, data.labels, later)
             forward.append(self.clock() - start)
@@ -196,6 +223,7 @@ class LayerBench:
         backward: list[float] = []
         while kept:
             inputs, outputs = kept.pop()
+            _rest(pause_s)
             start = self.clock()
             gradients = _backward(inputs, outputs, gradients)
             backward.append(self.clock() - start)
@@ -242,6 +270,11 @@ class LayerBench:
         if self.device != "cpu":
             torch.cuda.synchronize(self.device)
         return time.thread_time() if self.one_thread else time.perf_counter()
+
+
+def _rest(seconds: float) -> None:
+    if seconds:
+        time.sleep(seconds)
 
 
 class _Empty(nn.Module):

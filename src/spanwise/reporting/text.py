@@ -43,7 +43,7 @@ def _sum(sync: Sync | ServerSync) -> str:
     """Who sums the gradients of which layers, and how they travel."""
     layers = ", ".join(layer_range(*r) for r in sync.layers)
     if isinstance(sync, Sync):
-        parts = f", in {sync.segments} segments" if sync.segments > 1 else ""
+        parts = f", in {sync.most_segments} segments" if sync.most_segments > 1 else ""
         return f"sum of gradients of layers {layers} over {', '.join(sync.devices)}{parts}"
     when = "each as soon as it is updated" if sync.as_aggregated else "after all gradients are in"
     return (

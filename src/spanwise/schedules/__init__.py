@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spanwise.core.order import Op, parse_order
+from spanwise.core.order import Op
 from spanwise.core.plan import ScheduleName
 from spanwise.schedules.gpipe import gpipe
 from spanwise.schedules.one_f_one_b import one_f_one_b
@@ -12,11 +12,11 @@ __all__ = ["Hop", "Op", "StageSeconds", "gpipe", "one_f_one_b", "stage_order", "
 
 
 def stage_order(
-    schedule: ScheduleName, micro_batches: int, warmup: int, order: str | None = None
+    schedule: ScheduleName, micro_batches: int, warmup: int, ops: tuple[Op, ...] = ()
 ) -> tuple[Op, ...]:
     """What a stage computes over ``micro_batches``, in order.
 
-    ``warmup`` counts for 1f1b only, ``order`` is what a plan stores for a stage under zero_bubble.
+    ``warmup`` counts for 1f1b only, ``ops`` is what a plan stores for a stage under zero_bubble.
     """
     match schedule:
         case "gpipe":
@@ -24,4 +24,4 @@ def stage_order(
         case "1f1b":
             return one_f_one_b(micro_batches, warmup)
         case "zero_bubble":
-            return parse_order(order or "")
+            return ops

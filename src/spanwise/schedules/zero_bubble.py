@@ -6,13 +6,12 @@ hand-made schedule; ``zero_bubble`` is our own list scheduler for unequal stages
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
-from spanwise.core.order import Op, OpKind
-
-_KINDS: tuple[OpKind, ...] = ("forward", "backward_input", "backward_weight")
+from spanwise.core.order import Op
 
 
 class StageSeconds(NamedTuple):
@@ -71,97 +70,111 @@ def zero_bubble(
         ahead: K1, at least 1.
         kept: K2, at least 1; what memory allows.
     """
-    return _Scheduling(micro_batches, stages, (forth, back), (ahead, kept)).run()
+    found: list[_Stage] = [
+        _Stage(seconds, most, held, None, None)
+        for seconds, most, held in zip(stages, ahead, kept, strict=True)
+    ]
+    for before, after, out, into in zip(found, found[1:], forth, back, strict=False):
+        before.forth, after.back = _Link(out, after.inputs), _Link(into, before.gradients)
+    found[0].inputs += [0.0] * micro_batches
+    return _scheduled(found, micro_batches)
 
 
-class _Scheduling:
-    """The state of one run in virtual time; arrivals are known as soon as what causes them is decided."""
+@dataclass(slots=True)
+class _Stage:
+    """Where a stage is in virtual time; arrivals are known as soon as what causes them is decided.
 
-    def __init__(
-        self,
-        micro_batches: int,
-        stages: Sequence[StageSeconds],
-        links: tuple[Sequence[Hop], Sequence[Hop]],
-        limits: tuple[Sequence[int], Sequence[int]],
-    ) -> None:
-        self.count, self.stages = micro_batches, stages
-        self.forth, self.back = links
-        self.ahead, self.kept = limits
-        total = len(stages)
-        self.orders: list[list[Op]] = [[] for _ in range(total)]
-        self.free = [0.0] * total  # when each stage can take the next op
-        self.links_free = ([0.0] * total, [0.0] * total)
-        # Arrivals in order: inputs of each stage, and gradients for it.
-        self.inputs: list[list[float]] = [[] for _ in range(total)]
-        self.gradients: list[list[float]] = [[] for _ in range(total)]
-        self.inputs[0] = [0.0] * micro_batches
-        self.done = [dict.fromkeys(_KINDS, 0) for _ in stages]
+    ``inputs`` and ``gradients`` have arrivals by micro-batch, ``forwards``, ``halves`` and ``weights`` count
+    what is done of each kind.
+    """
 
-    def run(self) -> tuple[tuple[Op, ...], ...]:
-        """One decision after the other, always the earliest, so that none misses an arrival before it."""
-        last = len(self.stages) - 1
-        due = [self._next(stage) for stage in range(last + 1)]
-        heap = [(at, stage) for stage, at in enumerate(due) if at is not None]
-        heapq.heapify(heap)
-        while heap:
-            now, stage = heapq.heappop(heap)
-            if due[stage] != now:
-                continue  # decided meanwhile, or due earlier since
-            self._take(stage, self._choice(stage, now), now)
-            for near in range(max(stage - 1, 0), min(stage + 1, last) + 1):
-                at = due[near] = self._next(near)
-                if at is not None:
-                    heapq.heappush(heap, (at, near))
-        return tuple(map(tuple, self.orders))
+    seconds: StageSeconds
+    ahead: int
+    kept: int
+    forth: _Link | None
+    back: _Link | None
+    free: float = 0.0
+    forwards: int = 0
+    halves: int = 0
+    weights: int = 0
+    inputs: list[float] = field(default_factory=list[float])
+    gradients: list[float] = field(default_factory=list[float])
+    order: list[Op] = field(default_factory=list[Op])
 
-    def _next(self, stage: int) -> float | None:
-        """When the stage next has something to do, as far as is known; None if nothing is."""
-        done, free = self.done[stage], self.free[stage]
-        if done["backward_weight"] < done["backward_input"]:
-            return free
-        arrivals: list[float] = []
-        if done["backward_input"] < len(self.gradients[stage]):
-            arrivals.append(self.gradients[stage][done["backward_input"]])
-        if self._may_forward(stage) and done["forward"] < len(self.inputs[stage]):
-            arrivals.append(self.inputs[stage][done["forward"]])
-        return max(free, min(arrivals)) if arrivals else None
+    def due(self, micro_batches: int) -> float | None:
+        """When it next has something to do, as far as is known; None if nothing is."""
+        if self.weights < self.halves:
+            return self.free
+        first = None
+        if self.halves < len(self.gradients):
+            first = self.gradients[self.halves]
+        if self.forwards < len(self.inputs) and self.may_forward(micro_batches):
+            arrival = self.inputs[self.forwards]
+            if first is None or arrival < first:
+                first = arrival
+        if first is None or first > self.free:
+            return first
+        return self.free
 
-    def _may_forward(self, stage: int) -> bool:
-        done = self.done[stage]
-        f = done["forward"]
-        return (
-            f < self.count
-            and f - done["backward_input"] < self.ahead[stage]
-            and f - done["backward_weight"] < self.kept[stage]
-        )
+    def may_forward(self, micro_batches: int) -> bool:
+        """Whether the limits allow one more forward."""
+        done = self.forwards
+        return done < micro_batches and done - self.halves < self.ahead and done - self.weights < self.kept
 
-    def _choice(self, stage: int, now: float) -> OpKind:
-        done = self.done[stage]
-        gradients, inputs = self.gradients[stage], self.inputs[stage]
-        if done["backward_input"] < len(gradients) and gradients[done["backward_input"]] <= now:
-            return "backward_input"
-        here = done["forward"] < len(inputs) and inputs[done["forward"]] <= now
-        return "forward" if here and self._may_forward(stage) else "backward_weight"
-
-    def _take(self, stage: int, kind: OpKind, now: float) -> None:
-        micro_batch = self.done[stage][kind]
-        seconds = self.stages[stage]
-        end = now + {"forward": seconds.forward_s, "backward_input": seconds.input_s}.get(
-            kind, seconds.weight_s
-        )
-        self.orders[stage].append(Op(kind, micro_batch))
-        self.done[stage][kind] += 1
-        self.free[stage] = end
-        if kind == "forward":
-            if stage + 1 < len(self.stages):
-                self.inputs[stage + 1].append(self._sent(0, stage, self.forth[stage], end))
+    def take(self, now: float, micro_batches: int) -> None:
+        """Decides what to do now."""
+        if self.halves < len(self.gradients) and self.gradients[self.halves] <= now:
+            self.free = now + self.seconds.input_s
+            self.order.append(Op("backward_input", self.halves))
+            self.halves += 1
+            if self.back is not None:
+                self.back.send(self.free)
+        elif (
+            self.forwards < len(self.inputs)
+            and self.inputs[self.forwards] <= now
+            and self.may_forward(micro_batches)
+        ):
+            self.free = now + self.seconds.forward_s
+            self.order.append(Op("forward", self.forwards))
+            self.forwards += 1
+            if self.forth is None:
+                self.gradients.append(self.free)
             else:
-                self.gradients[stage].append(end)
-        elif kind == "backward_input" and stage > 0:
-            self.gradients[stage - 1].append(self._sent(1, stage - 1, self.back[stage - 1], end))
+                self.forth.send(self.free)
+        else:
+            self.free = now + self.seconds.weight_s
+            self.order.append(Op("backward_weight", self.weights))
+            self.weights += 1
 
-    def _sent(self, way: int, link: int, hop: Hop, now: float) -> float:
-        """When a message that leaves now has arrived; messages of one direction follow each other."""
-        passed = max(now, self.links_free[way][link]) + hop.busy_s
-        self.links_free[way][link] = passed
-        return passed + hop.latency_s
+
+@dataclass(slots=True)
+class _Link:
+    """One direction of a link; messages follow each other."""
+
+    hop: Hop
+    arrivals: list[float]
+    free: float = 0.0
+
+    def send(self, now: float) -> None:
+        """A message that leaves now."""
+        self.free = max(now, self.free) + self.hop.busy_s
+        self.arrivals.append(self.free + self.hop.latency_s)
+
+
+def _scheduled(stages: Sequence[_Stage], micro_batches: int) -> tuple[tuple[Op, ...], ...]:
+    """One decision after the other, always the earliest, so that none misses an arrival before it."""
+    last = len(stages) - 1
+    due = [stage.due(micro_batches) for stage in stages]
+    heap = [(at, number) for number, at in enumerate(due) if at is not None]
+    heapify(heap)
+    while heap:
+        now, number = heappop(heap)
+        if due[number] != now:
+            continue  # decided meanwhile, or due earlier since
+        stages[number].take(now, micro_batches)
+        for near in range(max(number - 1, 0), min(number + 1, last) + 1):
+            at = stages[near].due(micro_batches)
+            if at is not None and (at != due[near] or near == number):
+                heappush(heap, (at, near))
+            due[near] = at
+    return tuple(tuple(stage.order) for stage in stages)

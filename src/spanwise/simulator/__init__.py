@@ -11,11 +11,13 @@ from spanwise.core.profile import Profile
 from spanwise.core.program import Program
 from spanwise.core.timeline import DeviceUse, Timeline
 from spanwise.simulator.contention import relieved, shares_machine
-from spanwise.simulator.engine import Engine
+from spanwise.simulator.engine import Engine, feeders
 from spanwise.simulator.network import max_min_rates
 from spanwise.simulator.setup import Costs
 
 __all__ = ["max_min_rates", "simulate"]
+
+LEAST_FED = 3  # steps until those of a plan whose rows come from elsewhere are all alike
 
 
 def simulate(
@@ -39,7 +41,9 @@ def simulate(
         profile: layer times; its measured links replace the cluster file's.
         cluster: routes and shared capacities.
         optimizer_copies: of the parameters, for memory; see ``cost.optimizer_copies``.
-        steps: how many; the step time is the distance between the ends of the last two.
+        steps: how many; the step time is the distance between the ends of the last two. Where a device only
+            feeds others its rows, at least three, and one more that does not count: in a last step no rows
+            for the next one are on the links, and in the first ones they came too early.
         spans: whether to keep spans and memory points; planners need only the totals.
         faults: what goes wrong; a lost device or cut link ends the Timeline where nothing moves any more.
 
@@ -57,9 +61,11 @@ def simulate(
 
 
 def _timeline(costs: Costs, *, steps: int, spans: bool) -> Timeline:
-    engine = Engine(costs, steps=steps, spans=spans)
+    feeding = bool(feeders(costs.program))
+    steps = max(steps, LEAST_FED) if feeding and steps > 1 else steps
+    engine = Engine(costs, steps=steps + feeding, spans=spans)
     trace = engine.run()
-    done = min((lane.step for lane in engine.lanes.values()), default=0)
+    done = min((min(lane.step, steps) for lane in engine.lanes.values()), default=0)
     ends = trace.ends[:done]
     step_s = ends[-1] - ends[-2] if len(ends) > 1 else ends[-1] if ends else 0.0
     last = max(done - 1, 0)
@@ -73,6 +79,8 @@ def _timeline(costs: Costs, *, steps: int, spans: bool) -> Timeline:
         )
         for device in costs.program.devices
     )
+    if feeding:
+        trace.spans = [span for span in trace.spans if span["step"] < steps]
     trace.spans.sort(key=lambda span: (span["lane"], span["start_s"]))
     return Timeline.model_validate(
         {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 Finish = Callable[[float], None]
 At = Callable[[float, Finish], None]
@@ -63,10 +64,11 @@ class Network:
     at: At
     users: list[dict[Flow, None]] = field(init=False)  # dicts keep their order: same run, same order
     _known: dict[tuple[tuple[int, ...], ...], list[float]] = field(init=False)
+    _alone: dict[tuple[int, ...], float] = field(init=False)
 
     def __post_init__(self) -> None:
         self.users = [{} for _ in self.capacities]
-        self._known = {}
+        self._known, self._alone = {}, {}
 
     def start(self, now: float, resources: tuple[int, ...], nbytes: float, finish: Finish) -> None:
         """Begins to transmit; ``finish(t)`` is called when the last byte has left."""
@@ -76,21 +78,24 @@ class Network:
         flow = Flow(resources, nbytes, finish, since=now)
         alone = True
         for resource in resources:
-            alone = alone and not self.users[resource]
-            self.users[resource][flow] = None
-        if alone:
-            self._set_rate(flow, now, min(self.capacities[r] for r in resources))
-        else:
-            self._share(now, flow.resources)
+            users = self.users[resource]
+            alone = alone and not users
+            users[flow] = None
+        if not alone:
+            self._share(now, resources)
+            return
+        rate = self._alone.get(resources)
+        if rate is None:
+            rate = self._alone[resources] = min(self.capacities[r] for r in resources)
+        self._set_rate(flow, now, rate)
 
     def _set_rate(self, flow: Flow, now: float, rate: float) -> None:
         flow.left -= flow.rate * (now - flow.since)
         flow.rate, flow.since = rate, now
         flow.version += 1
-        version = flow.version
         end = now + max(flow.left, 0.0) / rate if rate > 0 else float("inf")
         if end < float("inf"):
-            self.at(end, lambda t: self._end(flow, version, t))
+            self.at(end, partial(self._end, flow, flow.version))
 
     def _end(self, flow: Flow, version: int, now: float) -> None:
         if not flow.open or flow.version != version:
@@ -98,8 +103,9 @@ class Network:
         flow.open = False
         shared = False
         for resource in flow.resources:
-            del self.users[resource][flow]
-            shared = shared or bool(self.users[resource])
+            users = self.users[resource]
+            del users[flow]
+            shared = shared or bool(users)
         if shared:
             self._share(now, flow.resources)
         flow.finish(now)

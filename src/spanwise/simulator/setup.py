@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from spanwise.core.cluster import Cluster
 from spanwise.core.faults import Fault, slowdown, stretch
@@ -31,6 +32,14 @@ class Way:
     latency_s: float
 
 
+class Work(NamedTuple):
+    """What a compute takes: seconds without faults, and bytes more (or fewer) from begin and end on."""
+
+    seconds: float
+    begins_bytes: int = 0
+    ends_bytes: int = 0
+
+
 class Costs:
     """Everything that the event loop asks for."""
 
@@ -46,7 +55,7 @@ class Costs:
         self._ways: dict[tuple[str, str], Way] = {}
         self._routes = Routes(cluster, profile.links)
         self.sizes = {p.name: p.bytes for p in graph.parameters}
-        self._compute: dict[tuple[str, str, int], float] = {}
+        self._work: dict[tuple[str, str, int, tuple[int, int] | None], Work] = {}
         #: Bytes by device and stage that are kept from a forward.
         self.saved: dict[tuple[str, int], int] = {}
         #: More bytes by device, stage and kind of backward: held by the layers that it runs again.
@@ -94,25 +103,35 @@ class Costs:
         """Seconds of a server's update of a segment."""
         return self.profile.update_s(device, action.nbytes)
 
-    def compute_s(self, device: str, action: Action) -> float:
-        """Seconds of a forward or backward, half or part, without faults."""
-        key = (action.work, device, action.stage)
-        found = self._compute.get(key)
+    def work(self, device: str, action: Action) -> Work:
+        """What a forward or backward, half or part, takes: the same for all micro-batches."""
+        key = (device, action.kind, action.stage, action.layers)
+        found = self._work.get(key)
         if found is None:
-            found = self._compute[key] = self._find_compute(device, action)
+            found = self._work[key] = self._find_work(device, action)
         return found
 
-    def deferred(self, action: Action) -> int:
-        """Bytes that are kept for a weight half, or the part of it, from the input half on."""
-        start, stop = self._layers(action)
-        return deferred_bytes(self.graph, start, stop, action.rows[1] - action.rows[0])
-
-    def _layers(self, action: Action) -> tuple[int, int]:
+    def _find_work(self, device: str, action: Action) -> Work:
         stage = self.plan.stages[action.stage]
-        return action.layers or (stage.start, stage.stop)
+        start, stop = action.layers or (stage.start, stage.stop)
+        rows = action.rows[1] - action.rows[0]
+        seconds = self._compute_s((device, start, stop, rows), action)
+        saved = self.saved[device, action.stage]
+        # For a weight half, or the part of it, kept from the input half on.
+        deferred = deferred_bytes(self.graph, start, stop, rows)
+        again = self.again.get((device, action.stage, action.kind), 0)
+        match action.kind:
+            case "forward":
+                return Work(seconds, saved, 0)
+            case "backward":
+                return Work(seconds, again, -saved - again)
+            case "backward_input":
+                return Work(seconds, again, deferred - saved - again)
+            case _:
+                return Work(seconds, 0, -deferred)
 
-    def _find_compute(self, device: str, action: Action) -> float:
-        where = (device, *self._layers(action), action.rows[1] - action.rows[0])
+    def _compute_s(self, where: tuple[str, int, int, int], action: Action) -> float:
+        device = where[0]
         again = again_s(self.profile, self.plan.stages[action.stage], device, where[-1])
         match action.kind:
             case "forward":
@@ -142,6 +161,12 @@ class Costs:
                 return messages_s + action.nbytes * self.sum_byte_s[device]
             case _:
                 return 0.0
+
+    def all_messages_s(self, device: str, actions: Sequence[Action]) -> list[float]:
+        """The same of each of these actions."""
+        if not any((*self.message[device], self.sum_byte_s[device])):
+            return [0.0] * len(actions)
+        return [self.messages_s(device, action) for action in actions]
 
     def way(self, source: str, target: str) -> Way:
         """The route of a message; measured links replace the cluster file's numbers."""

@@ -10,7 +10,7 @@ from spanwise.zoo.models.initial import initialise
 _HIDDEN = 4096
 
 
-def alexnet(num_classes: int = 10, stem: int = 3, dropout: float = 0.0) -> nn.Module:
+def alexnet(num_classes: int = 10, stem: int = 3, dropout: float = 0.0, width: float = 1.0) -> nn.Module:
     """AlexNet in one of its two common CIFAR forms, without local response normalisation.
 
     Krizhevsky, Sutskever, Hinton, "ImageNet classification with deep convolutional neural networks", NIPS
@@ -22,13 +22,16 @@ def alexnet(num_classes: int = 10, stem: int = 3, dropout: float = 0.0) -> nn.Mo
         stem: 3 = 3x3 kernels, stem stride 2, two hidden linear layers of 4096: 23,272,266 parameters at
             10 classes. 11 = 11x11 stem with stride 4, a 5x5 second kernel, no hidden linear layer: 2,472,266.
         dropout: probability in front of each hidden linear layer (0.5 in the paper).
+        width: multiplier of all channels and hidden features; each is rounded to a whole number.
 
     Returns:
         A module from (rows, 3, 32, 32) to (rows, num_classes) logits.
     """
     if stem not in (3, 11):
         raise InputError(f"alexnet: stem {stem} must be 3 or 11, the kernel of the first convolution")
-    return AlexNet(num_classes, stem, dropout)
+    if not width > 0:
+        raise InputError(f"alexnet: width {width} must be greater than 0, like 0.5 or 1.0")
+    return AlexNet(num_classes, stem, dropout, width)
 
 
 def alexnet_224(num_classes: int = 1000, dropout: float = 0.0, hidden: int = _HIDDEN) -> nn.Module:
@@ -51,19 +54,20 @@ def alexnet_224(num_classes: int = 1000, dropout: float = 0.0, hidden: int = _HI
 class AlexNet(nn.Module):
     """Five convolutions, three max-poolings, and one or three linear layers."""
 
-    def __init__(self, num_classes: int, stem: int, dropout: float) -> None:
+    def __init__(self, num_classes: int, stem: int, dropout: float, width: float) -> None:
         super().__init__()
-        first = nn.Conv2d(3, 64, 3, 2, 1) if stem == 3 else nn.Conv2d(3, 64, 11, 4, 5)
-        second = nn.Conv2d(64, 192, 3, padding=1) if stem == 3 else nn.Conv2d(64, 192, 5, padding=2)
+        a, b, c, d = (max(1, round(channels * width)) for channels in (64, 192, 384, 256))
+        first = nn.Conv2d(3, a, 3, 2, 1) if stem == 3 else nn.Conv2d(3, a, 11, 4, 5)
+        second = nn.Conv2d(a, b, 3, padding=1) if stem == 3 else nn.Conv2d(a, b, 5, padding=2)
         self.features = nn.Sequential(
             first, nn.ReLU(), nn.MaxPool2d(2),
             second, nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(b, c, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(c, d, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(d, d, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         )  # fmt: skip
-        width = 256 * 2 * 2 if stem == 3 else 256
-        self.classifier = _head(width, (_HIDDEN, _HIDDEN) if stem == 3 else (), num_classes, dropout)
+        hidden = (max(1, round(_HIDDEN * width)),) * 2 if stem == 3 else ()
+        self.classifier = _head(d * 2 * 2 if stem == 3 else d, hidden, num_classes, dropout)
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from spanwise.core.errors import InputError
 from spanwise.zoo.models.initial import initialise
 
 # Channels of each 3x3 convolution, a group per max-pooling; of 11 and 16 configurations A and D of table 1.
@@ -30,7 +31,7 @@ def vgg9(num_classes: int = 10, batch_norm: bool = False) -> nn.Module:
     return VGG(_VGG9, num_classes, batch_norm, _HIDDEN9)
 
 
-def vgg11(num_classes: int = 10, batch_norm: bool = False) -> nn.Module:
+def vgg11(num_classes: int = 10, batch_norm: bool = False, width: float = 1.0) -> nn.Module:
     """VGG-11, CIFAR form: 9,225,610 parameters at 10 classes, 9,231,114 with BatchNorm.
 
     Simonyan, Zisserman, "Very deep convolutional networks for large-scale image recognition", ICLR 2015,
@@ -40,11 +41,15 @@ def vgg11(num_classes: int = 10, batch_norm: bool = False) -> nn.Module:
     Args:
         num_classes: outputs.
         batch_norm: BatchNorm behind every convolution.
+        width: multiplier of all channels; each is rounded to a whole number.
 
     Returns:
         A module from (rows, 3, 32, 32) to (rows, num_classes) logits.
     """
-    return VGG(_VGG11, num_classes, batch_norm)
+    if not width > 0:
+        raise InputError(f"vgg11: width {width} must be greater than 0, like 0.25 or 1.0")
+    groups = tuple(tuple(max(1, round(out * width)) for out in group) for group in _VGG11)
+    return VGG(groups, num_classes, batch_norm)
 
 
 def vgg16(num_classes: int = 10, batch_norm: bool = False) -> nn.Module:
