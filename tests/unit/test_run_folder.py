@@ -41,7 +41,7 @@ def test_every_file_has_its_own_name(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     names = [n for n, v in vars(RunFolder).items() if isinstance(v, property)]
     paths = [getattr(folder, name) for name in names]
-    assert len(set(paths)) == len(names) == 17
+    assert len(set(paths)) == len(names) == 18
     assert all(path.is_relative_to(tmp_path) for path in paths)
 
 
