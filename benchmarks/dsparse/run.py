@@ -185,7 +185,7 @@ def lab_cells(args: argparse.Namespace, kept: Cells) -> None:
     found = prepared(model, job(ROWS * len(cluster.devices), 0, args.lr, 1), data(args.scale, turned=True))
     times = analytic(found, cluster) if args.short else profile(args, kept, found, with_room(cluster))
     importance = scores(found, SUBJECT)
-    if not any(OVERHEAD in c for c in kept.found):
+    if not args.short and not any(OVERHEAD in c for c in kept.found):
         kept.add({OVERHEAD: overhead_bytes(args, model, with_room(cluster), importance)})
     for name in todo:
         began, one = time.monotonic(), CONTESTANTS[name]
