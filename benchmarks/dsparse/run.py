@@ -146,7 +146,9 @@ def measured(found: Prepared, plan: Plan, times: Profile, cluster: Cluster, step
     }
 
 
-def overhead_bytes(args: argparse.Namespace, model: Any, cluster: Cluster) -> dict[str, float]:
+def overhead_bytes(
+    args: argparse.Namespace, model: Any, cluster: Cluster, importance: Importance | None
+) -> dict[str, float]:
     """By device: what a worker takes to train besides tensors.
 
     Kernels that are compiled, connections, orders, what the allocator cannot use. All layers are trained on
@@ -154,7 +156,7 @@ def overhead_bytes(args: argparse.Namespace, model: Any, cluster: Cluster) -> di
     """
     few = prepared(model, job(FEW_ROWS * len(cluster.devices), 0, args.lr, 1), data(args.scale, turned=True))
     times = analytic(few, cluster)
-    plan = CONTESTANTS["dense_stored"].make(problem_of(few, times, cluster, None))
+    plan = CONTESTANTS[SUBJECT].make(problem_of(few, times, cluster, importance))
     cell = measured(few, plan, times, cluster, 1)
     return {d: cell["peak_bytes"][d] - cell["predicted_bytes"][d] for d in cluster.ids}
 
@@ -183,8 +185,8 @@ def lab_cells(args: argparse.Namespace, kept: Cells) -> None:
     found = prepared(model, job(ROWS * len(cluster.devices), 0, args.lr, 1), data(args.scale, turned=True))
     times = analytic(found, cluster) if args.short else profile(args, kept, found, with_room(cluster))
     importance = scores(found, SUBJECT)
-    if not any(OVERHEAD in c for c in kept.found):
-        kept.add({OVERHEAD: overhead_bytes(args, model, with_room(cluster))})
+    if not args.short and not any(OVERHEAD in c for c in kept.found):
+        kept.add({OVERHEAD: overhead_bytes(args, model, with_room(cluster), importance)})
     for name in todo:
         began, one = time.monotonic(), CONTESTANTS[name]
         where = with_room(cluster) if one.roomy else cluster

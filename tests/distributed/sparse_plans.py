@@ -87,9 +87,8 @@ def with_groups(plan: Plan, change: Callable[[int, GroupSync], GroupSync]) -> Pl
 
 WAYS: dict[str, Callable[[int, GroupSync], GroupSync]] = {
     "grouped": lambda _, s: s,
-    "in segments": lambda _, s: s.model_copy(update={"segments": 3}),
     "masked": lambda _, s: s.model_copy(update={"way": "masked"}),
-    "mixed": lambda i, s: s.model_copy(update={"way": "masked" if i % 2 else "grouped", "segments": 2}),
+    "mixed": lambda i, s: s.model_copy(update={"way": "masked" if i % 2 else "grouped", "segments": 3}),
 }
 LAYOUTS: dict[str, Layout] = {
     "replicas": ((0, -1, "abcd"),), "hybrid": ((0, 2, "ab"), (2, -1, "cdb")),

@@ -25,11 +25,36 @@ print(faults() - before)
 """
 
 
+HOLES = """
+import psutil, sys, torch
+from spanwise.ops import allocator
+assert (allocator.give_freed_memory_back if sys.argv[1] == "back" else allocator.keep_freed_memory)()
+before = psutil.Process().memory_info().rss
+kept = []
+for size in range(40, 0, -1):  # what is freed leaves a hole too small for the next
+    large = torch.ones(100_000 * (41 - size))
+    kept.append(torch.ones(10_000))
+    del large
+print((psutil.Process().memory_info().rss - before) // 2**20)
+"""
+
+
 def faults(mode: str) -> int:
+    return run(CODE, mode)
+
+
+def run(code: str, mode: str) -> int:
     done = subprocess.run(
-        [sys.executable, "-c", CODE, mode], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code, mode], capture_output=True, text=True, check=True, timeout=60
     )
     return int(done.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt belongs to glibc")
+def test_freed_tensors_leave_no_holes_where_they_are_given_back() -> None:
+    given, kept = run(HOLES, "back"), run(HOLES, "keep")
+    assert given < 12, "40 small tensors of 40 kB"
+    assert kept > 4 * given, "negative control"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt belongs to glibc")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from spanwise.core.model import Kept, ModelGraph, Site
 from spanwise.core.plan import Stage
@@ -81,6 +81,22 @@ def transient_bytes(graph: ModelGraph, start: int, stop: int, rows: int) -> int:
     """Most bytes that one operation of layers ``[start, stop)`` works with: input, result and a copy."""
     works = (s.input_bytes + 2 * s.output_bytes for sites in graph.sites[start:stop] for s in sites)
     return rows * max(works, default=0)
+
+
+def working_bytes(graph: ModelGraph, start: int, stop: int, rows: int, kept: Sequence[int]) -> int:
+    """Most bytes above all that layers ``[start, stop)`` keep, each working while those before keep theirs.
+
+    ``kept``: by layer. In forward those behind it keep nothing yet, in backward nothing any more. So large
+    tensors among the first layers, where little is kept, may take nothing on top. Before the first that keeps
+    something there is no backward: its operations hold their input and result only.
+    """
+    total, held, most = sum(kept), 0, 0
+    for layer, own in zip(range(start, stop), kept, strict=True):
+        held += own
+        results = 2 if held else 1
+        works = (s.input_bytes + results * s.output_bytes for s in graph.sites[layer])
+        most = max(most, held + rows * max(works, default=0))
+    return max(0, most - total)
 
 
 def unit_bytes(graph: ModelGraph, trains: Trains) -> dict[str, int]:

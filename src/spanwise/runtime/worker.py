@@ -25,7 +25,7 @@ from spanwise.core.errors import InputError, JoinError, PeerError, SpanwiseError
 from spanwise.core.job import LIVE, Job
 from spanwise.core.observed import DeviceStep
 from spanwise.core.plan import Plan
-from spanwise.ops.allocator import keep_freed_memory
+from spanwise.ops.allocator import give_freed_memory_back, keep_freed_memory
 from spanwise.runtime import orders
 from spanwise.runtime.control import HANDSHAKE_TIMEOUT_S, Channel, Frame, introduce, parse_endpoint
 from spanwise.runtime.device_run import Assignment, DeviceRun
@@ -296,6 +296,8 @@ class _Worker:
             self.run.close()
         self.run, self.data = None, None
         self.assignment = orders.read_whole(head)
+        # What a plan for little memory does not keep must not stay as holes between what it keeps.
+        (give_freed_memory_back if self.assignment.plan.sparse else keep_freed_memory)()
         self._take_data(self.assignment, data)
         return self.assignment
 

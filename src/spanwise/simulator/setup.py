@@ -20,8 +20,8 @@ from spanwise.cost.sparse import (
     sparse_backward_s,
     sparse_saved_bytes,
     sparse_state_bytes,
-    transient_bytes,
     unit_bytes,
+    working_bytes,
 )
 from spanwise.cost.training import (
     again_bytes,
@@ -68,7 +68,7 @@ class Costs:
         self._work: dict[tuple[str, str, int, tuple[int, int] | None], Work] = {}
         #: Bytes by device and stage that are kept from a forward.
         self.saved: dict[tuple[str, int], int] = {}
-        #: Bytes by device and stage that one operation works with, counted where sparse layers run.
+        #: Bytes by device and stage that operations work with above what is kept, where sparse layers run.
         self.transient: dict[tuple[str, int], int] = {}
         #: More bytes by device, stage and kind of backward: held by the layers that it runs again.
         self.again: dict[tuple[str, int, str], int] = {}
@@ -78,10 +78,9 @@ class Costs:
                 ranges, rows = stage.recompute, replica.rows
                 if self.partly(replica):
                     trains, stored = self.trains(replica), bool(plan.stored_statistics)
-                    self.saved[key] = sum(
-                        sparse_saved_bytes(graph, stage.start, stage.stop, rows, trains, stored=stored)
-                    )
-                    self.transient[key] = transient_bytes(graph, stage.start, stage.stop, rows)
+                    kept = sparse_saved_bytes(graph, stage.start, stage.stop, rows, trains, stored=stored)
+                    self.saved[key] = sum(kept)
+                    self.transient[key] = working_bytes(graph, stage.start, stage.stop, rows, kept)
                     continue
                 self.saved[key] = kept_bytes(graph, stage.start, stage.stop, rows, ranges)
                 if ranges:
