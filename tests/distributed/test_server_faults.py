@@ -6,17 +6,13 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import psutil
 import pytest
-import torch.distributed as dist
 from cases import MLP
 from equality import assignment, of
-from test_servers import STEPS, Harmed, in_layers, on_threads, same_bits, trained
+from test_servers import on_threads, same_bits
 from torch import nn
 
 from planner_cases import make_job
@@ -29,49 +25,6 @@ from spanwise.planner.resegment import Recut, Resegmenter
 from spanwise.runtime.device_run import Assignment
 from spanwise.runtime.processes import Meeting, ProcessSession, WorkerPool
 from spanwise.runtime.session import Probe
-from spanwise.runtime.torch_dist import DistTransport
-from spanwise.runtime.transport import Pending, Tensors, Transport
-
-
-@contextmanager
-def over_gloo(devices: Sequence[str]) -> Iterator[dict[str, Transport]]:
-    """Transports of a process group whose members are threads of this process."""
-    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-
-    def meet(device: str) -> Transport:
-        return DistTransport(store, device, devices, timeout_s=10.0)
-
-    with ThreadPoolExecutor(len(devices)) as threads:
-        found = dict(zip(devices, threads.map(meet, devices), strict=True))
-    yield found
-    for transport in found.values():
-        transport.close()
-
-
-@pytest.mark.parametrize("doubled", [False, True])
-def test_a_doubled_segment_is_found_on_gloo(doubled: bool) -> None:
-    """Its number is that of no other message, so nobody takes the second one, and the sender says so."""
-    plan = in_layers(as_aggregated=False)
-    work = replace(assignment(MLP, of(MLP)[1], plan), job=MLP.job(transfer_timeout_s=0.5))
-
-    def twice(inner: Transport) -> Transport:
-        def send(peer: str, tag: int, tensors: Tensors) -> Pending:
-            inner.send(peer, tag, tensors)
-            return inner.send(peer, tag, tensors)
-
-        return Harmed(inner, send, 0)
-
-    with over_gloo(plan.devices) as gloo:
-        found = {d: twice(t) if doubled and d == "a" else t for d, t in gloo.items()}
-        with on_threads(MLP, plan, work, wrap=lambda device, _: found[device]) as session:
-            if not doubled:
-                list(session.run(0, STEPS))
-                assert same_bits(session.snapshot(), trained(MLP, plan)[0])
-                return
-            with pytest.raises(PeerError) as caught:
-                list(session.run(0, STEPS))
-    assert "send push y0.3 to d" in str(caught.value)
-    assert "nothing within 0.5 s" in str(caught.value)
 
 
 def test_a_worker_killed_in_the_middle_of_a_push_leaves_whole_steps_behind() -> None:

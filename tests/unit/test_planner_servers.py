@@ -57,7 +57,7 @@ def test_auto_does_not_consider_them() -> None:
     problem = make_problem(3, 4, 1, batch=8)
     assert not SERVER_STRATEGIES.keys() & STRATEGIES.keys()
     assert {e.strategy for e in compare(problem)} == set(STRATEGIES)
-    with pytest.raises(InputError, match=r"known: .*sequential, layer_by_layer, .*, dynacomm, duplex$"):
+    with pytest.raises(InputError, match=r"known: .*sequential, layer_by_layer, .*, duplex, dsparse, .*"):
         make_plan(problem, "dynacom")
 
 

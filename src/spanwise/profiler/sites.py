@@ -27,7 +27,7 @@ def sites_of(
     kept: dict[int, list[Kept]] = {}
     for number, ((a, users), (b, _)) in enumerate(zip(few.saved, more.saved, strict=True)):
         slope = max(0, (b - a) // (more.rows - few.rows))
-        entry = Kept(storage=number, row_bytes=slope, fixed_bytes=a - slope * few.rows)
+        entry = Kept(storage=number, row_bytes=slope, fixed_bytes=max(0, a - slope * few.rows))
         for position in users:
             kept.setdefault(position, []).append(entry)
     return _Walk(ops, few, kept).layers(bounds)
