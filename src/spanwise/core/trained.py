@@ -82,6 +82,11 @@ class GroupSync(Noun):
         """All that take part, trainers first."""
         return self.trainers + self.receivers
 
+    @property
+    def chain(self) -> tuple[str, ...]:
+        """Along which new values go, where the way is ``grouped``: from the first trainer on."""
+        return (self.trainers[0], *self.receivers)
+
 
 def unit_text(parameter: str, first: int, last: int, channels: int) -> str:
     """Name of a unit: a parameter, or a half-open range of the ranking of its ``channels``."""

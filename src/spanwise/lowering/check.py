@@ -151,11 +151,10 @@ def _group_work(sync: GroupSync, y: int, g: int) -> list[Action]:
     if sync.way == "masked":
         return [Action("average", sync=y, segment=g, members=sync.devices)]
     out: list[Action] = []
-    chain = (sync.trainers[0], *sync.receivers)
     if len(sync.trainers) > 1:
         out.append(Action("reduce", sync=y, segment=g, members=sync.trainers))
     if sync.receivers:
-        out.append(Action("broadcast", sync=y, segment=g, members=chain, every=sync.refresh_every))
+        out.append(Action("broadcast", sync=y, segment=g, members=sync.chain, every=sync.refresh_every))
     return out
 
 

@@ -263,14 +263,13 @@ class _Lowering:
         for number, sync in enumerate(self.plan.syncs):
             if not isinstance(sync, GroupSync) or device not in sync.devices:
                 continue
-            chain = (sync.trainers[0], *sync.receivers)
             for segment, names in enumerate(self.buckets[number]):
                 nbytes = sum(self.sizes[name] for name in names)
                 if sync.way == "masked":
                     yield Action("average", sync=number, segment=segment, nbytes=nbytes, members=sync.devices)
-                elif sync.receivers and device in chain:
+                elif sync.receivers and device in sync.chain:
                     yield Action(
-                        "broadcast", sync=number, segment=segment, nbytes=nbytes, members=chain,
+                        "broadcast", sync=number, segment=segment, nbytes=nbytes, members=sync.chain,
                         every=sync.refresh_every,
                     )  # fmt: skip
 

@@ -24,7 +24,7 @@ from spanwise.planner.dsparse_options import RATIOS, Selectable
 from spanwise.planner.dsparse_select import Choice, in_order, last_k, select, shifts_only, within_bytes
 from spanwise.planner.feasible import broken_rule
 from spanwise.planner.problem import Problem, largest_remainder
-from spanwise.planner.trial import timeline
+from spanwise.planner.trial import timeline, unbounded_timeline
 
 MOST_TRIES = 6  # of a smaller budget for the choice, where simulation needs more than its formula
 _SLACK = 1 << 16
@@ -280,8 +280,8 @@ class _Planner:
         )
         grouped = ring_s(len(group.trainers), nbytes, *self._slowest(group.trainers))
         if group.receivers:
-            chain = (group.trainers[0], *group.receivers)
-            grouped += chain_s(len(chain), nbytes, *self._slowest(chain)) / self.how.refresh_every
+            slowest = self._slowest(group.chain)
+            grouped += chain_s(len(group.chain), nbytes, *slowest) / self.how.refresh_every
         masked = ring_s(len(group.devices), nbytes, *self._slowest(group.devices))
         return "grouped" if grouped <= masked else "masked"
 
@@ -299,14 +299,7 @@ class _Planner:
 
     def _over(self, plan: Plan) -> dict[str, int]:
         """Bytes above their budgets by device, as simulated."""
-        from spanwise.lowering import unchecked
-        from spanwise.simulator import simulate
-
-        problem = self.problem
-        found = simulate(
-            unchecked(plan, problem.graph, clip=problem.job.clip_norm is not None), plan, problem.graph,
-            problem.profile, problem.cluster, optimizer_copies=problem.copies, spans=False,
-        )  # fmt: skip
+        found = unbounded_timeline(self.problem, plan)
         over = {use.device: use.peak_memory_bytes - self.budgets[use.device] for use in found.devices}
         return {device: nbytes for device, nbytes in over.items() if nbytes > 0}
 

@@ -67,17 +67,26 @@ def timeline(problem: Problem, plan: Plan) -> Timeline:
     return found
 
 
+def unbounded_timeline(problem: Problem, plan: Plan) -> Timeline:
+    """The same whatever the budgets, simulated anew.
+
+    Raises:
+        PlanError: no order of the plan can end.
+    """
+    return simulate(
+        unchecked(plan, problem.graph, clip=problem.job.clip_norm is not None),
+        plan,
+        problem.graph,
+        problem.profile,
+        problem.cluster,
+        optimizer_copies=problem.copies,
+        spans=False,
+    )
+
+
 def _simulated(problem: Problem, plan: Plan) -> Timeline | InfeasibleError:
     try:
-        result = simulate(
-            unchecked(plan, problem.graph, clip=problem.job.clip_norm is not None),
-            plan,
-            problem.graph,
-            problem.profile,
-            problem.cluster,
-            optimizer_copies=problem.copies,
-            spans=False,
-        )
+        result = unbounded_timeline(problem, plan)
     except PlanError as error:
         return InfeasibleError(str(error))
     for use in result.devices:

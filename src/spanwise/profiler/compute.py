@@ -166,7 +166,6 @@ class LayerBench:
         }
         self.buffers = {key: value.detach().to(device, copy=True) for key, value in traced.buffers.items()}
         self.stages = layer_stages(traced, self.parameters, self.buffers, device)
-        (self.whole,) = self.parts(1)
 
     def parts(self, count: int) -> list[StageModule]:
         """The model in about equally many layers each; less than ``count`` if it has less layers."""
@@ -234,15 +233,6 @@ class LayerBench:
             later.run()
             weight.append(self.clock() - start)
         return Pass(forward, backward[::-1], weight[::-1])
-
-    def whole_pass(self, data: Sample) -> tuple[float, float]:
-        """Forward and backward of the whole model as one stage, in seconds."""
-        start = self.clock()
-        loss = self.whole(data.inputs, data.labels)[0]
-        middle = self.clock()
-        if loss.requires_grad:
-            torch.autograd.backward([loss])
-        return middle - start, self.clock() - middle
 
     def overhead(self) -> tuple[float, float]:
         """Seconds that the call of a layer takes by itself: forward and backward of an empty one."""
