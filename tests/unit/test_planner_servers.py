@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from planner_cases import make_cluster, make_graph, make_job, make_problem, make_profile
@@ -9,7 +11,8 @@ from server_cases import star
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InfeasibleError, InputError
 from spanwise.planner import SERVER_STRATEGIES, STRATEGIES, Problem, compare, make_plan
-from spanwise.planner.parameter_server import Choice, Star, exchanges, plan_of, star_of
+from spanwise.planner.parameter_server import ABOUT, Choice, Star, after_pushes, exchanges, plan_of, star_of
+from spanwise.planner.segment_rules import SEGMENT_RULES
 from spanwise.planner.segments import Chain, Cuts, step_ns
 from spanwise.planner.trial import timeline
 
@@ -37,8 +40,24 @@ def test_dynacomm_is_about_the_best_rule_and_duplex_never_behind_it(mbit: float,
         found = {name: seconds(problem, name) for name in SERVER_STRATEGIES}
         others = [found[name] for name in found if name not in ("dynacomm", "duplex")]
         assert found["dynacomm"] <= 1.03 * min(others)
-        assert found["duplex"] <= found["dynacomm"]
+        assert found["duplex"] <= (1 + ABOUT) * found["dynacomm"]
     assert found["dynacomm"] < found["sequential"]
+
+
+def test_segments_leave_room_for_devices_that_are_late() -> None:
+    problem = on_a_star(mbit=100)
+    where = star_of(problem)
+    own = exchanges(problem, where, by_latency=False)[0]
+    pull, push = (
+        replace(chain, compute_ns=tuple(ns * 3 // 2 for ns in chain.compute_ns))
+        for chain in (own.pull, own.push)
+    )
+    (sync,) = make_plan(problem, "dynacomm").servers
+    exact = SEGMENT_RULES["dynacomm"](own)
+    on_paper = timeline(problem, plan_of(problem, "dynacomm", where, after_pushes(exact))).step_time_s
+    late = replace(own, pull=pull, push=push)
+    assert step_ns(late, Cuts(sync.pulls, sync.pushes)) < 0.98 * step_ns(late, exact)
+    assert seconds(problem, "dynacomm") <= 1.01 * on_paper
 
 
 def test_on_thin_links_duplex_takes_off_a_fifth() -> None:

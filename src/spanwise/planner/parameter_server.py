@@ -7,8 +7,8 @@ of a message's cost or not, and may cut for any of the devices; the simulator de
 
 Where a link is always busy many cuts are as good as each other, as long as compute takes what it should. It
 does not: a step waits for whichever device is late, and what that has not sent by then travels while the
-others wait. So every rule may also cut for devices that are late, and what a step takes by formula when they
-are counts as much as what it takes by simulation when they are not.
+others wait. So every rule may also cut for devices that are late; of all its cuts whose simulated step is
+about the shortest, those count that are best when devices are late.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from spanwise.planner.feasible import broken_rule, closest
 from spanwise.planner.outline import Span
 from spanwise.planner.problem import Problem
 from spanwise.planner.segment_rules import SEGMENT_RULES
-from spanwise.planner.segments import NS_PER_S, Chain, Cuts, Exchange, step_ns
+from spanwise.planner.segments import Chain, Cuts, Exchange, step_ns
 from spanwise.planner.trial import Priced, timeline
 
 MOST_KINDS = 3  # unlike devices that segments are cut for, the slowest first
 BY_LATENCY = (False, True)
-LATE = 1.5  # times the compute of a device that is late
+ABOUT = 0.005  # so much longer than the shortest simulated step is about as short
+LATE = 1.5  # times the compute of a device that is late, at least
 
 Ways = tuple[Route, Route]  # from a server to a device, and back
 
@@ -63,9 +64,7 @@ def after_pushes(cuts: Cuts) -> Choice:
 
 
 def over_server(problem: Problem, name: str) -> Plan:
-    """The plan of one rule with the least step time, simulated and when devices are late.
-
-    Of equals it is the one with fewer segments.
+    """The plan of one rule with the least simulated step time, or about that and best when devices are late.
 
     The server is the device with the fastest links to all others, and does nothing else where it can: only
     if the data is private and every device has some, it computes its own rows first. All others compute.
@@ -75,21 +74,21 @@ def over_server(problem: Problem, name: str) -> Plan:
     """
     star = star_of(problem)
     late = _kinds([_late(worker) for worker in exchanges(problem, star, by_latency=False)])
-    best: Priced | None = None
+    found: list[tuple[Priced, int]] = []
     reasons: list[InfeasibleError] = []
     for choice in dict.fromkeys(_choices(problem, star, name)):
         try:
             plan = plan_of(problem, name, star, choice)
-            late_s = max(_step_ns(worker, choice) for worker in late) / NS_PER_S
-            entry = Priced(plan, (timeline(problem, plan).step_time_s + late_s) / 2)
+            entry = Priced(plan, timeline(problem, plan).step_time_s)
         except InfeasibleError as error:
             reasons.append(error)
             continue
-        if best is None or entry.price_s * entry.handicap < best.price_s * best.handicap:
-            best = entry
-    if best is None:
+        found.append((entry, max(_step_ns(worker, choice) for worker in late)))
+    if not found:
         raise closest(reasons)
-    return best.plan
+    most = (1 + ABOUT) * min(entry.price_s * entry.handicap for entry, _ in found)
+    short = [(late_ns, entry) for entry, late_ns in found if entry.price_s * entry.handicap <= most]
+    return min(short, key=lambda pair: (pair[0], pair[1].price_s * pair[1].handicap))[1].plan
 
 
 SERVER_STRATEGIES: dict[str, Callable[[Problem], Plan]] = {
@@ -210,11 +209,11 @@ def _kinds(workers: Sequence[Exchange]) -> list[Exchange]:
 
 
 def _late(exchange: Exchange) -> Exchange:
-    """Of a device whose compute takes longer."""
-    pull, push = (
-        replace(chain, compute_ns=tuple(round(LATE * ns) for ns in chain.compute_ns))
-        for chain in (exchange.pull, exchange.push)
-    )
+    """Of a device whose compute takes longer: as long as its messages, if they take most of the time."""
+    chains = (exchange.pull, exchange.push)
+    messages_ns, compute_ns = sum(sum(c.message_ns) for c in chains), sum(sum(c.compute_ns) for c in chains)
+    factor = max(LATE, messages_ns / max(1, compute_ns))
+    pull, push = (replace(c, compute_ns=tuple(round(factor * ns) for ns in c.compute_ns)) for c in chains)
     return replace(exchange, pull=pull, push=push)
 
 
