@@ -50,10 +50,20 @@ class Choice:
     order: tuple[int, ...]
     as_aggregated: bool
 
+    @property
+    def messages(self) -> int:
+        """Of each device in a step, both ways."""
+        return len(self.cuts.pull) + len(self.cuts.push)
+
 
 def after_pushes(cuts: Cuts) -> Choice:
     """Pulls from the first layers on, when all pushes have ended."""
     return Choice(cuts, tuple(range(len(cuts.pull))), as_aggregated=False)
+
+
+def aggregated(planned: DuplexCuts) -> Choice:
+    """Pulls as soon as their layers are aggregated, in the planned order."""
+    return Choice(planned.cuts, planned.order, as_aggregated=True)
 
 
 def over_server(problem: Problem, name: str) -> Plan:
@@ -189,11 +199,7 @@ def _choices(problem: Problem, star: Star, name: str) -> Iterator[Choice]:
         if problem.job.clip_norm is None:  # the norm of all gradients comes before any update
             alone = kinds if len(kinds) > 1 else ()
             found = [*duplex(workers).workers, *(duplex([kind]).workers[0] for kind in alone)]
-            yield from map(_aggregated, dict.fromkeys(found))
-
-
-def _aggregated(planned: DuplexCuts) -> Choice:
-    return Choice(planned.cuts, planned.order, as_aggregated=True)
+            yield from map(aggregated, dict.fromkeys(found))
 
 
 def _alone_ns(exchange: Exchange) -> int:
