@@ -110,7 +110,8 @@ class Following:
         self.follower.looked((probe.source, probe.target), samples)
 
 
-def test_a_run_whose_messages_are_cheaper_than_believed_cuts_anew_and_keeps_its_bits() -> None:
+@pytest.mark.parametrize("strategy", ["dynacomm", "duplex"])
+def test_a_run_whose_messages_are_cheaper_than_believed_cuts_anew_and_keeps_its_bits(strategy: str) -> None:
     """A message is believed to take 1 s whatever its size, so the plan has one each way; it takes no such
     time on these links. Fits, probes and the change are real."""
     case = replace(MLP, name="wide", model=lambda: nn.Sequential(*wide()))
@@ -123,7 +124,7 @@ def test_a_run_whose_messages_are_cheaper_than_believed_cuts_anew_and_keeps_its_
         devices=tuple(DeviceTimes(device=d) for d in machines.ids),
     )  # fmt: skip
     problem = Problem(graph, profile, machines, make_job(case.batch))
-    plan = make_plan(problem, "dynacomm")
+    plan = make_plan(problem, strategy)
     assert len(plan.servers[0].pushes) == 1
     follower = Resegmenter.of(problem, plan)
     assert follower is not None
