@@ -19,7 +19,7 @@ from spanwise.planner.adapter import Adapter, Change
 from spanwise.planner.duplex import DuplexCuts, duplex_step_ns
 from spanwise.planner.duplex_search import duplex
 from spanwise.planner.message_fit import MessageFit
-from spanwise.planner.parameter_server import Star, after_pushes, exchanges, plan_of, star_of
+from spanwise.planner.parameter_server import Star, after_pushes, aggregated, exchanges, plan_of, star_of
 from spanwise.planner.ratios import Message
 from spanwise.planner.resegment import Resegmenter, over_border, slowest
 from spanwise.planner.segment_rules import SEGMENT_RULES, dynacomm
@@ -213,8 +213,9 @@ def duplex_ns(workers: Sequence[Exchange], plan: Plan) -> int:
 
 def test_duplex_has_fewer_segments_where_messages_cost_twice_what_was_believed() -> None:
     problem = on_a_star(3, mbit=50, message_s=0.02)
-    plan = make_plan(problem, "duplex")
-    assert plan.servers[0].as_aggregated
+    star = star_of(problem)
+    planned = duplex(exchanges(problem, star, by_latency=False)).workers[0]
+    plan = plan_of(problem, "duplex", star, aggregated(planned))
     follower = Resegmenter.of(problem, plan)
     assert follower is not None
     believed_s = 0.04  # of both ends

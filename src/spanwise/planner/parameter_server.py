@@ -4,32 +4,38 @@ The rules are those of ``segment_rules.py`` and ``duplex_search.py``. They cut b
 has a link to itself and what it costs besides its bytes comes before it; the simulator knows how devices
 share links, and that a latency is hidden by the messages behind it. So every rule may count latency as part
 of a message's cost or not, and may cut for any of the devices; the simulator decides, for all rules alike.
+
+Where a link is always busy many cuts are as good as each other, as long as compute takes what it should. It
+does not: a step waits for whichever device is late, and what that has not sent by then travels while the
+others wait. So every rule may also cut for devices that are late, and what a step takes by formula when they
+are counts as much as what it takes by simulation when they are not.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 
 from spanwise.core.cluster import Route
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.core.syncs import ServerSync
 from spanwise.planner.build import span_shares
-from spanwise.planner.duplex import DuplexCuts
+from spanwise.planner.duplex import DuplexCuts, duplex_step_ns
 from spanwise.planner.duplex_search import duplex
 from spanwise.planner.feasible import broken_rule, closest
 from spanwise.planner.outline import Span
 from spanwise.planner.problem import Problem
 from spanwise.planner.segment_rules import SEGMENT_RULES
-from spanwise.planner.segments import Chain, Cuts, Exchange, step_ns
+from spanwise.planner.segments import NS_PER_S, Chain, Cuts, Exchange, step_ns
 from spanwise.planner.trial import Priced, timeline
 
 MOST_KINDS = 3  # unlike devices that segments are cut for, the slowest first
 BY_LATENCY = (False, True)
+LATE = 1.5  # times the compute of a device that is late
 
 Ways = tuple[Route, Route]  # from a server to a device, and back
 
@@ -67,7 +73,9 @@ def aggregated(planned: DuplexCuts) -> Choice:
 
 
 def over_server(problem: Problem, name: str) -> Plan:
-    """The plan of one rule with the least simulated step time; of equals the one with fewer segments.
+    """The plan of one rule with the least step time, simulated and when devices are late.
+
+    Of equals it is the one with fewer segments.
 
     The server is the device with the fastest links to all others, and does nothing else where it can: only
     if the data is private and every device has some, it computes its own rows first. All others compute.
@@ -76,12 +84,14 @@ def over_server(problem: Problem, name: str) -> Plan:
         InfeasibleError: there is one device only, a link is missing, or memory is short.
     """
     star = star_of(problem)
+    late = _kinds([_late(worker) for worker in exchanges(problem, star, by_latency=False)])
     best: Priced | None = None
     reasons: list[InfeasibleError] = []
     for choice in dict.fromkeys(_choices(problem, star, name)):
         try:
             plan = plan_of(problem, name, star, choice)
-            entry = Priced(plan, timeline(problem, plan).step_time_s)
+            late_s = max(choice_ns([worker], choice) for worker in late) / NS_PER_S
+            entry = Priced(plan, (timeline(problem, plan).step_time_s + late_s) / 2)
         except InfeasibleError as error:
             reasons.append(error)
             continue
@@ -187,10 +197,12 @@ def plan_of(problem: Problem, strategy: str, star: Star, choice: Choice) -> Plan
 
 
 def _choices(problem: Problem, star: Star, name: str) -> Iterator[Choice]:
-    """What a rule makes of the numbers of each device, and of latency in or out."""
-    for by_latency in BY_LATENCY:
+    """What a rule makes of the numbers of each device, of latency in or out, of devices in time or late."""
+    for by_latency, late in product(BY_LATENCY, (False, True)):
         workers = exchanges(problem, star, by_latency=by_latency)
-        kinds = sorted(dict.fromkeys(workers), key=_alone_ns, reverse=True)[:MOST_KINDS]
+        if late:
+            workers = [_late(worker) for worker in workers]
+        kinds = _kinds(workers)
         rule = SEGMENT_RULES.get(name)
         if rule is not None:
             yield from (after_pushes(rule(kind)) for kind in kinds)
@@ -200,6 +212,27 @@ def _choices(problem: Problem, star: Star, name: str) -> Iterator[Choice]:
             alone = kinds if len(kinds) > 1 else ()
             found = [*duplex(workers).workers, *(duplex([kind]).workers[0] for kind in alone)]
             yield from map(aggregated, dict.fromkeys(found))
+
+
+def _kinds(workers: Sequence[Exchange]) -> list[Exchange]:
+    """Unlike ones, the slowest first, as many as segments are cut for."""
+    return sorted(dict.fromkeys(workers), key=_alone_ns, reverse=True)[:MOST_KINDS]
+
+
+def _late(exchange: Exchange) -> Exchange:
+    """Of a device whose compute takes longer."""
+    pull, push = (
+        replace(chain, compute_ns=tuple(round(LATE * ns) for ns in chain.compute_ns))
+        for chain in (exchange.pull, exchange.push)
+    )
+    return replace(exchange, pull=pull, push=push)
+
+
+def choice_ns(workers: Sequence[Exchange], choice: Choice) -> int:
+    """Of a step of workers with the same segments, by formula."""
+    if choice.as_aggregated:
+        return duplex_step_ns(workers, (DuplexCuts(choice.cuts, choice.order),) * len(workers))
+    return max(step_ns(worker, choice.cuts) for worker in workers)
 
 
 def _alone_ns(exchange: Exchange) -> int:

@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.observed import DeviceStep
 from spanwise.core.plan import Plan
-from spanwise.planner.duplex import DuplexCuts, duplex_step_ns
 from spanwise.planner.duplex_search import duplex_from
 from spanwise.planner.explore import SMALL_PROBE_BYTES, Look
 from spanwise.planner.message_fit import LinkMessages, MessageFit
@@ -38,13 +37,14 @@ from spanwise.planner.parameter_server import (
     Star,
     after_pushes,
     aggregated,
+    choice_ns,
     exchanges,
     plan_of,
 )
 from spanwise.planner.problem import Problem
 from spanwise.planner.ratios import SHORTEST_S, Link, Message, link_messages
 from spanwise.planner.segment_rules import SEGMENT_RULES, dynacomm
-from spanwise.planner.segments import NS_PER_S, Chain, Cuts, Exchange, step_ns
+from spanwise.planner.segments import NS_PER_S, Chain, Cuts, Exchange
 
 MOVED = 0.2  # a message takes so much longer or shorter than when segments were last cut
 LOOK_EVERY_S = 5.0  # where sizes do not tell the overhead; all links in turn
@@ -154,7 +154,7 @@ class Resegmenter:
             )
         )
         found = dict.fromkeys((self._present, *self._choices(workers)))
-        ends_ns = {choice: _step_ns(workers, choice) for choice in found}
+        ends_ns = {choice: choice_ns(workers, choice) for choice in found}
         best = min(ends_ns, key=lambda choice: (ends_ns[choice], choice.messages))
         gain_s = (ends_ns[self._present] - ends_ns[best]) / NS_PER_S
         if gain_s <= 0:
@@ -229,10 +229,3 @@ def _believed_fit(chain: Chain, nbytes: float) -> MessageFit:
     """What messages of a chain of so many bytes take."""
     rate = nbytes * NS_PER_S / max(chain.sent_ns[-1], 1)
     return MessageFit(chain.overhead_ns / NS_PER_S, rate, trusted=False)
-
-
-def _step_ns(workers: Sequence[Exchange], choice: Choice) -> int:
-    """A step of all workers under the same segments."""
-    if not choice.as_aggregated:
-        return max(step_ns(worker, choice.cuts) for worker in workers)
-    return duplex_step_ns(workers, (DuplexCuts(choice.cuts, choice.order),) * len(workers))
