@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import pytest
 from cases import MLP
 from equality import assignment, of
-from test_servers import on_threads, same_bits
+from test_servers import STEPS, on_threads, same_bits
 from torch import nn
 
 from planner_cases import make_job
@@ -59,6 +63,36 @@ def test_a_worker_killed_in_the_middle_of_a_push_leaves_whole_steps_behind() -> 
         assert same_bits(session.snapshot(), kept)  # one whole step, nothing of those that followed
 
 
+def test_on_gloo_a_doubled_or_lost_segment_is_an_error_after_whole_steps() -> None:
+    """Two sends with one number are two messages to gloo. No other message has that number, so nobody takes
+    the second one, and its sender says so at the end of that step."""
+    doubled, lost = ("doubled by a", "doubled by d"), ("lost by a", "lost by d")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("gloo_faults.py")), "as it is", *doubled, *lost],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["replayed"]["own"] == [1.0, 2.0, 3.0]
+    assert found["replayed"]["shared"] == [1.0, 9.0, 2.0]  # negative control: what the numbers are for
+    runs = found["runs"]
+    assert runs["as it is"] == {"said": dict.fromkeys("abcd", ""), "steps": [STEPS]}
+    for device, action in (("a", "send push y0.3 to d"), ("d", "send pull y0.0 to a")):
+        said = runs[f"doubled by {device}"]["said"][device]
+        assert f"{device}: step 0, '{action}" in said
+        assert "nothing within 0.5 s" in said
+        assert runs[f"doubled by {device}"]["steps"] == [1]
+    for name, device, text, steps in (
+        ("lost by a", "d", "d: step 0, 'recv push y0.3 from a", 0),
+        ("lost by d", "a", "a: step 1, 'recv pull y0.0 from d", 1),
+    ):
+        said = runs[name]["said"][device]
+        assert text in said
+        assert "nothing within 1.5 s" in said or "the connection broke" in said  # who gives up first
+        assert runs[name]["steps"] == [steps]
+
+
 @dataclass
 class Following:
     """Halts a run as soon as its messages ask for other segments."""
@@ -76,7 +110,8 @@ class Following:
         self.follower.looked((probe.source, probe.target), samples)
 
 
-def test_a_run_whose_messages_are_cheaper_than_believed_cuts_anew_and_keeps_its_bits() -> None:
+@pytest.mark.parametrize("strategy", ["dynacomm", "duplex"])
+def test_a_run_whose_messages_are_cheaper_than_believed_cuts_anew_and_keeps_its_bits(strategy: str) -> None:
     """A message is believed to take 1 s whatever its size, so the plan has one each way; it takes no such
     time on these links. Fits, probes and the change are real."""
     case = replace(MLP, name="wide", model=lambda: nn.Sequential(*wide()))
@@ -89,7 +124,7 @@ def test_a_run_whose_messages_are_cheaper_than_believed_cuts_anew_and_keeps_its_
         devices=tuple(DeviceTimes(device=d) for d in machines.ids),
     )  # fmt: skip
     problem = Problem(graph, profile, machines, make_job(case.batch))
-    plan = make_plan(problem, "dynacomm")
+    plan = make_plan(problem, strategy)
     assert len(plan.servers[0].pushes) == 1
     follower = Resegmenter.of(problem, plan)
     assert follower is not None

@@ -12,7 +12,7 @@ from spanwise.lowering import lower
 from spanwise.runtime.exchange import Exchange
 from spanwise.runtime.inbox import Inbox
 from spanwise.runtime.parts import DeviceParts
-from spanwise.runtime.tags import Tags
+from spanwise.runtime.tags import STEP_TAGS, Tags
 from spanwise.runtime.transport import Tensors
 
 ROWS, MICRO_BATCHES = 2, 6
@@ -94,3 +94,13 @@ def test_rows_that_come_early_are_not_those_of_this_step() -> None:
     then = box.whole("input", -1, 0)
     assert torch.equal(now[0], torch.zeros_like(now[0]))
     assert torch.equal(then[0], torch.full_like(then[0], float(len(wanted))))
+
+
+def test_numbers_come_again_long_after_their_messages_are_done_and_are_never_those_of_moves() -> None:
+    _, _, tags, _ = inbox()
+    turn = STEP_TAGS // tags.stride
+    for step in (0, 1, turn - 1, turn, 10**9):
+        found = [tags.tag(s, number) for s in (step, step + 1) for number in range(tags.stride)]
+        assert len(set(found)) == len(found)
+        assert 0 <= min(found) <= max(found) < STEP_TAGS
+    assert tags.tag(turn - 1, 0) > tags.tag(turn, 0) == tags.tag(0, 0)

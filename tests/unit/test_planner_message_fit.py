@@ -98,6 +98,7 @@ def test_a_few_small_messages_make_the_overhead_known() -> None:
 def test_few_or_odd_messages() -> None:
     assert fit_messages([]) is None
     assert fit_messages([Message(0, 1.0)]) is None
+    assert fit_messages([Message(1000, math.nan), Message(1000, math.inf)]) is None
     assert fit_messages([Message(1000, 0.001)]) == MessageFit(0.0, pytest.approx(1e6), trusted=False)
     # The believed overhead is more than a message takes: half of that is left to its bytes.
     fit = fit_messages([Message(1000, 0.001)], believed_overhead_s=1.0)

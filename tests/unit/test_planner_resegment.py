@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from test_planner_duplex import unlike
 from test_planner_servers import on_a_star
 
+from segment_cases import simulated_pull, simulated_push
 from spanwise.core.observed import Arrival, Departure, DeviceStep
 from spanwise.core.plan import Plan
 from spanwise.lowering import lower
 from spanwise.planner import Problem, make_plan
 from spanwise.planner.adapter import Adapter, Change
-from spanwise.planner.parameter_server import Star, exchanges
-from spanwise.planner.resegment import Resegmenter, over_border
-from spanwise.planner.segment_rules import dynacomm
-from spanwise.planner.segments import Chain, Cuts, Exchange, step_ns
+from spanwise.planner.duplex import DuplexCuts, duplex_step_ns
+from spanwise.planner.duplex_search import duplex
+from spanwise.planner.message_fit import MessageFit
+from spanwise.planner.parameter_server import Star, after_pushes, aggregated, exchanges, plan_of, star_of
+from spanwise.planner.ratios import Message
+from spanwise.planner.resegment import Resegmenter, over_border, slowest
+from spanwise.planner.segment_rules import SEGMENT_RULES, dynacomm
+from spanwise.planner.segments import NS_PER_S, Chain, Cuts, Exchange, step_ns
 
 OVERHEAD_S, RATE = 5.0, 50e6 / 8  # of a link as it really is; the rate is the one believed
 
@@ -99,6 +106,51 @@ def test_a_fit_that_moves_gives_the_segments_that_are_best_for_it() -> None:
     assert after.fits == follower.fits
 
 
+def by_hand(believed: Exchange, down: MessageFit, up: MessageFit) -> Exchange:
+    """A worker's exchange with fitted messages, number by number."""
+    pull, push = (
+        Chain(
+            tuple(round(n / fit.bytes_per_s * NS_PER_S) for n in believed.layer_bytes),
+            chain.compute_ns,
+            round(fit.overhead_s * NS_PER_S),
+        )
+        for chain, fit in ((believed.pull, down), (believed.push, up))
+    )
+    return Exchange(pull, push, believed.layer_bytes)
+
+
+@pytest.mark.parametrize("strategy", ["dynacomm", "mg_wfbp"])
+def test_the_best_of_what_the_rule_makes_of_each_worker_is_taken(strategy: str) -> None:
+    """Four devices whose links are all other than believed, against segments played through one by one."""
+    problem, rule, changed = on_a_star(4, mbit=50, message_s=1e-3), SEGMENT_RULES[strategy], 0
+    star = star_of(problem)
+    believed = exchanges(problem, star, by_latency=False)
+    plan = plan_of(problem, strategy, star, after_pushes(rule(believed[0])))
+    for seed in range(12):
+        r, follower = random.Random(seed), Resegmenter.of(problem, plan)
+        assert follower is not None
+        for seen in follower._links.values():
+            overhead_s, rate = r.choice((1e-3, 0.05, 0.4)) * r.uniform(1, 2), RATE * 2 ** r.uniform(-2, 2)
+            seen.add_sizes([Message(n, overhead_s + n / rate) for n in (10_000, 10**5, 10**6, 3 * 10**6)])
+        fits, found = follower.fits, follower.cut_anew()
+        workers = [
+            by_hand(own, fits["s", replica.device], fits[replica.device, "s"])
+            for own, replica in zip(believed, star.replicas, strict=True)
+        ]
+
+        def ends_ns(cuts: Cuts, workers: list[Exchange] = workers) -> int:
+            return max(simulated_pull(w.pull, cuts.pull) + simulated_push(w.push, cuts.push) for w in workers)
+
+        best = min(
+            (cuts_of(plan), *map(rule, workers)), key=lambda c: (ends_ns(c), len(c.pull) + len(c.push))
+        )
+        assert (cuts_of(plan) if found is None else cuts_of(found.plan)) == best
+        if found is not None:
+            assert found.gain_s == (ends_ns(cuts_of(plan)) - ends_ns(best)) / NS_PER_S
+            changed += 1
+    assert changed > 5
+
+
 def test_a_fit_that_stays_leaves_the_plan_alone() -> None:
     """With noise of 5 %, over forty steps: no link moves, so nothing is cut."""
     problem = on_a_star(3, mbit=50)
@@ -133,9 +185,10 @@ def test_messages_of_one_size_ask_for_small_ones() -> None:
     assert step_ns(truth, cuts_of(found.plan)) == pytest.approx(step_ns(truth, dynacomm(truth)), rel=1e-3)
 
 
-def test_an_adapter_changes_segments_and_nothing_else_and_once() -> None:
+@pytest.mark.parametrize("strategy", ["dynacomm", "duplex"])
+def test_an_adapter_changes_segments_and_nothing_else_and_once(strategy: str) -> None:
     problem = on_a_star(3, mbit=50)
-    adapter = Adapter(problem, make_plan(problem, "dynacomm"), last_step=1000, strategy="dynacomm")
+    adapter = Adapter(problem, make_plan(problem, strategy), last_step=1000, strategy=strategy)
     first, changes = adapter.plan, list[Change]()
     before: tuple[DeviceStep, ...] = ()
     for step in range(30):
@@ -153,11 +206,61 @@ def test_an_adapter_changes_segments_and_nothing_else_and_once() -> None:
     assert adapter.records[0].realised_gain == pytest.approx(0.1)
 
 
-def test_only_plans_of_a_rule_over_one_server_are_followed() -> None:
+def duplex_ns(workers: Sequence[Exchange], plan: Plan) -> int:
+    sync = plan.servers[0]
+    return duplex_step_ns(workers, [DuplexCuts(cuts_of(plan), sync.order)] * len(workers))
+
+
+def test_duplex_has_fewer_segments_where_messages_cost_twice_what_was_believed() -> None:
+    problem = on_a_star(3, mbit=50, message_s=0.02)
+    star = star_of(problem)
+    planned = duplex(exchanges(problem, star, by_latency=False)).workers[0]
+    plan = plan_of(problem, "duplex", star, aggregated(planned))
+    follower = Resegmenter.of(problem, plan)
+    assert follower is not None
+    believed_s = 0.04  # of both ends
+    for seen in crossing([shown(problem, plan, step, 2 * believed_s) for step in range(6)], "s"):
+        follower.add(1.0, seen)
+    found = follower.cut_anew()
+    assert found is not None
+    truth, old, new = as_it_is(problem, plan, 2 * believed_s), cuts_of(plan), cuts_of(found.plan)
+    assert len(new.pull) + len(new.push) < len(old.pull) + len(old.push)
+    assert found.plan.servers[0].as_aggregated
+    before, after = duplex_ns([truth], plan), duplex_ns([truth], found.plan)
+    assert after < before
+    assert found.gain_s == pytest.approx((before - after) / NS_PER_S, rel=1e-3)
+    assert after <= 1.02 * duplex([truth]).step_ns
+
+
+def test_duplex_with_a_clipped_norm_is_cut_as_dynacomm_is() -> None:
+    problem = on_a_star(3, mbit=50, clip_norm=1.0)
+    star = star_of(problem)
+    cuts = dynacomm(exchanges(problem, star, by_latency=False)[0])
+    plan = plan_of(problem, "duplex", star, after_pushes(cuts))
+    follower = Resegmenter.of(problem, plan)
+    assert follower is not None
+    for seen in crossing([shown(problem, plan, step, OVERHEAD_S) for step in range(4)], "s"):
+        follower.add(1.0, seen)
+    found = follower.cut_anew()
+    assert found is not None
+    assert cuts_of(found.plan) == Cuts((12,), (12,))
+    assert not found.plan.servers[0].as_aggregated
+
+
+def test_no_step_is_longer_than_that_of_a_worker_as_slow_as_the_slowest_in_everything() -> None:
+    for number in range(60):
+        r, workers = random.Random(number), unlike(3, number)
+        layers = workers[0].pull.layers
+        pull, push = ((*sorted(r.sample(range(1, layers), r.randrange(layers))), layers) for _ in range(2))
+        planned = DuplexCuts(Cuts(pull, push), tuple(r.sample(range(len(pull)), len(pull))))
+        assert duplex_step_ns(workers, [planned] * 3) <= duplex_step_ns([slowest(workers)], [planned])
+        assert slowest(workers[:1]) is workers[0]
+
+
+def test_only_plans_over_one_server_are_followed() -> None:
     problem = on_a_star(2, mbit=5)
-    for strategy in ("duplex", "weighted_data_parallel"):
-        assert Resegmenter.of(problem, make_plan(problem, strategy)) is None
-    for strategy in ("sequential", "ibatch", "dynacomm"):
+    assert Resegmenter.of(problem, make_plan(problem, "weighted_data_parallel")) is None
+    for strategy in ("sequential", "ibatch", "dynacomm", "duplex"):
         assert Resegmenter.of(problem, make_plan(problem, strategy)) is not None
 
 

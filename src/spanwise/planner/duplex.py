@@ -22,10 +22,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
 
 from spanwise.core.errors import InputError, PlanError
-from spanwise.planner.segments import Chain, Cuts, Ends, Exchange, best_segments, check_ends, remaining
+from spanwise.planner.segments import Chain, Cuts, Ends, Exchange, best_segments, check_ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ class Way:
     @classmethod
     def of(cls, chain: Chain) -> Way:
         """The sums of a chain."""
-        return cls((0, *accumulate(chain.message_ns)), remaining(chain.compute_ns), chain.overhead_ns)
+        return cls(chain.sent_ns, chain.left_ns, chain.overhead_ns)
 
     def messages_ns(self, ends: Ends) -> list[int]:
         """Nanoseconds of the message of every segment."""

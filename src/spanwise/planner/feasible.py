@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import pairwise, permutations
 
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.model import ModelGraph
@@ -169,7 +169,9 @@ def _routes(problem: Problem, plan: Plan) -> set[tuple[str, str]]:
     pairs = _meeting(held, plan.stages[0].row_ranges())
     if problem.graph.label_row_bytes:
         pairs |= _meeting(held, plan.stages[-1].row_ranges())
-    for before, after in zip(plan.stages, plan.stages[1:], strict=False):
+    for before, after in pairwise(plan.stages):
+        if before.replicas == after.replicas:
+            continue  # all rows stay where they are
         forth = _meeting(before.row_ranges(), after.row_ranges())
         pairs |= forth | {(b, a) for a, b in forth}
     for sync in plan.syncs:

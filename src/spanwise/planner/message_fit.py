@@ -42,14 +42,18 @@ class MessageFit:
 
 
 def fit_messages(messages: Sequence[Message], believed_overhead_s: float = 0.0) -> MessageFit | None:
-    """The fit to messages of one link and direction; None without a message that took any time.
+    """The fit to messages of one link and direction; None without one that has bytes and a finite time.
 
     Iteratively reweighted least squares of relative residuals with Tukey's bisquare (Holland and Welsch,
     Communications in Statistics A6, 1977), begun at the median slope of pairs far apart in size (Theil's
     incomplete method, 1950). An overhead below zero is none. Where the sizes do not tell, it is the
     believed one and only the rate is fitted.
     """
-    seen = [Message(m.nbytes, max(m.seconds, SHORTEST_S)) for m in messages if m.nbytes > 0]
+    seen = [
+        Message(m.nbytes, max(m.seconds, SHORTEST_S))
+        for m in messages
+        if m.nbytes > 0 and math.isfinite(m.seconds)
+    ]
     if not seen:
         return None
     line = _robust_line(seen) if len(seen) >= LEAST_MESSAGES else None

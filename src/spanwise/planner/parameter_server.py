@@ -57,10 +57,20 @@ class Choice:
     order: tuple[int, ...]
     as_aggregated: bool
 
+    @property
+    def messages(self) -> int:
+        """Of each device in a step, both ways."""
+        return len(self.cuts.pull) + len(self.cuts.push)
+
 
 def after_pushes(cuts: Cuts) -> Choice:
     """Pulls from the first layers on, when all pushes have ended."""
     return Choice(cuts, tuple(range(len(cuts.pull))), as_aggregated=False)
+
+
+def aggregated(planned: DuplexCuts) -> Choice:
+    """Pulls as soon as their layers are aggregated, in the planned order."""
+    return Choice(planned.cuts, planned.order, as_aggregated=True)
 
 
 def over_server(problem: Problem, name: str) -> Plan:
@@ -83,7 +93,7 @@ def over_server(problem: Problem, name: str) -> Plan:
         except InfeasibleError as error:
             reasons.append(error)
             continue
-        found.append((entry, max(_step_ns(worker, choice) for worker in late)))
+        found.append((entry, max(choice_ns([worker], choice) for worker in late)))
     if not found:
         raise closest(reasons)
     most = (1 + ABOUT) * min(entry.price_s * entry.handicap for entry, _ in found)
@@ -200,7 +210,7 @@ def _choices(problem: Problem, star: Star, name: str) -> Iterator[Choice]:
         if problem.job.clip_norm is None:  # the norm of all gradients comes before any update
             alone = kinds if len(kinds) > 1 else ()
             found = [*duplex(workers).workers, *(duplex([kind]).workers[0] for kind in alone)]
-            yield from map(_aggregated, dict.fromkeys(found))
+            yield from map(aggregated, dict.fromkeys(found))
 
 
 def _kinds(workers: Sequence[Exchange]) -> list[Exchange]:
@@ -217,15 +227,11 @@ def _late(exchange: Exchange) -> Exchange:
     return replace(exchange, pull=pull, push=push)
 
 
-def _step_ns(worker: Exchange, choice: Choice) -> int:
-    """Of a step by formula, with one worker."""
+def choice_ns(workers: Sequence[Exchange], choice: Choice) -> int:
+    """Of a step of workers with the same segments, by formula."""
     if choice.as_aggregated:
-        return duplex_step_ns([worker], [DuplexCuts(choice.cuts, choice.order)])
-    return step_ns(worker, choice.cuts)
-
-
-def _aggregated(planned: DuplexCuts) -> Choice:
-    return Choice(planned.cuts, planned.order, as_aggregated=True)
+        return duplex_step_ns(workers, (DuplexCuts(choice.cuts, choice.order),) * len(workers))
+    return max(step_ns(worker, choice.cuts) for worker in workers)
 
 
 def _alone_ns(exchange: Exchange) -> int:

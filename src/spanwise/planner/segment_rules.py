@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from itertools import accumulate
 
-from spanwise.planner.segments import Chain, Cuts, Ends, Exchange, best_segments, makespan_ns, remaining
+from spanwise.planner.segments import Chain, Cuts, Ends, Exchange, best_segments, makespan_ns
 
 FIRST_BUCKET_BYTES = 2**20
 BUCKET_BYTES = 25 * 2**20
@@ -101,8 +100,7 @@ def _rising(ends: Iterable[int]) -> Ends:
 
 def _greedy_batches(chain: Chain) -> Ends:
     """The best of the greedy batches over all first ones."""
-    sent = (0, *accumulate(chain.message_ns))
-    left = remaining(chain.compute_ns)
+    sent, left = chain.sent_ns, chain.left_ns
     found: list[Ends] = []
     for first in range(1, chain.layers + 1):
         ends = [0, first]
@@ -116,7 +114,7 @@ def _greedy_batches(chain: Chain) -> Ends:
 
 def _merged(chain: Chain) -> Ends:
     """Layers from the last to the first, each merged with the one before it or cut from it."""
-    left = remaining(chain.compute_ns)
+    left = chain.left_ns
     last = chain.layers - 1
     start, held = left[last], chain.message_ns[last]
     ends = [chain.layers]

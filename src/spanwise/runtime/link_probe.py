@@ -9,7 +9,7 @@ import torch
 from spanwise.runtime.transport import Transport
 
 PROBE_SIZES = (1_000, 1_000, 1_000, 1_000, 1_000, 1_000_000, 1_000_000, 1_000_000)
-_TAG = 2**27 - 1000  # far above the tags of training steps
+_TAG = 2**27 - 1000  # above the tags of training steps (``tags.py``)
 TIMEOUT_S = 30.0
 
 

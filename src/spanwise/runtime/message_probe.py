@@ -11,7 +11,7 @@ from torch import nn
 from spanwise.runtime.outbox import Outbox
 from spanwise.runtime.transport import Transport
 
-_TAG = 2**27 - 100_000  # far above the tags of training steps, below those of the link probe
+_TAG = 2**27 - 100_000  # above the tags of training steps (``tags.py``), below those of the link probe
 _COUNT = 20
 # About the least and the most that a few rows of activations have; thin links must carry them soon, too.
 _BYTES = (16 * 1024, 256 * 1024)

@@ -21,9 +21,10 @@ from spanwise.core.plan import Plan
 from spanwise.lowering import Move, buffer_holders, move_bytes
 from spanwise.runtime.device_run import Assignment, DeviceRun, Snapshot
 from spanwise.runtime.feed import Rows
+from spanwise.runtime.tags import STEP_TAGS
 from spanwise.runtime.transport import Pending, Transport
 
-_TAG = 2**27 - 1_000_000  # far above the tags of training steps, below those of the probes
+_TAG = STEP_TAGS  # above those of training steps, below those of the probes
 _PIECE_BYTES = 8 * 2**20  # each has the deadline of a transfer
 _MOST_COPIES = 8  # of a parameter in the state of any optimizer
 _SLACK_BYTES = 2**20  # names, shapes, learning rates

@@ -9,10 +9,16 @@ from spanwise.core.program import Program
 from spanwise.cost.sparse import chain_pieces
 from spanwise.runtime.collectives import ring_tags
 
+STEP_TAGS = 2**27 - 1_000_000  # numbers of messages of steps; those of moves and probes come after them
+
 
 @dataclass(frozen=True)
 class Tags:
-    """Numbers for every message of a step, the same on all devices, none used twice in two steps."""
+    """Numbers for every message of a step, the same on all devices.
+
+    They come again when all of ``STEP_TAGS`` have been used, after many thousand steps. All messages of a
+    step are done by its end or that of the next, so no two that are under way have the same one.
+    """
 
     transfers: int
     rings: tuple[tuple[int, ...], ...]
@@ -22,7 +28,7 @@ class Tags:
 
     def tag(self, step: int, number: int) -> int:
         """Of a numbered message in a step."""
-        return step * self.stride + number
+        return step % (STEP_TAGS // self.stride) * self.stride + number
 
     @classmethod
     def of(cls, program: Program) -> Tags:
