@@ -117,6 +117,46 @@ def test_errors_of_the_simulation_for_every_plan_bring_no_changes() -> None:
     assert adapter.records == []
 
 
+def test_what_no_step_time_bears_out_starts_no_search() -> None:
+    """A device and a link look other than before, as on a processor that comes in portions; steps do not."""
+    task = problem()
+    adapter = start(task)
+    step = drive(adapter, task, task.profile, 0, 8)
+    device = adapter.plan.stages[0].devices[0]
+    odd = thinner(slower(task.profile, device, 0.4), CLUSTER, PIPE, 4.0)
+    usual_s, _ = shown(task, adapter.plan, task.profile)
+    _, seen = shown(task, adapter.plan, odd)
+    assert [adapter.observe(step + i, usual_s, seen, float(step + i)) for i in range(10)] == [None] * 10
+    # For long: a device that is faster for good. At once: a link that shows it both ways.
+    assert any(adapter.observe(step + i, usual_s, seen, float(step + i)) for i in range(10, 14))
+    adapter = start(task)
+    step = drive(adapter, task, task.profile, 0, 8)
+    both = thinner(task.profile, CLUSTER, [*PIPE, *((b, a) for a, b in PIPE)], 4.0)
+    _, seen = shown(task, adapter.plan, both)
+    assert isinstance(
+        [adapter.observe(step + i, usual_s, seen, float(step + i)) for i in range(2)][-1], Search
+    )
+
+
+def test_of_what_seems_to_have_moved_as_little_counts_as_explains_the_step() -> None:
+    task = problem()
+    adapter = start(task)
+    slow = max(adapter.plan.stages[-1].replicas, key=lambda r: r.rows).device
+    other = next(d for d in adapter.plan.devices if d != slow)
+    step = drive(adapter, task, task.profile, 0, 8)
+    step_s, _ = shown(task, adapter.plan, slower(task.profile, slow, 2.5))
+    _, seen = shown(task, adapter.plan, slower(slower(task.profile, slow, 2.5), other, 0.5))
+    wanted = None
+    while wanted is None:
+        wanted = adapter.observe(step, step_s, seen, float(step))
+        step += 1
+    assert isinstance(wanted, Search)
+    before = {entry.device: entry.factor for entry in task.profile.devices}
+    now = {entry.device: entry.factor / before[entry.device] for entry in wanted.problem.profile.devices}
+    assert now.pop(slow) == pytest.approx(2.5, rel=0.1)
+    assert set(now.values()) == {1.0}
+
+
 def test_a_change_is_held_and_judged_even_if_much_moves_meanwhile() -> None:
     """A device that is now slow, now fast: not every turn of it is worth a change of plan."""
     task = problem()

@@ -7,6 +7,7 @@ follow the bandwidth, is that of SpanTrain (Big Data Research 2025).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -33,6 +34,7 @@ BAN_STEPS = 50  # an undone plan is not tried again for so long, twice as long t
 SETTLE_STEPS = 2  # at the start and after a change: first passes grow heaps and connections
 SETUP_S = 0.2  # of a change, until one was measured
 REFITS = 2  # times that estimates are held against a simulation on themselves
+MOST_CAUSES, EXPLAINED = 3, 0.06  # of a changed step time; what may be left of it, as a logarithm
 SEARCH_SHARE = 0.2  # of the time may go to searching, unless something has moved far
 
 
@@ -286,11 +288,33 @@ class Adapter:
         return self._bans.get(shape(plan), (0, 0))[0] > step
 
     def _fitted(self) -> Profile:
-        """The numbers as the last steps show them."""
+        """The numbers as the last steps show them, as far as step times bear them out."""
         profile = self._estimator.fitted()
         for _ in range(REFITS):
             profile = self._estimator.again(profile, self._expected(profile)).fitted()
-        return profile
+        return self._explained(profile)
+
+    def _explained(self, fitted: Profile) -> Profile:
+        """With what is sure, and of the rest as little as explains how long steps take now."""
+        causes = self._estimator.causes(fitted)
+        taken = [cause for cause in causes if cause.sure]
+        left = [cause for cause in causes if not cause.sure]
+        error = self._error(self._estimator.under(taken))
+        for _ in range(MOST_CAUSES):
+            if not left or error < EXPLAINED:
+                break
+            errors = [self._error(self._estimator.under([*taken, cause])) for cause in left]
+            least = min(errors)
+            if error - least < EXPLAINED / 2:
+                break
+            error = least
+            taken.append(left.pop(errors.index(least)))
+        return self._estimator.under(taken)
+
+    def _error(self, profile: Profile) -> float:
+        """How far steps are from what these numbers make of them: the logarithm of the ratio, unsigned."""
+        expected_s = self._expected(profile).step_s * self._bias * self._estimator.usual_step
+        return abs(math.log(self._pace_s / expected_s)) if expected_s else math.inf
 
     def _follow(self, profile: Profile, usual: Mapping[str | Link, float] | None = None) -> Estimator:
         """Follows the plan that runs, against these numbers and what it has shown to be usual, if it has."""

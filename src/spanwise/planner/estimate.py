@@ -27,6 +27,8 @@ STEP_BAND = 1.15  # measured over predicted step time
 DEVICE_BAND = 1.15
 LINK_BAND = 1.2
 BIG = 1.5  # beyond this the shorter time is enough
+LASTING, LASTING_S = 12, 5.0  # what of a device is sure although steps take as long as before
+ALIKE = 1.4  # both directions between two sites, if they have moved together
 CALM_WEIGHT = 0.3  # of the newest step in the smoothed ratio
 # What a plan's first steps may be off a simulation by without anything having moved. Of links more, as two
 # messages that meet on a pipe in one of both and not in the other are twice as slow.
@@ -39,6 +41,18 @@ class Drift:
 
     big: bool
     conditions: bool
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A device, or the links between two sites, with the numbers that it seems to have now.
+
+    ``sure``: whether it needs no step time to bear it out.
+    """
+
+    devices: tuple[DeviceTimes, ...]
+    links: tuple[LinkTimes, ...]
+    sure: bool
 
 
 def newest(entries: Sequence[tuple[float, T]], steps: int, seconds: float) -> list[T]:
@@ -78,6 +92,11 @@ class Tracker:
     def moved(self) -> bool:
         """Whether the newest steps are out of the band, all to the same side."""
         return self.big or self._beyond(self._band, self._long)
+
+    @property
+    def lasting(self) -> bool:
+        """Whether they have been far out to the same side for long."""
+        return self._beyond(BIG, newest(self._last, LASTING, LASTING_S))
 
     @property
     def ratio(self) -> float:
@@ -205,11 +224,68 @@ class Estimator:
         return frozenset(self.pipe(link) for link in self._shown)
 
     def drift(self) -> Drift | None:
-        """Whether something has moved."""
+        """Whether something has moved that matters: step times show it, or it is sure by itself.
+
+        A processor that comes in portions does single messages and short computes now at once, now a portion
+        later, so some device or link always seems to have moved. Steps take as long as before if it has not.
+        """
         trackers = [*self._devices.values(), *self._links.values()]
-        if any(tracker.moved for tracker in trackers):
-            return Drift(any(tracker.big for tracker in trackers), conditions=True)
-        return Drift(self._step.big, conditions=False) if self._step.moved else None
+        sure = any(map(self._sure_device, self._devices)) or any(map(self._sure_link, self._links))
+        if not self._step.moved and not sure:
+            return None
+        big = self._step.big or any(tracker.big for tracker in trackers)
+        return Drift(big, conditions=sure or any(tracker.moved for tracker in trackers))
+
+    def _sure_device(self, device: str) -> bool:
+        tracker = self._devices.get(device)
+        return tracker is not None and tracker.lasting
+
+    def _sure_link(self, link: Link) -> bool:
+        """A probe shows it, or messages of both directions between two sites show it alike."""
+        tracker, back = self._links.get(link), self._links.get((link[1], link[0]))
+        if tracker is None or not tracker.moved:
+            return False
+        if link not in self._shown:
+            return True
+        if back is None or not self.pipe(link).startswith("link:") or not (tracker.big and back.big):
+            return False
+        return max(tracker.ratio, back.ratio) < ALIKE * min(tracker.ratio, back.ratio)
+
+    def causes(self, fitted: Profile) -> list[Cause]:
+        """What is out of the band in a fitted profile, one device or pair of sites apart from the other."""
+        old = {entry.device: entry.factor for entry in self.profile.devices}
+        found = [
+            Cause((entry,), (), self._sure_device(entry.device))
+            for entry in fitted.devices
+            if _out(entry.factor / old[entry.device], DEVICE_BAND)
+        ]
+        pairs: dict[tuple[str, ...], list[LinkTimes]] = {}
+        for entry in fitted.links:
+            link = (entry.source, entry.target)
+            if _out(entry.bandwidth_bytes_per_s / self.rate(link), LINK_BAND):
+                ends = tuple(sorted(self.pipe(link).partition(":")[2].split(">")))
+                pairs.setdefault(ends, []).append(entry)
+        for links in pairs.values():
+            sure = any(self._sure_link((entry.source, entry.target)) for entry in links)
+            found.append(Cause((), tuple(links), sure))
+        return found
+
+    def under(self, causes: Sequence[Cause]) -> Profile:
+        """The numbers believed so far, but for these."""
+        devices = {entry.device: entry for cause in causes for entry in cause.devices}
+        links = {(entry.source, entry.target): entry for entry in self.profile.links}
+        links |= {(entry.source, entry.target): entry for cause in causes for entry in cause.links}
+        return self.profile.model_copy(
+            update={
+                "devices": tuple(devices.get(entry.device, entry) for entry in self.profile.devices),
+                "links": tuple(links.values()),
+            }
+        )
+
+    @property
+    def usual_step(self) -> float:
+        """Measured over expected step time in the first steps; 1 until it is known."""
+        return self._usual_step.ratio or 1.0
 
     def changes(self, profile: Profile) -> str:
         """What of the devices and links that were seen is out of the band in a fitted profile, in words."""
