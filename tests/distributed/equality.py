@@ -124,7 +124,8 @@ def halved(rng: random.Random, stages: Sequence[Stage], micro_batches: int) -> l
     hops = [[Hop(rng.random(), rng.random()) for _ in stages[1:]] for _ in range(2)]
     ahead = [stage.warmup for stage in stages]
     kept = [depth + rng.randint(0, 2) for depth in ahead]
-    orders = zero_bubble(micro_batches, seconds, *hops, ahead=ahead, kept=kept)
+    together = rng.choice([1, 2, micro_batches])
+    orders = zero_bubble(micro_batches, seconds, *hops, ahead=ahead, kept=kept, together=together)
     return [s.model_copy(update={"order": order_text(o)}) for s, o in zip(stages, orders, strict=True)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ALL, BATCH_STATISTICS, GPT, MLP
+from cases import ALL, BATCH_STATISTICS, GPT, GPT2, MLP
 from equality import (
     Case,
     assignment,
@@ -21,6 +21,8 @@ from equality import (
 
 from spanwise.core.plan import Plan, Replica, Stage, Wire
 from spanwise.core.precision import Precision
+from spanwise.cost.halves import portions
+from spanwise.runtime import executor
 from spanwise.runtime.device_run import Snapshot
 from spanwise.runtime.processes import ProcessSession, WorkerPool
 from spanwise.runtime.session import StepReport
@@ -113,6 +115,31 @@ def test_replicas_end_with_the_same_bits(pool: WorkerPool) -> None:
     session.close()
     for name, tensor in states[0].items():
         assert all(torch.equal(tensor, other[name]) for other in states[1:])
+
+
+@pytest.mark.parametrize("case", [MLP, GPT2], ids=lambda case: case.name)
+def test_weight_halves_at_once_equal_plain_pytorch(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in parts, for sums in segments, and with layers run again; a weight tied over both stages.
+
+    The layers of the second model are too small for it, and are made to.
+    """
+    _, source = of(case)
+    graph, half = source.graph, len(source.graph) // 2
+    both, others = (tuple(Replica(device=d, rows=1) for d in pair) for pair in ("ab", "cd"))
+    order = "F0 F1 F2 I0 I1 W0 W1 I2 F3 F4 F5 I3 I4 I5 W2 W3 W4 W5"
+    stages = (
+        Stage(start=0, stop=half, replicas=both, warmup=3, order=order, recompute=((1, half),)),
+        Stage(start=half, stop=len(graph), replicas=others, warmup=3, order=order),
+    )
+    plan = plan_of(graph, stages, both, 6, "zero_bubble", 2)
+    work = [a for a in assignment(case, source, plan).program.devices["a"] if a.at_once > 1]
+    assert {(a.at_once, a.layers is not None) for a in work} == {(2, False), (4, True)}
+    if case is GPT2:
+        monkeypatch.setattr(executor, "portions", lambda _layer, _rows, count: (1, count - 1))
+    else:
+        assert (4,) in {portions(layer, 1, 4) for layer in graph.layers}
+    found, reports = on_threads(case, plan)
+    assert difference(case, plan, found, [r.loss for r in reports]) < 1e-10
 
 
 @pytest.mark.parametrize("seed", range(4))

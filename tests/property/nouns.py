@@ -221,7 +221,7 @@ actions = st.one_of(
     st.builds(action, st.sampled_from(COMPUTE), stage=stages, micro_batch=stages,
               rows=ranges),
     st.builds(action, st.just("backward_weight"), stage=stages, micro_batch=stages, rows=ranges,
-              layers=ranges),
+              layers=st.none() | ranges, at_once=st.integers(1, 9)),
     st.builds(action, st.sampled_from(["send", "recv"]), stage=st.just(-1) | stages, micro_batch=stages,
               rows=ranges, payload=st.sampled_from(get_args(RowPayload)), peer=ids, transfer=counts,
               nbytes=counts),

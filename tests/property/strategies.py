@@ -188,7 +188,9 @@ def plans(draw: st.DrawFn, graph: ModelGraph, cluster: Cluster) -> Plan:
         seconds = [draw(st.builds(StageSeconds, SECONDS, SECONDS, SECONDS)) for _ in stages]
         hops = [draw(st.builds(Hop, SECONDS, SECONDS)) for _ in stages[1:]]
         kept = [warmup + draw(st.integers(0, 3)) for warmup in warmups]
-        orders = zero_bubble(micro_batches, seconds, hops, hops, ahead=warmups, kept=kept)
+        orders = zero_bubble(
+            micro_batches, seconds, hops, hops, ahead=warmups, kept=kept, together=draw(st.integers(1, 3))
+        )
         stages = tuple(
             stage.model_copy(update={"order": order_text(order)})
             for stage, order in zip(stages, orders, strict=True)

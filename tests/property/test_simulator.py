@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise
 
+import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from strategies import Case, cases
 
 from spanwise.core.errors import PlanError
 from spanwise.core.order import Kept
-from spanwise.core.profile import Profile
-from spanwise.core.program import Program
+from spanwise.core.program import Action, Program
 from spanwise.core.timeline import Timeline
+from spanwise.cost.halves import portions
 from spanwise.cost.training import again_s, kept_bytes, ring_edge_bytes, stage_bytes
 from spanwise.lowering import check, lower
 from spanwise.planner import feasible
@@ -56,14 +58,23 @@ def sent_bytes(program: Program) -> dict[tuple[str, str], float]:
     return out
 
 
-def seconds(profile: Profile, kind: str, device: str, start: int, stop: int, rows: int) -> float:
-    match kind:
+def seconds(case: Case, action: Action, device: str) -> float:
+    """The definition: of weight halves, each portion as one micro-batch of as many rows."""
+    profile, stage, rows = case.profile, case.plan.stages[action.stage], action.rows[1] - action.rows[0]
+    start, stop = action.layers or (stage.start, stage.stop)
+    match action.kind:
         case "forward":
             return profile.forward_s(device, start, stop, rows)
         case "backward":
             return profile.backward_s(device, start, stop, rows)
+        case "backward_input":
+            return profile.halves_s(device, start, stop, rows)[0]
         case _:
-            return profile.halves_s(device, start, stop, rows)[kind == "backward_weight"]
+            return sum(
+                profile.halves_s(device, layer, layer + 1, size * rows)[1]
+                for layer in range(start, stop)
+                for size in portions(case.graph.layers[layer], rows, action.at_once)
+            )
 
 
 def compute_s(case: Case, program: Program) -> dict[str, float]:
@@ -77,8 +88,7 @@ def compute_s(case: Case, program: Program) -> dict[str, float]:
             rows = action.rows[1] - action.rows[0]
             if action.kind in COMPUTE:
                 stage = case.plan.stages[action.stage]
-                layers = action.layers or (stage.start, stage.stop)
-                total += seconds(case.profile, action.kind, device, *layers, rows)
+                total += seconds(case, action, device)
                 if action.kind in ("backward", "backward_input"):
                     total += again_s(case.profile, stage, device, rows)
             elif action.kind in ("send", "recv"):
@@ -104,6 +114,7 @@ def test_what_holds_of_every_run(case: Case) -> None:
     """Every rule on every case: to make and lower a case takes longer than to run it."""
     program = lowered(case)
     it_ends_and_every_step_does_the_same_work(case, program)
+    no_micro_batch_may_miss_its_weight_half(case, program)
     two = run(case, program, steps=2)
     no_lane_does_two_things_at_once(two)
     nothing_is_faster_than_it_can_be(case, program)
@@ -127,6 +138,21 @@ def it_ends_and_every_step_does_the_same_work(case: Case, program: Program) -> N
     sends = [a for actions in program.devices.values() for a in actions if a.kind == "send"]
     moved = [s for s in timeline.spans if ">" in s.lane and s.kind != "reduce"]
     assert len(moved) == 3 * len(sends)
+
+
+def no_micro_batch_may_miss_its_weight_half(case: Case, program: Program) -> None:
+    """Negative control of the check: weight halves that are done at once, without one of them."""
+    for device, actions in program.devices.items():
+        for at, action in enumerate(actions):
+            if action.at_once > 1:
+                for fewer in (
+                    action._replace(at_once=action.at_once - 1),
+                    action._replace(micro_batch=action.micro_batch + 1, at_once=action.at_once - 1),
+                ):
+                    changed = {**program.devices, device: (*actions[:at], fewer, *actions[at + 1 :])}
+                    with pytest.raises(PlanError, match="weight half"):
+                        check(replace(program, devices=changed), case.plan, case.graph)
+                return
 
 
 def no_lane_does_two_things_at_once(timeline: Timeline) -> None:

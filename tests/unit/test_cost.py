@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from plan_cases import chain
 from spanwise.core.job import Recipe
+from spanwise.core.model import Parameter
+from spanwise.cost import halves
 from spanwise.cost import training as cost
 
 
@@ -106,3 +110,26 @@ def test_what_layers_keep_that_run_again() -> None:
     )
     once = cost.kept_bytes(skipping, 0, 4, 5, ((1, 2), (2, 4)))
     assert once == save[0] + 5 * sum(spec.row_bytes for spec in outputs) + label
+
+
+@given(
+    weights=st.integers(0, 10_000),
+    kept=st.integers(0, 500),
+    rows=st.integers(1, 40),
+    count=st.integers(1, 40),
+)
+def test_weight_halves_at_once_in_even_portions_that_copy_no_more_than_the_weights(
+    weights: int, kept: int, rows: int, count: int
+) -> None:
+    (layer,) = chain(1).layers
+    parameters = (Parameter(name="w", shape=(1,), bytes=weights),)
+    layer = layer.model_copy(update={"parameters": parameters, "deferred_bytes": kept})
+    found = halves.portions(layer, rows, count)
+    assert sum(found) == count
+    assert max(found) - min(found) <= 1
+    copied = max(found) * rows * kept if max(found) > 1 else 0
+    graph = chain(1).model_copy(update={"layers": (layer,)})
+    assert copied <= halves.copied_bytes(graph, 0, 1, rows=rows, count=count) <= weights
+    most = halves.most_at_once(layer, rows)
+    assert most == 1 or most * rows * kept <= weights < (most + 1) * rows * kept
+    assert len(found) == -(-count // most)

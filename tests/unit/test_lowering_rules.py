@@ -85,15 +85,17 @@ def in_halves(*orders: str) -> Plan:
     return Plan.parse({**plan(GRAPH, *stages).to_data(), "stages": with_orders, "schedule": "zero_bubble"})
 
 
-HALVES = in_halves("F0 F1 I0 I1 W0 W1", "F0 I0 F1 W0 I1 W1")
+HALVES = in_halves("F0 F1 I0 W0 I1 W1", "F0 I0 F1 W0 I1 W1")
+JOINED = in_halves("F0 F1 I0 I1 W0 W1", "F0 I0 F1 W0 I1 W1")
 
 
 def test_gradients_leave_after_the_input_half_and_are_summed_after_the_last_weight_half() -> None:
     texts = {d: [str(a) for a in actions] for d, actions in lower(HALVES, GRAPH).devices.items()}
     assert texts["a"][-8:] == [
         "recv gradient s0 m0 [0:3) from c #4 48B", "backward_input s0 m0 [0:3)",
+        "backward_weight s0 m0 [0:3)",
         "recv gradient s0 m1 [0:3) from c #5 48B", "backward_input s0 m1 [0:3)",
-        "backward_weight s0 m0 [0:3)", "backward_weight s0 m1 [0:3)",
+        "backward_weight s0 m1 [0:3)",
         "reduce y0.0 12B over a,b", "step",
     ]  # fmt: skip
     at = texts["c"].index("backward_input s1 m0 [0:8)")
@@ -124,6 +126,50 @@ def test_gradients_leave_after_the_input_half_and_are_summed_after_the_last_weig
 def test_both_halves_of_every_backward_are_asked_for(old: str, new: str, why: str) -> None:
     with pytest.raises(PlanError, match=why):
         check(changed(lower(HALVES, GRAPH), "a", Action.parse(old), Action.parse(new)), HALVES, GRAPH)
+
+
+def test_weight_halves_next_to_each_other_are_one() -> None:
+    texts = [str(a) for a in lower(JOINED, GRAPH).devices["a"]]
+    assert texts[-4:] == [
+        "backward_input s0 m1 [0:3)", "backward_weight s0 m[0:2) [0:3)", "reduce y0.0 12B over a,b", "step",
+    ]  # fmt: skip
+
+
+def test_weight_halves_at_once_go_in_parts_if_the_last_micro_batch_is_among_them() -> None:
+    """Parameters of layers 0 and 1 have 4 and 8 bytes: two segments."""
+    syncs = tuple(sync.model_copy(update={"ends": (1, 2)}) for sync in JOINED.syncs)
+    found = JOINED.model_copy(update={"syncs": syncs})
+    texts = [str(a) for a in lower(found, GRAPH).devices["b"]]
+    assert texts[-5:] == [
+        "backward_weight s0 m[0:2) [3:8) layers [1:2)", "reduce y0.1 8B over a,b",
+        "backward_weight s0 m[0:2) [3:8) layers [0:1)", "reduce y0.0 4B over a,b", "step",
+    ]  # fmt: skip
+    program = lower(found, GRAPH)
+    old = Action.parse("backward_weight s0 m[0:2) [3:8) layers [0:1)")
+    with pytest.raises(PlanError, match=r"'backward_input s0 m1 .*' on b has no weight half"):
+        check(changed(program, "b", old, old._replace(at_once=1)), found, GRAPH)
+
+
+@pytest.mark.parametrize(
+    ("new", "why"),
+    [
+        ("m0", "'backward_input s0 m1 .*' on a has no weight half"),
+        ("m1", "'backward_input s0 m0 .*' on a has no weight half"),
+        ("m[0:3)", "does not go on where its backward is, of micro-batch 2"),
+        ("m[1:3)", "does not go on where its backward is, of micro-batch 2"),
+    ],
+)
+def test_weight_halves_at_once_leave_no_micro_batch_out_and_add_none(new: str, why: str) -> None:
+    old = Action.parse("backward_weight s0 m[0:2) [0:3)")
+    wrong = changed(lower(JOINED, GRAPH), "a", old, Action.parse(f"backward_weight s0 {new} [0:3)"))
+    with pytest.raises(PlanError, match=why):
+        check(wrong, JOINED, GRAPH)
+
+
+def test_only_weight_halves_are_done_at_once() -> None:
+    old = Action.parse("backward_input s0 m1 [0:3)")
+    with pytest.raises(PlanError, match=r"is '.*' in the plan|is done twice|stands in the wrong place"):
+        check(changed(lower(HALVES, GRAPH), "a", old, old._replace(at_once=2)), HALVES, GRAPH)
 
 
 def test_a_weight_half_follows_its_input_half() -> None:

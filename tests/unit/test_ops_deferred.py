@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from spanwise.ops.deferred import Deferred, linear
+from spanwise.ops.deferred import Deferred, deferrable, linear, run_together
 from spanwise.ops.stage_module import StageModule
 from spanwise.profiler.trace import Traced, trace
 
@@ -122,6 +125,85 @@ def test_both_halves_are_the_whole_backward(name: str) -> None:
     for key, gradient in expected.items():
         assert torch.allclose(halves[key], gradient, rtol=0, atol=1e-12), key
     assert all(torch.equal(value, after[key]) for key, value in found.buffers.items())
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that run within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def several(name: str, rows: tuple[int, ...]) -> tuple[Traced, list[Deferred], dict[str, Tensor]]:
+    """Micro-batches of these rows after their input halves; the gradients of whole backwards."""
+    found, stage, ((x,), (y,)) = whole(name)
+    data = [((x[:count].flip(0),), (y[:count],)) for count in rows]
+    for number, each in enumerate(data):
+        torch.manual_seed(number)
+        stage(*each)[0].backward()
+    expected = taken(found)
+    waiting = [Deferred() for _ in rows]
+    for number, (each, later) in enumerate(zip(data, waiting, strict=True)):
+        torch.manual_seed(number)
+        stage(*each, later)[0].backward()
+    return found, waiting, expected
+
+
+@pytest.mark.parametrize("sizes", [(4,), (1, 3), (2, 2), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_weight_halves_at_once_give_the_same_gradients(name: str, sizes: tuple[int, ...]) -> None:
+    """Four micro-batches of unlike rows, layer by layer in two parts; one product a portion."""
+    found, waiting, expected = several(name, (4, 3, 4, 2))
+    products = sum(deferrable(node) is not None for node in found.ops.nodes)
+    cut = len(found.graph) // 2
+    with Calls() as calls:
+        run_together(waiting, cut, None, portions=lambda _: sizes)
+        run_together(waiting, 0, cut, portions=lambda _: sizes)
+    made = taken(found)
+    assert made.keys() == expected.keys()
+    for key, gradient in expected.items():
+        assert torch.allclose(made[key], gradient, rtol=0, atol=1e-12), key
+    done = sum(calls.count[f"aten.{op}.default"] for op in ("convolution_backward", "mm", "addmm", "addmm_"))
+    assert 0 < done <= products * len(sizes)
+    assert all(later.layers == frozenset() for later in waiting)
+
+
+def test_a_micro_batch_left_out_shows() -> None:
+    """Negative control."""
+    found, waiting, expected = several("images", (4, 3, 4))
+    run_together(waiting[:2], portions=lambda _: (2,))
+    made = taken(found)
+    assert max(float((made[key] - gradient).abs().max()) for key, gradient in expected.items()) > 1e-3
+
+
+def test_products_of_unlike_shapes_are_not_one() -> None:
+    """Sequences of other lengths, and a weight used twice in one micro-batch but once in the other."""
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 5).double()
+    waiting, whole = [Deferred(), Deferred()], torch.zeros(5, 3, dtype=torch.float64)
+    for later, length, times in zip(waiting, (4, 6), (2, 1), strict=True):
+        for _ in range(times):
+            x = torch.randn(2, length, 3, dtype=torch.float64, requires_grad=True)
+            gradient = torch.randn(2, length, 5, dtype=torch.float64)
+            linear(later, 0, x, layer.weight, layer.bias).backward(gradient)
+            whole += torch.einsum("bti,btj->ij", gradient, x.detach())
+    run_together(waiting, portions=lambda _: (2,))
+    assert layer.weight.grad is not None
+    assert torch.allclose(layer.weight.grad, whole, rtol=0, atol=1e-12)
+
+
+def test_a_vector_has_no_rows_to_put_together() -> None:
+    layer, waiting = nn.Linear(3, 3), [Deferred(), Deferred()]
+    for later in waiting:
+        linear(later, 0, torch.ones(3, requires_grad=True), layer.weight).sum().backward()
+    run_together(waiting, portions=lambda _: (2,))
+    assert layer.weight.grad is not None
+    assert torch.equal(layer.weight.grad, torch.full((3, 3), 2.0))
 
 
 @pytest.mark.parametrize("name", CASES)

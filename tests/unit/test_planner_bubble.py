@@ -6,13 +6,15 @@ import pytest
 
 from planner_cases import make_graph, make_job, make_profile
 from spanwise.core.cluster import Cluster
+from spanwise.core.order import joined
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.planner import Problem, make_plan
-from spanwise.planner.bubble import zero_bubble_variants
+from spanwise.planner.bubble import FIRST, likely_variants, zero_bubble_variants
 from spanwise.planner.feasible import kept, memory_bytes
 from spanwise.planner.finish import halved, segmented
 from spanwise.planner.outline import Outline, Span
+from spanwise.planner.pace import pace_s
 from spanwise.planner.trial import priced, timeline
 
 LAYERS = 12
@@ -102,6 +104,72 @@ def test_memory_bounds_what_is_kept_until_the_weight_halves() -> None:
         most.append(sum(max(sum(k) for k in each) for each in kept_by_stage) // len(variants))
     assert most == sorted(most, reverse=True)
     assert most[0] > most[-1]
+
+
+def flat(memory: tuple[int, ...] = (2**30,) * 3, *, parameters: int = 2_000_000) -> Problem:
+    """Weight halves that take the same time whatever the rows; large weights, which join them."""
+    cluster = problem().cluster
+    devices = tuple(
+        device.model_copy(update={"memory_bytes": nbytes})
+        for device, nbytes in zip(cluster.devices, memory, strict=True)
+    )
+    cluster = cluster.model_copy(update={"devices": devices})
+    graph = make_graph(LAYERS, activation=2_000, parameters=parameters)
+    layers = tuple(layer.model_copy(update={"deferred_bytes": layer.saved_bytes}) for layer in graph.layers)
+    graph = graph.model_copy(update={"layers": layers})
+    profile = make_profile(graph, cluster)
+    (table,) = profile.tables
+    table = table.model_copy(
+        update={
+            "layers": tuple(
+                times.model_copy(
+                    update={
+                        "backward_input_s": tuple(b / 2 for b in times.backward_s),
+                        "backward_weight_s": (times.backward_s[2],) * len(table.rows),
+                    }
+                )
+                for times in table.layers
+            )
+        }
+    )
+    profile = profile.model_copy(update={"tables": (table,)})
+    return Problem(graph, profile, cluster, make_job(32))
+
+
+def most_at_once(plan: Plan) -> int:
+    return max(count for stage in plan.stages for _, count in joined(stage.ops))
+
+
+def test_weight_halves_are_done_at_once_where_that_pays() -> None:
+    """Held back on purpose; one by one, with the same model, they are not."""
+    found = flat()
+    plan = one_f_one_b(found)
+    joining, four, *rest = zero_bubble_variants(found, plan)
+    assert most_at_once(joining) > 4
+    assert timeline(found, joining).step_time_s < 0.9 * min(timeline(found, v).step_time_s for v in rest)
+    assert pace_s(found, joining) == pytest.approx(timeline(found, joining).step_time_s, rel=0.02)
+    best = halved(found, [plan])
+    assert timeline(found, best).step_time_s <= timeline(found, joining).step_time_s
+    assert best in (joining, four)
+    little = flat(parameters=20)  # copies would be larger than the weights
+    assert len([*likely_variants(little, one_f_one_b(little))]) == FIRST
+
+
+def test_weight_halves_at_once_keep_to_the_memory() -> None:
+    roomy = one_f_one_b(flat(), 16)
+    needed = memory_bytes(flat(), roomy.stages, "1f1b", roomy.micro_batches)
+    labels = 16 * 2 * 8  # that wait at the last stage come on top
+    counts: list[int] = []
+    for part in (2.0, 1.0):
+        found = flat(tuple(int(part * needed[device]) + labels for device in roomy.devices))
+        variants = list(likely_variants(found, one_f_one_b(found, 16)))
+        counts.append(most_at_once(variants[0]))
+        for variant in variants:
+            most = memory_bytes(found, variant.stages, variant.schedule, variant.micro_batches)
+            for use in timeline(found, variant).devices:
+                assert use.peak_memory_bytes <= most[use.device] + labels
+                assert most[use.device] <= found.cluster.device(use.device).memory_bytes
+    assert counts[0] > counts[1]
 
 
 def test_a_single_stage_waits_for_nobody() -> None:

@@ -24,6 +24,11 @@ FORMS = {
         "recv", -1, 1, (2, 5), payload="label", peer="b", transfer=0, nbytes=36
     ),
     "reduce y2.1 40B over a,b_1,c": Action("reduce", sync=2, segment=1, nbytes=40, members=("a", "b_1", "c")),
+    "backward_weight s2 m1 [2:5)": Action("backward_weight", 2, 1, (2, 5)),
+    "backward_weight s2 m[1:4) [2:5)": Action("backward_weight", 2, 1, (2, 5), at_once=3),
+    "backward_weight s2 m[1:4) [2:5) layers [6:8)": Action(
+        "backward_weight", 2, 1, (2, 5), layers=(6, 8), at_once=3
+    ),
     "norm over a,b": Action("norm", members=("a", "b")),
     "step": Action("step"),
 }
@@ -41,12 +46,19 @@ def test_text_form(text: str, action: Action) -> None:
         "", "steps", "forward s0 m1", "forward s0 m1 [0:8]", "forward s-1 m1 [0:8)", " step", "step ",
         "send tensor s0 m1 [2:5) to b #7 1200B", "send activation s0 m1 [2:5) to b 1200B",
         "send activation s0 m1 [2:5) to b #7 1200", "reduce y2 40B over a,b", "norm over", "load [0:4)",
+        "forward s0 m[1:3) [0:8)", "backward_input s0 m[1:3) [0:8)", "backward_weight s0 m[1:3] [0:8)",
         "send activation s0 m1 [2:5) from b #7 1200B", "recv activation s0 m1 [2:5) to b #7 1200B",
     ],
 )  # fmt: skip
 def test_what_is_not_an_action(text: str) -> None:
     with pytest.raises(PlanError, match="not an action; write it like 'forward s0 m1"):
         Action.parse(text)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_several_micro_batches_are_more_than_one(stop: int) -> None:
+    with pytest.raises(PlanError, match=rf"micro-batches \[1:{stop}\) are not several; write one like m1"):
+        Action.parse(f"backward_weight s0 m[1:{stop}) [0:8)")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spanwise.core.errors import PlanError
-from spanwise.core.order import Kept, Op, check_halves, kept_over, order_text, parse_order
+from spanwise.core.order import Kept, Op, check_halves, joined, kept_over, order_text, parse_order
 from spanwise.schedules import Hop, StageSeconds, one_f_one_b, zb_h1, zero_bubble
 
 NONE = Hop(0.0, 0.0)
@@ -82,16 +82,40 @@ def problems(draw: st.DrawFn) -> tuple[int, list[StageSeconds], list[Hop], list[
     return count, draw(times), draw(hops), draw(hops), draw(limits), draw(limits)
 
 
-@given(problems())
+@given(problems(), st.integers(1, 9), st.sampled_from((0.2, 1.0)))
 def test_any_order_is_complete_ends_and_keeps_to_its_limits(
     problem: tuple[int, list[StageSeconds], list[Hop], list[Hop], list[int], list[int]],
-) -> None:
+    together: int, part: float,
+) -> None:  # fmt: skip
+    """Also where each weight half after the first takes only a part of its time."""
     count, stages, forth, back, ahead, kept = problem
-    orders = zero_bubble(count, stages, forth, back, ahead=ahead, kept=kept)
+    several = [lambda n, s=s: s.weight_s * (1 + part * (n - 1)) for s in stages]
+    orders = zero_bubble(
+        count, stages, forth, back, ahead=ahead, kept=kept, together=together, joined_s=several
+    )
     for order, k1, k2 in zip(orders, ahead, kept, strict=True):
         check_halves(order, count)
         assert all(k.whole <= k1 and k.whole + k.halved <= k2 for k in kept_over(order))
     assert length(orders, HALVES) >= 3 * count
+
+
+def test_a_stage_that_is_always_busy_takes_weight_halves_when_it_must_and_then_many() -> None:
+    """The last of two stages, four times as slow: it keeps 4 micro-batches, and frees all places at once."""
+    slow = StageSeconds(4.0, 4.0, 4.0)
+    orders = zero_bubble(
+        8, [UNIFORM, slow], [NONE], [NONE], ahead=[4, 1], kept=[8, 4], together=8,
+        joined_s=[lambda n: float(n), lambda n: 3.0 + n],
+    )  # fmt: skip
+    assert order_text(orders[1]) == (
+        "F0 I0 F1 I1 F2 I2 F3 I3 W0 W1 W2 W3 F4 I4 F5 I5 F6 I6 F7 I7 W4 W5 W6 W7"
+    )
+
+
+def test_weight_halves_next_to_each_other_are_done_at_once() -> None:
+    found = [(str(op), count) for op, count in joined(parse_order("F0 F1 I0 W0 F2 I1 I2 W1 W2"))]
+    assert found == [
+        ("F0", 1), ("F1", 1), ("I0", 1), ("W0", 1), ("F2", 1), ("I1", 1), ("I2", 1), ("W1", 2),
+    ]  # fmt: skip
 
 
 @given(problems())

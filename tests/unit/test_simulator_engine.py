@@ -12,7 +12,7 @@ from spanwise.core.errors import InputError
 from spanwise.core.faults import Fault
 from spanwise.core.order import parse_order
 from spanwise.core.plan import ScheduleName
-from spanwise.core.profile import LayerTimes, LinkTimes
+from spanwise.core.profile import LayerTimes, LinkTimes, TimeTable
 from spanwise.core.program import Action, Program
 from spanwise.cost.training import ring_s
 from spanwise.lowering import lower
@@ -66,7 +66,33 @@ def test_between_the_halves_a_micro_batch_keeps_what_the_weight_half_needs() -> 
     plan = make(graph, [("a:1", 2)], sources="a:1", m=2)
     plan = in_halves(plan, (parse_order("F0 F1 I0 I1 W0 W1"),))
     timeline = run(plan, graph, times(graph, cluster), cluster, steps=1)
-    assert [point.bytes for point in timeline.memory] == [0, 100, 200, 130, 60, 30, 0]
+    assert [point.bytes for point in timeline.memory] == [0, 100, 200, 130, 60, 0]
+
+
+@pytest.mark.parametrize(("parameter_bytes", "at_once"), [(59, 1), (60, 2), (120, 4), (10_000, 4)])
+def test_weight_halves_at_once_take_as_long_as_one_of_all_their_rows(
+    parameter_bytes: int, at_once: int
+) -> None:
+    """F seconds whatever the rows: four micro-batches of a row take four times that, twice, or once.
+
+    As many are copied together as have no more bytes than the parameters.
+    """
+    (layer,) = chain(1, saved=100, parameter_bytes=parameter_bytes).layers
+    graph = chain(1).model_copy(update={"layers": (layer.model_copy(update={"deferred_bytes": 30}),)})
+    cluster = switch(1)
+    plan = make(graph, [("a:1", 4)], sources="a:1", m=4)
+    plan = in_halves(plan, (parse_order("F0 F1 F2 F3 I0 I1 I2 I3 W0 W1 W2 W3"),))
+    table = TimeTable(
+        rows=(1, 2),
+        layers=(LayerTimes(forward_s=(F,) * 2, backward_s=(2 * F,) * 2, backward_input_s=(B,) * 2,
+                           backward_weight_s=(F,) * 2),),
+    )  # fmt: skip
+    profile = times(graph, cluster).model_copy(update={"tables": (table,)})
+    timeline = run(plan, graph, profile, cluster, steps=1, copies=0)
+    assert timeline.step_time_s == pytest.approx(4 * F + 4 * B + 4 // at_once * F)
+    copied = 30 * at_once if at_once > 1 else 0
+    assert 4 * 30 + copied + 2 * parameter_bytes in [point.bytes for point in timeline.memory]
+    assert timeline.memory[-1].bytes == 2 * parameter_bytes
 
 
 def test_too_shallow_a_warm_up_costs_time() -> None:

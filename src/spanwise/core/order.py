@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from spanwise.core.errors import PlanError
@@ -23,7 +23,8 @@ class Op(NamedTuple):
     """A forward, a backward or half of one, of one micro-batch; prints as ``F0``, ``B0``, ``I0`` or ``W0``.
 
     The input half of a backward gives what the stage before waits for, the weight half the gradients of the
-    products' weights, which nobody waits for before the end of the step.
+    products' weights, which nobody waits for before the end of the step. Weight halves next to each other in
+    an order, ``W2 W3 W4``, are done at once.
     """
 
     kind: OpKind
@@ -31,6 +32,25 @@ class Op(NamedTuple):
 
     def __str__(self) -> str:
         return f"{_LETTERS[self.kind]}{self.micro_batch}"
+
+
+def joined(ops: Iterable[Op]) -> Iterator[tuple[Op, int]]:
+    """The order as it is done: with each entry over how many micro-batches.
+
+    Weight halves that follow each other are done at once; the entry is the first of them.
+    """
+    first: Op | None = None
+    count = 0
+    for op in ops:
+        if op.kind == "backward_weight":
+            first, count = first or op, count + 1
+            continue
+        if first is not None:
+            yield first, count
+            first, count = None, 0
+        yield op, 1
+    if first is not None:
+        yield first, count
 
 
 def order_text(ops: Iterable[Op]) -> str:

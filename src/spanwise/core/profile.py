@@ -53,7 +53,7 @@ class TimeTable(Noun):
         if list(self.rows) != sorted(set(self.rows)) or self.rows[0] < 1:
             raise InputError(f"profile: row counts {self.rows} must be positive and rise")
         for index, layer in enumerate(self.layers):
-            for values in (layer.forward_s, layer.backward_s, *_halves(layer)):
+            for values in (layer.forward_s, layer.backward_s, *halves_of(layer)):
                 if len(values) != len(self.rows) or min(values) < 0:
                     raise InputError(f"profile: layer {index} needs {len(self.rows)} times, none negative")
         return self
@@ -68,8 +68,12 @@ class TimeTable(Noun):
 
     def halves(self, layer: int, rows: int) -> tuple[float, float]:
         """Seconds of the input half and of the weight half of the backward pass of ``rows`` rows."""
-        into, weight = _halves(self.layers[layer])
+        into, weight = halves_of(self.layers[layer])
         return _interpolate(self.rows, into, rows), _interpolate(self.rows, weight, rows)
+
+    def weight(self, layer: int, rows: int) -> float:
+        """Seconds of the weight half alone."""
+        return _interpolate(self.rows, halves_of(self.layers[layer])[1], rows)
 
     def stretched(self, factors: Mapping[int, float]) -> TimeTable:
         """The table with times longer by factors known at some row counts.
@@ -98,7 +102,8 @@ def _stretched(layer: LayerTimes, by: tuple[float, ...]) -> LayerTimes:
     return layer.model_copy(update=times)
 
 
-def _halves(layer: LayerTimes) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def halves_of(layer: LayerTimes) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """By row count, seconds of both halves of a layer's backward."""
     if layer.backward_input_s is None or layer.backward_weight_s is None:
         half = tuple(seconds / 2 for seconds in layer.backward_s)
         return half, half

@@ -51,6 +51,7 @@ class Action(NamedTuple):
             first of a chain.
         stage: of compute; for activations and gradients the stage *before* the cut. -1 = none.
         micro_batch: index, -1 = none.
+        at_once: micro-batches, from ``micro_batch`` on, that a ``backward_weight`` is done for.
         rows: half-open range inside the micro-batch.
         layers: half-open range of a ``backward_weight`` that is done in parts; None = the whole stage.
         payload, peer, transfer, nbytes: of ``send`` and ``recv``; both ends carry the same transfer number.
@@ -74,6 +75,7 @@ class Action(NamedTuple):
     members: tuple[str, ...] = ()
     precision: Precision = "full"
     every: int = 1
+    at_once: int = 1
 
     def due(self, step: int) -> bool:
         """Whether it is done in a step."""
@@ -81,8 +83,17 @@ class Action(NamedTuple):
 
     @property
     def work(self) -> str:
-        """The kind of compute, with its layers if it is only a part: what takes the same time every time."""
-        return self.kind if self.layers is None else f"{self.kind} [{self.layers[0]}:{self.layers[1]})"
+        """The kind of compute, with its layers if it is only a part, and the number of micro-batches if there
+        are several: what takes the same time every time.
+        """
+        several = "" if self.at_once == 1 else f" of {self.at_once}"
+        part = "" if self.layers is None else f" [{self.layers[0]}:{self.layers[1]})"
+        return f"{self.kind}{several}{part}"
+
+    @property
+    def micro_batches(self) -> range:
+        """Of compute: those that it is done for."""
+        return range(self.micro_batch, self.micro_batch + self.at_once)
 
     @property
     def crosses(self) -> bool:
@@ -99,7 +110,10 @@ class Action(NamedTuple):
                 return f"load m{self.micro_batch} [{a}:{b})"
             case "forward" | "backward" | "backward_input" | "backward_weight":
                 part = "" if self.layers is None else f" layers [{self.layers[0]}:{self.layers[1]})"
-                return f"{self.kind} s{self.stage} m{self.micro_batch} [{a}:{b}){part}"
+                m = f"m{self.micro_batch}"
+                if self.at_once != 1:
+                    m = f"m[{self.micro_batch}:{self.micro_batch + self.at_once})"
+                return f"{self.kind} s{self.stage} {m} [{a}:{b}){part}"
             case "send" | "recv":
                 way = "to" if self.kind == "send" else "from"
                 stage = f"s{self.stage} " if self.stage >= 0 else ""
@@ -152,6 +166,18 @@ def _compute(m: re.Match[str]) -> Action:
     return Action(kind, stage=int(m["s"]), micro_batch=int(m["m"]), rows=_rows(m))
 
 
+def _weight(m: re.Match[str]) -> Action:
+    layers = None if m["c"] is None else (int(m["c"]), int(m["d"]))
+    if m["first"] is None:
+        return Action("backward_weight", int(m["s"]), int(m["m"]), _rows(m), layers)
+    first, stop = int(m["first"]), int(m["stop"])
+    if stop < first + 2:
+        raise PlanError(
+            f"action '{m.string}': micro-batches [{first}:{stop}) are not several; write one like m{first}"
+        )
+    return Action("backward_weight", int(m["s"]), first, _rows(m), layers, at_once=stop - first)
+
+
 def _move(m: re.Match[str]) -> Action:
     payload: Any = m["payload"]
     precision: Any = m["precision"] or "full"
@@ -188,12 +214,13 @@ def _broadcast(m: re.Match[str]) -> Action:
 
 
 _FORMS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Action]], ...] = (
-    (re.compile(rf"(?P<kind>forward|backward(?:_input|_weight)?) s(?P<s>\d+) m(?P<m>\d+) {_ROWS}"), _compute),
+    (re.compile(rf"(?P<kind>forward|backward(?:_input)?) s(?P<s>\d+) m(?P<m>\d+) {_ROWS}"), _compute),
     (
         re.compile(
-            rf"(?P<kind>backward_weight) s(?P<s>\d+) m(?P<m>\d+) {_ROWS} layers \[(?P<c>\d+):(?P<d>\d+)\)"
+            rf"backward_weight s(?P<s>\d+) m(?:(?P<m>\d+)|\[(?P<first>\d+):(?P<stop>\d+)\)) {_ROWS}"
+            r"(?: layers \[(?P<c>\d+):(?P<d>\d+)\))?"
         ),
-        lambda m: _compute(m)._replace(layers=(int(m["c"]), int(m["d"]))),
+        _weight,
     ),
     (
         re.compile(

@@ -6,6 +6,7 @@ from spanwise.core.job import Recipe
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Stage
 from spanwise.core.profile import Profile
+from spanwise.cost.halves import copied_bytes
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -138,10 +139,11 @@ def stage_bytes(
     depth under 1f1b, all of them under GPipe. Each of them keeps what its layers save and its output, which
     the next stage saves as its input or not at all, and which here waits for a slow link, then for its
     gradient. ``halved`` are those between the two halves of their backward, under zero_bubble: they keep what
-    the products need for their weight gradients. Of layers in ranges of ``recompute`` micro-batches in flight
-    keep only what enters these, and the one that goes back (``in_halves`` under zero_bubble) has one range's
-    activations besides. An upper bound while the stage before runs at most two
-    micro-batches further ahead; raw rows that arrive before they are needed come on top.
+    the products need for their weight gradients, and may all be taken at once, with copies. Of layers in
+    ranges of ``recompute`` micro-batches in flight keep only what enters these, and the one that goes back
+    (``in_halves`` under zero_bubble) has one range's activations besides. An upper bound while the stage
+    before runs at most two micro-batches further ahead; raw rows that arrive before they are needed come on
+    top.
     """
     parameter_bytes = sum(p.bytes for p in graph.parameters_of(start, stop))
     buffer_bytes = sum(layer.buffer_bytes for layer in graph.layers[start:stop])
@@ -151,5 +153,6 @@ def stage_bytes(
         * (kept_bytes(graph, start, stop, rows, recompute) + rows * graph.layers[stop - 1].cut_bytes)
         + again_bytes(graph, stop, rows, recompute, in_halves=in_halves)
         + halved * deferred_bytes(graph, start, stop, rows)
+        + copied_bytes(graph, start, stop, rows=rows, count=halved)
         + message_bytes(graph, start, stop, rows)
     )

@@ -163,21 +163,23 @@ def _joined(device: str, actions: tuple[Action, ...], plan: Plan) -> tuple[Actio
     out: list[Action] = []
     open_: dict[_Key, tuple[Action, int]] = {}  # input halves, and down to where their weight halves are done
     for action in actions:
-        key = ("backward", action.stage, action.micro_batch)
-        if action.kind == "backward_input" and key not in open_:
-            open_[key] = (action, plan.stages[action.stage].stop)
+        keys = [("backward", action.stage, m) for m in action.micro_batches]
+        if action.kind == "backward_input" and keys[0] not in open_:
+            open_[keys[0]] = (action, plan.stages[action.stage].stop)
         elif action.kind == "backward_weight":
-            first, left = open_.pop(key, (None, 0))
             start, stop = action.layers or (plan.stages[action.stage].start, plan.stages[action.stage].stop)
-            if first is None or stop != left or action.rows != first.rows:
-                raise PlanError(
-                    f"program: '{action}' on {device} does not go on where its backward is; one input half, "
-                    "then the weight half from the last layer to the first"
-                )
-            if start > plan.stages[action.stage].start:
-                open_[key] = (first, start)
-            else:
-                out.append(first._replace(kind="backward"))
+            for key in keys:
+                first, left = open_.pop(key, (None, 0))
+                if first is None or stop != left or action.rows != first.rows:
+                    raise PlanError(
+                        f"program: '{action}' on {device} does not go on where its backward is, of "
+                        f"micro-batch {key[2]}; one input half, then the weight half from the last "
+                        "layer to the first"
+                    )
+                if start > plan.stages[action.stage].start:
+                    open_[key] = (first, start)
+                else:
+                    out.append(first._replace(kind="backward"))
         else:
             out.append(action)
     if open_:
@@ -194,7 +196,8 @@ def _check_coverage(device: str, actions: tuple[Action, ...], work: dict[_Key, A
         given = left.pop(_key(action), None)
         if given is None:
             raise PlanError(f"program: '{action}' on {device} is done twice or is not in the plan")
-        if (action.rows, action.members, action.every) != (given.rows, given.members, given.every):
+        said = (action.rows, action.members, action.every, action.at_once)
+        if said != (given.rows, given.members, given.every, given.at_once):
             raise PlanError(f"program: '{action}' on {device} is '{given}' in the plan")
     if left:
         raise PlanError(
@@ -248,7 +251,7 @@ def _gives(action: Action, plan: Plan) -> list[_Key]:
             pass
         case _:
             return [_key(action)]
-    if action.kind != "backward_input" and m == plan.micro_batches - 1:
+    if action.kind != "backward_input" and plan.micro_batches - 1 in action.micro_batches:
         stage = plan.stages[s]
         given += [("weights", s, layer) for layer in range(*(action.layers or (stage.start, stage.stop)))]
     return given
@@ -301,7 +304,7 @@ def _sources(action: Action, device: str, plan: Plan, graph: ModelGraph, program
         case "backward" | "backward_input", _:
             return [("forward", s, m)]
         case "backward_weight", _:
-            return [("backward", s, m)]
+            return [("backward", s, each) for each in action.micro_batches]
         case "send", "input" | "label":
             return [("load", -1, m)]
         case "send", "activation":

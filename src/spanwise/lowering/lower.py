@@ -142,7 +142,7 @@ class _Lowering:
                     self._backward(device, op)
                 case "backward" | "backward_weight":
                     for start in self._finish(device, op):
-                        if op.micro_batch == self.plan.micro_batches - 1:
+                        if self._is_last(op):
                             reached[op.stage] = start
                             self._reduce(device, reached, reduced)
             self._loads(device, loads.get(position, ()))
@@ -207,10 +207,11 @@ class _Lowering:
         """What ends the backward of a micro-batch; yields the layer down to which its gradients are there.
 
         Where gradients are summed in several segments, the last micro-batch goes through in halves, and the
-        weight half in parts, so that each segment can be summed as soon as its layers are done.
+        weight half in parts, with those of others that are done at once with it, so that each segment can be
+        summed as soon as its layers are done.
         """
         stage, rows = self.plan.stages[op.stage], self._rows(op.stage, device)
-        borders = self._borders(device, op.stage) if op.micro_batch == self.plan.micro_batches - 1 else []
+        borders = self._borders(device, op.stage) if self._is_last(op) else []
         if op.kind == "backward":
             self._backward(device, op._replace(kind="backward_input") if borders else op)
             if not borders:
@@ -220,9 +221,13 @@ class _Lowering:
         for stop, start in pairwise(edges):
             part = (start, stop) if borders else None
             self.actions[device].append(
-                Action("backward_weight", op.stage, op.micro_batch, rows, layers=part)
+                Action("backward_weight", op.stage, op.micro_batch, rows, part, at_once=op.at_once)
             )
             yield start
+
+    def _is_last(self, op: StageOp) -> bool:
+        """Whether the last micro-batch is among those of a backward."""
+        return op.micro_batch + op.at_once == self.plan.micro_batches
 
     def _borders(self, device: str, stage: int) -> list[int]:
         """Layers inside a stage at which the gradients of a segment are complete, falling."""

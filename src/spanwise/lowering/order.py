@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 from spanwise.core.errors import PlanError
-from spanwise.core.order import Op, OpKind
+from spanwise.core.order import Op, OpKind, joined
 from spanwise.core.plan import Plan
 from spanwise.schedules import stage_order
 
@@ -16,26 +18,41 @@ _RANK = {"backward": 0, "backward_input": 0, "forward": 1, "backward_weight": 2}
 
 
 class StageOp(NamedTuple):
-    """A forward, a backward or half of one, of one micro-batch through one stage."""
+    """A forward, a backward or half of one, of one micro-batch through one stage.
+
+    ``at_once``: micro-batches, from this one on, whose weight halves are done at once.
+    """
 
     kind: OpKind
     stage: int
     micro_batch: int
+    at_once: int = 1
 
 
 def compute_order(plan: Plan) -> dict[str, tuple[StageOp, ...]]:
-    """For each device its forwards and backwards, whole or in halves, in order."""
+    """For each device its forwards and backwards, whole or in halves, in order.
+
+    Weight halves of a stage that follow each other on a device are one.
+    """
     orders: dict[str, list[tuple[int, tuple[Op, ...]]]] = {}
     for index, stage in enumerate(plan.stages):
         order = stage_order(plan.schedule, plan.micro_batches, stage.warmup, stage.ops)
         for device in stage.devices:
             orders.setdefault(device, []).append((index, order))
     if all(len(held) == 1 for held in orders.values()):
-        return {
-            device: tuple(StageOp(op.kind, stage, op.micro_batch) for op in order)
-            for device, ((stage, order),) in orders.items()
-        }
-    return _Merge(plan, orders).run()
+        return {device: tuple(_joined(stage, order)) for device, ((stage, order),) in orders.items()}
+    return {
+        device: tuple(
+            op
+            for stage, following in groupby(merged, lambda op: op.stage)
+            for op in _joined(stage, (Op(op.kind, op.micro_batch) for op in following))
+        )
+        for device, merged in _Merge(plan, orders).run().items()
+    }
+
+
+def _joined(stage: int, order: Iterable[Op]) -> Iterator[StageOp]:
+    return (StageOp(op.kind, stage, op.micro_batch, count) for op, count in joined(order))
 
 
 class _Merge:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice, pairwise, product
+from itertools import pairwise, product
 
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
-from spanwise.planner.bubble import zero_bubble_variants
+from spanwise.planner.bubble import likely_variants, zero_bubble_variants
 from spanwise.planner.build import Depth, fitted, warmup
 from spanwise.planner.feasible import shortage
 from spanwise.planner.outline import Outline, Span
@@ -22,7 +22,6 @@ MOST_PACED_EFFORT = 30_000
 BUILT = 8  # plans are built and priced in the time that the pace of one takes
 MOST_PACED = 5  # times as many plans as are simulated, at most
 SEGMENTS = (2, 4)
-FIRST_HALVED = 2  # zero_bubble variants of every plan whose pace is worked out
 MOST_HALVED = 6  # of all of these, so many are simulated, of large ones as many as have this effort together
 MOST_HALVED_EFFORT = 3 * MOST_EFFORT
 # By which part such variants of a plan must be faster: more actions cost what the simulator does not show.
@@ -101,7 +100,7 @@ def halved(problem: Problem, plans: Sequence[Plan]) -> Plan:
 
     Which plan is best in halves is not known from how fast it is without, but by the pace of its variants.
     """
-    firsts = dict.fromkeys(v for p in plans for v in islice(zero_bubble_variants(problem, p), FIRST_HALVED))
+    firsts = dict.fromkeys(v for p in plans for v in likely_variants(problem, p))
     order = sorted(firsts, key=lambda variant: pace_s(problem, variant))
     most = max(2, MOST_HALVED_EFFORT // Priced(order[0], 0.0).effort) if order else 0
     best = _paying(problem, plans[0], order[: min(most, MOST_HALVED)])
@@ -195,7 +194,7 @@ def _promising(problem: Problem, plan: Plan, limit: int) -> Iterator[Plan]:
     near = [p for o in outlines for p in _built(problem, plan.strategy, o, depth)]
     near.sort(key=lambda entry: entry.price_s)
     if plan.schedule == "zero_bubble":  # the formula does not know halves
-        halves = (v for e in near[: 2 * limit] for v in islice(zero_bubble_variants(problem, e.plan), 1))
+        halves = (v for e in near[: 2 * limit] for v in likely_variants(problem, e.plan, 1))
         near = [Priced(variant, 0.0) for variant in halves]
     if Priced(plan, 0.0).kind[1]:
         hopeless = HOPELESS * timeline(problem, plan).step_time_s

@@ -8,12 +8,13 @@ simulation or less, so it tells which of many plans are worth one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from spanwise.core.order import Op, OpKind
+from spanwise.core.order import OpKind, joined
 from spanwise.core.plan import Plan, Stage
-from spanwise.planner.bubble import stage_seconds
+from spanwise.planner.bubble import joined_s, stage_seconds
 from spanwise.planner.links import Lane
 from spanwise.planner.price import INFINITE, Pipeline, Step, pipeline_of, price
 from spanwise.planner.problem import Problem
@@ -47,13 +48,15 @@ class _Way:
         return begin + self.longest_s + self.latency_s
 
 
+_Work = tuple[OpKind, int, float]  # of a micro-batch, in seconds; several weight halves at once are one
+
+
 @dataclass(slots=True)
 class _Stage:
     """A stage with its orders, and when what it waits for arrives, by micro-batch."""
 
     sum_s: float
-    ops: tuple[Op, ...]
-    seconds: dict[OpKind, float]
+    ops: tuple[_Work, ...]
     onward: _Way | None
     back: _Way | None
     free: float = 0.0
@@ -111,26 +114,21 @@ def _stages(problem: Problem, plan: Plan, found: Pipeline, free: dict[str, float
         back.append(_Way.of(into, rows * layer.gradient_cut_bytes, free))
     forth.append(None)
     return [
-        _Stage(
-            step.sum_s,
-            stage_order(plan.schedule, plan.micro_batches, stage.warmup, stage.ops),
-            _seconds(problem, plan, stage, step),
-            onward,
-            backward,
-        )
+        _Stage(step.sum_s, tuple(_work(problem, plan, stage, step)), onward, backward)
         for stage, step, onward, backward in zip(plan.stages, computing, forth, back, strict=True)
     ]
 
 
-def _seconds(problem: Problem, plan: Plan, stage: Stage, step: Step) -> dict[OpKind, float]:
+def _work(problem: Problem, plan: Plan, stage: Stage, step: Step) -> Iterator[_Work]:
+    order = stage_order(plan.schedule, plan.micro_batches, stage.warmup, stage.ops)
+    seconds: dict[OpKind, float]
     if plan.schedule != "zero_bubble":
-        return {"forward": step.forward_s, "backward": step.backward_s}
-    halves = stage_seconds(problem, stage)
-    return {
-        "forward": halves.forward_s,
-        "backward_input": halves.input_s,
-        "backward_weight": halves.weight_s,
-    }
+        seconds = {"forward": step.forward_s, "backward": step.backward_s}
+    else:
+        halves = stage_seconds(problem, stage)
+        seconds = {"forward": halves.forward_s, "backward_input": halves.input_s}
+    for (kind, m), count in joined(order):
+        yield kind, m, joined_s(problem, stage, count) if kind == "backward_weight" else seconds[kind]
 
 
 def _round(stages: list[_Stage], inputs: dict[int, float]) -> None:
@@ -143,7 +141,7 @@ def _round(stages: list[_Stage], inputs: dict[int, float]) -> None:
     while queue:
         end, number = heappop(queue)
         stage = stages[number]
-        kind, m = stage.ops[stage.at]
+        kind, m, _ = stage.ops[stage.at]
         stage.at += 1
         stage.runs = False
         if kind == "forward" and stage.onward is not None:
@@ -162,7 +160,7 @@ def _begin(stages: list[_Stage], number: int, queue: list[tuple[float, int]]) ->
     stage = stages[number]
     if stage.runs or stage.at == len(stage.ops):
         return
-    kind, m = stage.ops[stage.at]
+    kind, m, seconds = stage.ops[stage.at]
     free = stage.free
     if kind != "backward_weight":  # else it follows its input half on the same stage, so it is always ready
         ready = (stage.inputs if kind == "forward" else stage.gradients).get(m)
@@ -170,6 +168,6 @@ def _begin(stages: list[_Stage], number: int, queue: list[tuple[float, int]]) ->
             return
         if ready > free:
             free = ready
-    stage.free = free = free + stage.seconds[kind]
+    stage.free = free = free + seconds
     stage.runs = True
     heappush(queue, (free, number))

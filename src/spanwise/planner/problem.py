@@ -76,6 +76,7 @@ class Memo:
     seconds: dict[tuple[object, ...], StageSeconds] = field(
         default_factory=dict[tuple[object, ...], "StageSeconds"]
     )
+    joined: dict[tuple[object, ...], float] = field(default_factory=dict[tuple[object, ...], float])
 
 
 @dataclass(frozen=True, slots=True)

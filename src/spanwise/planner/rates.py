@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from spanwise.core.profile import LayerTimes, TimeTable
+from spanwise.core.model import ModelGraph
+from spanwise.core.profile import LayerTimes, TimeTable, halves_of
+from spanwise.cost.halves import most_at_once
 from spanwise.planner.problem import Problem
 from spanwise.planner.tables import Floats
 
@@ -22,7 +24,7 @@ def least_seconds(problem: Problem) -> Floats:
     budget; or private data or labels may not come to this device.
     """
     graph, batch = problem.graph, problem.job.batch
-    per_row = {id(t): _least_row_s(t, batch) for t in problem.profile.tables}
+    per_row = {id(t): _least_row_s(t, graph, batch) for t in problem.profile.tables}
     alone = {entry.device: entry.alone for entry in problem.profile.devices}
     fresh = _first_uses(problem)
     own = np.array([layer.parameter_bytes for layer in graph.layers], dtype=np.float64)
@@ -50,19 +52,31 @@ def _first_uses(problem: Problem) -> Floats:
     return np.array(out, dtype=np.float64)
 
 
-def _least_row_s(table: TimeTable, batch: int) -> Floats:
-    """``[layer]`` least seconds a row, forward and backward together, over all rows from 1 to ``batch``."""
+def _least_row_s(table: TimeTable, graph: ModelGraph, batch: int) -> Floats:
+    """``[layer]`` least seconds a row, forward and backward together, over all rows from 1 to ``batch``.
+
+    Where weight halves of several micro-batches are done at once, they have more rows than the rest.
+    """
     at = np.arange(1, batch + 1, dtype=np.float64)
-    return np.array([float(np.min(_both_s(table.rows, layer, at) / at)) for layer in table.layers])
+    return np.array(
+        [
+            float(np.min(_both_s(table.rows, times, at, most_at_once(layer, 1)) / at))
+            for times, layer in zip(table.layers, graph.layers, strict=True)
+        ]
+    )
 
 
-def _both_s(xs: tuple[int, ...], layer: LayerTimes, at: Floats) -> Floats:
-    """Forward and backward, the latter whole or in halves, whichever takes less."""
-    backward = _seconds(xs, layer.backward_s, at)
-    if layer.backward_input_s is not None and layer.backward_weight_s is not None:
-        halves = _seconds(xs, layer.backward_input_s, at) + _seconds(xs, layer.backward_weight_s, at)
-        backward = np.minimum(backward, halves)
-    return _seconds(xs, layer.forward_s, at) + backward
+def _both_s(xs: tuple[int, ...], times: LayerTimes, at: Floats, together: int) -> Floats:
+    """Forward and backward, the latter whole or in halves, whichever takes less.
+
+    Weight halves of several micro-batches of ``at`` rows have at most ``together`` rows at once.
+    """
+    into_s, weight_s = halves_of(times)
+    weight = _seconds(xs, weight_s, at)
+    if together > 1:
+        weight = np.minimum(weight, at * np.min((weight / at)[:together]))
+    backward = np.minimum(_seconds(xs, times.backward_s, at), _seconds(xs, into_s, at) + weight)
+    return _seconds(xs, times.forward_s, at) + backward
 
 
 def _seconds(xs: tuple[int, ...], ys: tuple[float, ...], at: Floats) -> Floats:

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from spanwise.core.cluster import Route
+from spanwise.core.order import joined
 from spanwise.core.plan import Plan
 from spanwise.core.syncs import Sync
+from spanwise.cost.halves import weight_s
 from spanwise.cost.training import ring_edge_bytes, ring_rounds
 from spanwise.lowering import ring_parameters
 from spanwise.planner.problem import Problem
@@ -97,7 +99,7 @@ def _compute_s(problem: Problem, plan: Plan, sync: Sync) -> list[float]:
     """``[layer]``: seconds from the weight gradients behind it to its own, on all members.
 
     Each member goes back through its stages of the sync from the last to the first: the input half of a
-    stage, then the weight half layer by layer.
+    stage, then the weight half layer by layer, with those of other micro-batches done at once with it.
     """
     start, stop = sync.layers[0][0], sync.layers[-1][1]
     done = [0.0] * (stop - start + 1)
@@ -108,9 +110,12 @@ def _compute_s(problem: Problem, plan: Plan, sync: Sync) -> list[float]:
             if not rows or not stage.meets(start, stop):
                 continue
             now += problem.profile.halves_s(member, stage.start, stage.stop, rows)[0]
+            count = next((n for op, n in reversed([*joined(stage.ops)]) if op.kind == "backward_weight"), 1)
             done[stop - start] = max(done[stop - start], now if stage.stop >= stop else 0.0)
             for layer in range(stage.stop - 1, stage.start - 1, -1):
-                now += problem.profile.halves_s(member, layer, layer + 1, rows)[1]
+                now += weight_s(
+                    problem.profile, problem.graph, member, layer, layer + 1, rows=rows, count=count
+                )
                 if start <= layer < stop:
                     done[layer - start] = max(done[layer - start], now)
     return [max(0.0, before - after) for before, after in pairwise(done)]

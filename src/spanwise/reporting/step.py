@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from spanwise.core.timeline import Span, Timeline
 
-_MICRO_BATCH = re.compile(r" m(\d+) ")
+_MICRO_BATCH = re.compile(r" m\[?(\d+)[ :]")  # of several at once the first
 _PAYLOADS = ("activation", "gradient", "input", "label", "push", "pull")
 _CLASSES = {
     "forward": "fwd",

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from spanwise.core.model import ModelGraph, TensorSpec
 from spanwise.core.plan import Plan
 from spanwise.core.program import Action, Program
-from spanwise.ops.deferred import Deferred
+from spanwise.cost.halves import portions
+from spanwise.ops.deferred import Deferred, run_together
 from spanwise.ops.stage_module import StageModule
 from spanwise.runtime.emulate import Work
 
 _WARM_UP = 3  # first passes grow the heap and prepare kernels: up to 30 % dearer
 _REPEATS = 9
+_FEW = 3  # repeats of weight halves of several micro-batches, each as long as many
 
 
 def undisturbed_times(
@@ -45,8 +47,12 @@ def undisturbed_times(
         if "backward" in wanted:
             found |= _medians(index, partial(_one_pass, stage, graph, rows, parameters))
         if "backward_input" in wanted:
-            parts = [a.layers for a in wanted.values() if a.layers is not None]
-            found |= _medians(index, partial(_one_pass, stage, graph, rows, parameters, parts or [None]))
+            weights = [a for a in wanted.values() if a.kind == "backward_weight"]
+            several, single = ([a for a in weights if (a.at_once > 1) is many] for many in (True, False))
+            if several:
+                timed = partial(_one_pass, stage, graph, rows, parameters, several)
+                found |= _medians(index, timed, _FEW)
+            found |= _medians(index, partial(_one_pass, stage, graph, rows, parameters, single))
     for parameter in parameters.values():
         parameter.grad = None
     with torch.no_grad():
@@ -56,8 +62,10 @@ def undisturbed_times(
     return found
 
 
-def _medians(stage: int, one_pass: Callable[[], dict[str, float]]) -> dict[Work, float]:
-    passes = [one_pass() for _ in range(_WARM_UP + _REPEATS)]
+def _medians(
+    stage: int, one_pass: Callable[[], dict[str, float]], repeats: int = _REPEATS
+) -> dict[Work, float]:
+    passes = [one_pass() for _ in range(_WARM_UP + repeats)]
     return {(work, stage): median(seconds[work] for seconds in passes[_WARM_UP:]) for work in passes[0]}
 
 
@@ -66,17 +74,18 @@ def _one_pass(
     graph: ModelGraph,
     rows: int,
     parameters: Mapping[str, nn.Parameter],
-    parts: Sequence[tuple[int, int] | None] = (),
+    weights: Sequence[Action] | None = None,
 ) -> dict[str, float]:
     """Seconds of each kind of work on one micro-batch.
 
-    ``parts`` are the layers of the parts of the weight half, None for all; without any it goes back whole.
+    ``weights`` are the weight halves to time, in parts or of several micro-batches, for which this one counts
+    so many times; None: it goes back whole.
     """
     where = next((p.device for p in parameters.values()), torch.device("cpu"))
     inputs = tuple(_rows(spec, rows, where, stage.start > 0) for spec in graph.cut_before(stage.start))
     last = stage.stop == len(graph)
     labels = tuple(_rows(spec, rows, where, False) for spec in graph.labels) if last else ()
-    later = Deferred() if parts else None
+    later = None if weights is None else Deferred()
     began = _clock(where)
     outputs = stage(inputs, labels, later)
     middle = _clock(where)
@@ -85,17 +94,20 @@ def _one_pass(
     if targets:
         torch.autograd.backward(targets, [torch.ones_like(t) for t in targets])
     back = _clock(where)
-    if later is None:
+    if weights is None or later is None:
         return {"forward": middle - began, "backward": back - middle}
-    seconds = {"forward": middle - began, "backward_input": back - middle, "backward_weight": 0.0}
-    for layers in parts:
+    seconds = {"forward": middle - began, "backward_input": back - middle}
+    for action in weights:
+        waiting = [later.copy() for _ in action.micro_batches]
+        sizes = partial(_portions, graph, rows, action.at_once)
         start = _clock(where)
-        later.run(*(layers or ()))
-        took = _clock(where) - start
-        seconds["backward_weight"] += took
-        if layers is not None:
-            seconds[Action("backward_weight", layers=layers).work] = took
+        run_together(waiting, *(action.layers or ()), portions=sizes)
+        seconds[action.work] = _clock(where) - start
     return seconds
+
+
+def _portions(graph: ModelGraph, rows: int, count: int, layer: int) -> tuple[int, ...]:
+    return portions(graph.layers[layer], rows, count)
 
 
 def _clock(where: torch.device) -> float:

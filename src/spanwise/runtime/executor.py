@@ -17,7 +17,8 @@ from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan
 from spanwise.core.program import SEGMENTS, Action, Program
 from spanwise.core.syncs import ServerSync
-from spanwise.ops.deferred import Deferred
+from spanwise.cost.halves import portions
+from spanwise.ops.deferred import Deferred, run_together
 from spanwise.runtime.assembly import Tensors, cut
 from spanwise.runtime.collectives import exchange_sum, ring_all_reduce
 from spanwise.runtime.exchange import Exchange, gradient
@@ -247,10 +248,13 @@ class Executor:
             self._hand_over("gradient", s - 1, m, action.rows, s - 1, own)
 
     def _backward_weight(self, action: Action) -> None:
-        deferred = self._deferred[action.stage, action.micro_batch]
+        waiting = [self._deferred[action.stage, m] for m in action.micro_batches]
+        layers, rows = self._graph.layers, action.rows[1] - action.rows[0]
         start = time.monotonic()
         with self._pace.work(action.work, action.stage):
-            deferred.run(*(action.layers or ()))
+            run_together(
+                waiting, *(action.layers or ()), portions=lambda i: portions(layers[i], rows, action.at_once)
+            )
         self._recorder.span("backward_weight", action, start, time.monotonic(), busy=True)
 
     def _hand_over(

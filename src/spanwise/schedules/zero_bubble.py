@@ -6,7 +6,7 @@ hand-made schedule; ``zero_bubble`` is our own list scheduler for unequal stages
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
@@ -55,12 +55,15 @@ def zero_bubble(
     *,
     ahead: Sequence[int],
     kept: Sequence[int],
+    together: int = 1,
+    joined_s: Sequence[Callable[[int], float]] = (),
 ) -> tuple[tuple[Op, ...], ...]:
     """The order of every stage, by list scheduling in virtual time.
 
     When stage p is free it takes the input half of the next micro-batch whose gradient has arrived; else the
     next forward whose input has arrived, while fewer than ``ahead[p]`` forwards have no input half and fewer
-    than ``kept[p]`` no weight half; else the oldest weight half; else it waits.
+    than ``kept[p]`` no weight half; else the oldest weight halves, up to ``together`` at once; else it waits.
+    So a stage that is always busy takes none before ``kept[p]`` asks for it, and then many.
 
     Args:
         micro_batches: M.
@@ -69,10 +72,14 @@ def zero_bubble(
         back: the same links, towards the front.
         ahead: K1, at least 1.
         kept: K2, at least 1; what memory allows.
+        together: at least 1.
+        joined_s: by stage, seconds of so many weight halves at once; without it as many times those of one.
     """
     found: list[_Stage] = [
-        _Stage(seconds, most, held, None, None)
-        for seconds, most, held in zip(stages, ahead, kept, strict=True)
+        _Stage(seconds, most, held, None, None, together, several)
+        for seconds, most, held, several in zip(
+            stages, ahead, kept, joined_s or (None,) * len(stages), strict=True
+        )
     ]
     for before, after, out, into in zip(found, found[1:], forth, back, strict=False):
         before.forth, after.back = _Link(out, after.inputs), _Link(into, before.gradients)
@@ -93,6 +100,8 @@ class _Stage:
     kept: int
     forth: _Link | None
     back: _Link | None
+    together: int
+    joined_s: Callable[[int], float] | None
     free: float = 0.0
     forwards: int = 0
     halves: int = 0
@@ -121,6 +130,10 @@ class _Stage:
         done = self.forwards
         return done < micro_batches and done - self.halves < self.ahead and done - self.weights < self.kept
 
+    def one_by_one(self, count: int) -> float:
+        """Seconds of so many weight halves."""
+        return count * self.seconds.weight_s
+
     def take(self, now: float, micro_batches: int) -> None:
         """Decides what to do now."""
         if self.halves < len(self.gradients) and self.gradients[self.halves] <= now:
@@ -142,9 +155,10 @@ class _Stage:
             else:
                 self.forth.send(self.free)
         else:
-            self.free = now + self.seconds.weight_s
-            self.order.append(Op("backward_weight", self.weights))
-            self.weights += 1
+            count = min(self.halves - self.weights, self.together)
+            self.free = now + (self.joined_s or self.one_by_one)(count)
+            self.order += [Op("backward_weight", self.weights + i) for i in range(count)]
+            self.weights += count
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from spanwise.core.plan import Plan, Replica
 from spanwise.core.profile import Profile
 from spanwise.core.program import COLLECTIVES, Action, Program
 from spanwise.core.routes import Routes
+from spanwise.cost.halves import copied_bytes, weight_s
 from spanwise.cost.sparse import (
     Trains,
     chain_pieces,
@@ -65,7 +66,7 @@ class Costs:
         self._ways: dict[tuple[str, str], Way] = {}
         self._routes = Routes(cluster, profile.links)
         self.sizes = {p.name: p.bytes for p in graph.parameters}
-        self._work: dict[tuple[str, str, int, tuple[int, int] | None], Work] = {}
+        self._work: dict[tuple[str, str, int, tuple[int, int] | None, int], Work] = {}
         #: Bytes by device and stage that are kept from a forward.
         self.saved: dict[tuple[str, int], int] = {}
         #: Bytes by device and stage that operations work with above what is kept, where sparse layers run.
@@ -164,7 +165,7 @@ class Costs:
 
     def work(self, device: str, action: Action) -> Work:
         """What a forward or backward, half or part, takes: the same for all micro-batches."""
-        key = (device, action.kind, action.stage, action.layers)
+        key = (device, action.kind, action.stage, action.layers, action.at_once)
         found = self._work.get(key)
         if found is None:
             found = self._work[key] = self._find_work(device, action)
@@ -188,7 +189,8 @@ class Costs:
             case "backward_input":
                 return Work(seconds, again, deferred - saved - again)
             case _:
-                return Work(seconds, 0, -deferred)
+                copied = copied_bytes(self.graph, start, stop, rows=rows, count=action.at_once)
+                return Work(seconds, copied, -action.at_once * deferred - copied)
 
     def _compute_s(self, where: tuple[str, int, int, int], action: Action) -> float:
         device = where[0]
@@ -204,9 +206,13 @@ class Costs:
                         self.profile, self.graph, stage, device, where[-1], replica.trained
                     )
                 return self.profile.backward_s(*where) + again
+            case "backward_input":
+                return self.profile.halves_s(*where)[0] + again
             case _:
-                into, weight = self.profile.halves_s(*where)
-                return into + again if action.kind == "backward_input" else weight
+                _, start, stop, rows = where
+                return weight_s(
+                    self.profile, self.graph, device, start, stop, rows=rows, count=action.at_once
+                )
 
     def messages_s(self, device: str, action: Action) -> float:
         """Compute that a device spends on the messages of an action, and on summing what they bring.
