@@ -1,4 +1,7 @@
-"""What a device's compute takes on this machine undisturbed: the base of the portable emulation."""
+"""What a device's compute takes on this machine undisturbed.
+
+The base of the portable emulation, and of predictions for devices that train a part of their stages.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from spanwise.ops.stage_module import StageModule
 from spanwise.runtime.emulate import Work
 
 _WARM_UP = 3  # first passes grow the heap and prepare kernels: up to 30 % dearer
-_REPEATS = 9
+_REPEATS, _LEAST = 9, 3
+_ENOUGH_S = 2.0  # after which the least number of repeats will do
 
 
 def undisturbed_times(
@@ -57,8 +61,13 @@ def undisturbed_times(
 
 
 def _medians(stage: int, one_pass: Callable[[], dict[str, float]]) -> dict[Work, float]:
-    passes = [one_pass() for _ in range(_WARM_UP + _REPEATS)]
-    return {(work, stage): median(seconds[work] for seconds in passes[_WARM_UP:]) for work in passes[0]}
+    for _ in range(_WARM_UP):
+        one_pass()
+    passes: list[dict[str, float]] = []
+    end = time.monotonic() + _ENOUGH_S
+    while len(passes) < _LEAST or (len(passes) < _REPEATS and time.monotonic() < end):
+        passes.append(one_pass())
+    return {(work, stage): median(seconds[work] for seconds in passes) for work in passes[0]}
 
 
 def _one_pass(
