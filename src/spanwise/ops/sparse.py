@@ -71,7 +71,7 @@ class Places:
         result = Ref("node", node.name)
         found = self._readers.get(result, [])
         only = found[0] if len(found) == 1 else None
-        return only if only is not None and only.args[0] == result else None
+        return only if only is not None and only.args[:1] == (result,) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,7 +279,7 @@ class _FixedNorm(torch.autograd.Function):
         own = (x, mean, inverse) if of_gamma else (None, None, None)
         ctx.save_for_backward(scale, *own)
         ctx.place = place
-        if of_gamma or not place.own_input:
+        if of_gamma or not place.own_input or x.device.type != "cpu":
             return _aten.batch_norm.default(x, gamma, beta, mean, var, False, 0.0, eps, False)
         ctx.mark_dirty(x)
         none = x.new_empty(0)  # of statistics of the batch, which are not asked for
