@@ -85,10 +85,11 @@ def job_of(model: str, batch: int, steps: int = 4, tables: Mapping[str, Any] | N
 class Arena:
     """A context manager: the lab of one cluster file with both sides' processes in it.
 
-    ``models`` are those that peers will train; none leaves the peers out.
+    ``models`` are those that peers will train; none leaves the peers out. ``huge_pages``: as ``train`` starts
+    workers that train a part.
     """
 
-    def __init__(self, cluster: Cluster, models: Sequence[str]) -> None:
+    def __init__(self, cluster: Cluster, models: Sequence[str], *, huge_pages: bool = False) -> None:
         self.cluster = cluster
         self._stack = contextlib.ExitStack()
         try:
@@ -98,7 +99,9 @@ class Arena:
                     self.fleet = self._stack.enter_context(
                         fleet.Fleet(cluster.ids, self._start_rank, models=models, eased=self.lab.eased)
                     )
-                self.pool: WorkerPool = meet_in_lab(self.lab, cluster.ids, 120.0, lambda _: None)
+                self.pool: WorkerPool = meet_in_lab(
+                    self.lab, cluster.ids, 120.0, lambda _: None, huge_pages=huge_pages
+                )
                 self._stack.callback(self.pool.close)
         except BaseException:
             self._stack.close()

@@ -118,7 +118,7 @@ def measured(found: Prepared, plan: Plan, times: Profile, cluster: Cluster, step
     graph = found.traced.graph
     expected = predict(plan, graph, times, cluster, found.job)
     own: dict[str, Any] = {
-        "predicted_s": expected.step_time_s, "union": union_share(found, plan),
+        "by_layers_s": expected.step_time_s, "union": union_share(found, plan),
         "predicted_bytes": {u.device: u.peak_memory_bytes for u in expected.devices},
         "predicted_sent": {u.device: u.sent_bytes for u in expected.devices},
         "ways": [[len(g.trainers), g.way, g.refresh_every] for g in plan.groups],
@@ -127,10 +127,13 @@ def measured(found: Prepared, plan: Plan, times: Profile, cluster: Cluster, step
         found.job, cluster, graph, found.traced.ops, plan, lower(plan, graph), len(found.train)
     )
     tensors = {k: v.detach() for k, v in found.traced.parameters.items()} | dict(found.traced.buffers)
-    with Arena(cluster, []) as arena:
+    with Arena(cluster, [], huge_pages=plan.sparse) as arena:
         idle = {d: psutil.Process(pid).memory_info().rss for d, pid in arena.pool.process_ids.items()}
         with arena.lab.eased():
             session = ProcessSession(arena.pool, assignment, tensors, found.train)
+            if plan.sparse:  # as ``train`` does
+                times = times.model_copy(update={"stages": session.stage_times()})
+                expected = predict(plan, graph, times, cluster, found.job)
         list(session.run(0, 1))
         before = arena.lab.sent_bytes()
         reports = list(session.run(1, steps + 1))  # a step counts from the end of the one before
@@ -139,6 +142,7 @@ def measured(found: Prepared, plan: Plan, times: Profile, cluster: Cluster, step
         peaks = {d: arena.lab.peak_memory_bytes(d) for d in cluster.ids}
         waits = [aggregation_s(spans.steps) for spans in session.spans()]
     return own | {
+        "predicted_s": expected.step_time_s,
         "step_s": seconds,
         "aggregation_s": min((statistics.median(w) for w in waits if w), default=0.0),
         "sent_bytes": {d: (after[d] - before[d]) / (steps + 1) for d in cluster.ids},

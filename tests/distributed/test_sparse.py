@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,16 +27,20 @@ from sparse_plans import (
 from torch import Tensor, nn
 
 from planner_cases import make_profile
+from spanwise.api.planning import predict
 from spanwise.api.prepare import prepare_live
 from spanwise.api.run import TrainOptions, run_job
 from spanwise.core.errors import InputError, PeerError, PlanError
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan, Trained
+from spanwise.core.profile import Profile
+from spanwise.core.timeline import Timeline
 from spanwise.core.trained import GroupSync, parse_unit
 from spanwise.lowering import lower, units_of
+from spanwise.ops.allocator import HUGE_PAGES
 from spanwise.runtime import orders
 from spanwise.runtime.device_run import Assignment
-from spanwise.runtime.processes import ProcessSession, WorkerPool
+from spanwise.runtime.processes import Meeting, ProcessSession, WorkerPool
 from spanwise.runtime.tags import Tags
 from spanwise.runtime.threads import ThreadSession
 from spanwise.runtime.transport import Tensors, Transport
@@ -296,6 +302,10 @@ def test_worker_processes_give_what_threads_give(pool: WorkerPool) -> None:
     threads, work = run(plan, 2)
     tensors = {k: v.detach() for k, v in traced.parameters.items()} | dict(traced.buffers)
     processes = ProcessSession(pool, work, tensors, CASE.data())
+    timed = processes.stage_times()  # which changes nothing
+    assert [(t.device, t.stage) for t in timed] == [(t.device, t.stage) for t in threads.stage_times()]
+    assert all(t.plan == plan.digest and t.forward_s > 0 and t.backward_s > 0 for t in timed)
+    assert processes.stage_times() == timed, "once"
     list(processes.run(0, 2))
     found, expected = processes.snapshot(), threads.snapshot()
     assert found.parameters.keys() == expected.parameters.keys() == traced.parameters.keys()
@@ -304,6 +314,19 @@ def test_worker_processes_give_what_threads_give(pool: WorkerPool) -> None:
     assert found.optimizer.keys() == expected.optimizer.keys()
     threads.close()
     processes.close()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_workers_that_will_hand_memory_back_are_started_with_huge_pages(asked: bool) -> None:
+    seen: list[Mapping[str, str]] = []
+
+    def start(device: str, argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        seen.append(env)
+        raise InputError(f"{device}: enough")
+
+    with pytest.raises(InputError, match="enough"):
+        WorkerPool(equality.cluster(), ("a",), Meeting(start=start, huge_pages=asked), emulate=False)
+    assert (HUGE_PAGES.items() <= seen[0].items()) == asked
 
 
 def test_timing_its_stages_leaves_no_gradients_behind() -> None:
@@ -345,6 +368,11 @@ def test_a_run_from_the_job_to_the_report(tmp_path: Path) -> None:
     moved = {k for k, v in before.items() if not torch.equal(after[k], v)}
     assert moved == trained
     assert outcome.folder.report.exists()
+    timed = Profile.load(outcome.folder.profile)
+    assert {(t.device, t.plan) for t in timed.stages or ()} == {(d, plan.digest) for d in plan.devices}
+    assert Timeline.load(outcome.folder.simulated) == predict(
+        plan, prepared.traced.graph, timed, machines, job
+    )
     for use in outcome.predicted.devices:
         assert use.peak_memory_bytes <= machines.device(use.device).memory_bytes
     with pytest.raises(InputError, match="keeps its plan"):

@@ -15,7 +15,7 @@ from spanwise.core.model import ModelGraph
 from spanwise.cost.sparse import sparse_saved_bytes
 from spanwise.ops.arguments import Ref
 from spanwise.ops.opgraph import Op
-from spanwise.ops.sparse import Slice, Sparse
+from spanwise.ops.sparse import Place, Places, Slice, Sparse
 from spanwise.ops.stage_module import StageModule
 from spanwise.profiler.trace import Traced, trace
 from spanwise.zoo import mobilenet_v2
@@ -43,8 +43,27 @@ class Branches(nn.Module):
         return self.head(F.relu(self.long(x) + self.short(x)))
 
 
+class Shared(nn.Module):
+    """Results of products, norms and activations that several read: nobody may overwrite these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(3))
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.first(x)
+        norm = self.norms[0](product)
+        active = F.relu6(norm) + F.relu(product)
+        again = F.relu(self.norms[1](self.second(active)))
+        both = self.norms[2](self.second(again)) + again + norm
+        return self.head(F.relu(both).mean((2, 3)))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "branches": (Branches, 8),
+    "shared": (Shared, 5),
     "mobilenet": (lambda: mobilenet_v2(num_classes=5, width=0.25), 16),
 }
 _TRACED: dict[str, tuple[nn.Module, Traced, tuple[Tensor, Tensor]]] = {}
@@ -217,6 +236,8 @@ CONVOLUTIONS = {
     "dilated": ("conv2d", (2, 4, 7, 6), (3, 4, 2, 3), 1, (1, 2), (1, 2), 1),
     "depthwise": ("conv2d", (2, 5, 6, 6), (5, 1, 3, 3), 2, 1, 1, 5),
     "line": ("conv1d", (2, 4, 9), (3, 4, 3), 2, 1, 1, 1),
+    "point": ("conv2d", (2, 5, 3, 2), (4, 5, 1, 1), 1, 0, 1, 1),
+    "point on a line": ("conv1d", (2, 4, 3), (3, 4, 1), 1, 0, 1, 1),
 }
 
 
@@ -235,7 +256,7 @@ def test_numerical_gradients_of_odd_channels(case: str) -> None:
         whole = weight.index_copy(dimension, index, values.detach())
         leaf = Sparse({"w": Slice(values, index)})  # pyright: ignore
         node = Op("c", f"aten.{kind}.default", (Ref("input", "x"), Ref("parameter", "w")))
-        function = leaf.function(node)
+        function = leaf.function(node, Place())
         assert function is not None
         return function(x, whole, bias, stride, padding, dilation, groups)
 
@@ -250,7 +271,7 @@ def test_masks_pass_the_gradient_where_stock_ones_do(packed: bool) -> None:
         ("aten.relu.default", (), F.relu), ("aten.relu6.default", (), F.relu6),
         ("aten.hardtanh.default", (-1.0, 2.0), lambda t: F.hardtanh(t, -1.0, 2.0)),
     ):  # fmt: skip
-        function = Sparse(packed_masks=packed).function(Op("r", op, (Ref("input", "x"),)))
+        function = Sparse(packed_masks=packed).function(Op("r", op, (Ref("input", "x"),)), Place())
         assert function is not None
         ours, theirs = (x.clone().requires_grad_() for _ in range(2))
         result, expected = function(ours, *args), stock(theirs)
@@ -258,3 +279,54 @@ def test_masks_pass_the_gradient_where_stock_ones_do(packed: bool) -> None:
         result.sum().backward()
         expected.sum().backward()
         assert torch.equal(ours.grad, theirs.grad), op
+
+
+def test_only_what_one_operation_reads_is_overwritten() -> None:
+    """And of that only what its maker keeps nothing of: not the result of an addition, nor what leaves."""
+
+    def op(name: str, kind: str, *reads: str) -> Op:
+        return Op(name, f"aten.{kind}", tuple(Ref("input" if r == "x" else "node", r) for r in reads))
+
+    nodes = [
+        op("alone", "conv2d.default", "x"), op("normed", "batch_norm.default", "alone"),
+        op("clamped", "relu.default", "normed"), op("twice", "conv2d.default", "clamped"),
+        op("one", "relu.default", "twice"), op("other", "relu.default", "twice"),
+        op("sum", "add.Tensor", "one", "other"), op("behind", "relu.default", "sum"),
+        op("last", "conv2d.default", "behind"), op("out", "relu.default", "last"),
+    ]  # fmt: skip
+    places = Places(nodes, (Ref("node", "last"), Ref("node", "out")))
+    found = {node.name: places.of(node) for node in nodes}
+    assert [name for name, place in found.items() if place.own_input] == ["normed", "clamped"]
+    assert [name for name, place in found.items() if place.own_gradient] == [
+        "alone", "normed", "clamped", "sum", "behind",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["batch_norm", "relu6"])
+def test_a_place_that_may_be_overwritten_is(kind: str) -> None:
+    """The same results and gradients in the memory of the input and of the result's gradient."""
+    torch.manual_seed(0)
+    leaf, gradient = (torch.randn(3, 4, 5, dtype=torch.float64) * 5 for _ in range(2))
+    gamma, beta, mean, var = torch.rand(4, 4, dtype=torch.float64).add(0.5).unbind()
+    node = Op("r", f"aten.{kind}.default", (Ref("input", "x"),))
+
+    def run(place: Place, *, scale_trains: bool = False) -> tuple[bool, bool, list[Tensor]]:
+        function = Sparse(stored_statistics=True).function(node, place)
+        assert function is not None
+        ends = [t.clone().requires_grad_() for t in (leaf, beta)]
+        x, given = ends[0] * 1, gradient.clone()
+        scale = gamma.clone().requires_grad_(scale_trains)
+        others = (scale, ends[1], mean, var, True, 0.1, 1e-5, True) if kind == "batch_norm" else ()
+        result = function(x, *others)
+        wanted = (*ends[: 2 if others else 1], *[scale] * scale_trains)
+        found = torch.autograd.grad(result, wanted, given)
+        return result.data_ptr() == x.data_ptr(), not torch.equal(given, gradient), [result, *found]
+
+    expected = run(Place())
+    assert expected[:2] == (False, False)
+    for place in (Place(own_input=True), Place(own_gradient=True), Place(True, True)):
+        into, back, values = run(place)
+        assert (into, back) == (place.own_input, place.own_gradient)
+        assert all(torch.equal(a, b) for a, b in zip(values, expected[2], strict=True))
+    if kind == "batch_norm":
+        assert not run(Place(True, True), scale_trains=True)[0], "its gradient needs the input"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from planner_cases import make_job, make_profile
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
+from spanwise.core.profile import Profile, StageTimes
 from spanwise.core.trained import parse_unit
 from spanwise.cost.sparse import chain_pieces, chain_s
 from spanwise.cost.training import optimizer_copies, ring_edge_bytes
@@ -205,3 +207,26 @@ def test_a_postponed_refresh_is_paid_for_once_a_period() -> None:
     assert b.step_time_s < a.step_time_s
     assert sum(d.sent_bytes for d in b.devices) < sum(d.sent_bytes for d in a.devices)
     assert {parse_unit(u)[0] for names in lower(seldom, found.graph).trained.values() for u in names}
+
+
+def test_a_step_takes_what_devices_timed_of_its_own_plan() -> None:
+    """By each device's factor; times of another plan count for nothing."""
+    found = problem()
+    plan = make_plan(found, "dsparse")
+    factors = {d.device: d.factor for d in found.profile.devices}
+
+    def busy_s(digest: str, more: float) -> dict[str, float]:
+        stages = tuple(
+            StageTimes(plan=digest, device=d, stage=0, forward_s=1.0 + more, backward_s=2.0 + 2 * more)
+            for d in plan.devices
+        )
+        timed = found.profile.model_copy(update={"stages": stages})
+        uses = simulated(replace(found, profile=Profile.from_json(timed.to_json())), plan).devices
+        return {use.device: use.busy_s for use in uses}
+
+    without = {use.device: use.busy_s for use in simulated(found, plan).devices}
+    short, long = busy_s(plan.digest, 0.0), busy_s(plan.digest, 0.5)
+    for device, seconds in short.items():
+        assert long[device] - seconds == pytest.approx(1.5 * factors[device])
+        assert seconds > 3 * factors[device]
+    assert busy_s("another", 0.0) == without

@@ -31,9 +31,13 @@ _TIMEOUT_S = 300.0
 
 
 def meet_in_lab(
-    lab: Lab, devices: tuple[str, ...], join_timeout_s: float, on_listen: Callable[[WorkerPool], None]
-) -> WorkerPool:
-    """One worker in the namespace of every device, joined out of band; tensors go over the shaped network."""
+    lab: Lab, devices: tuple[str, ...], join_timeout_s: float, on_listen: Callable[[WorkerPool], None], *,
+    huge_pages: bool = False,
+) -> WorkerPool:  # fmt: skip
+    """One worker in the namespace of every device, joined out of band; tensors go over the shaped network.
+
+    ``huge_pages``: see ``Meeting``.
+    """
 
     def start(device: str, argv: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
         return lab.start(device, argv, env=env, stdin=subprocess.DEVNULL)
@@ -41,7 +45,10 @@ def meet_in_lab(
     def listen_at_hub(host: str, port: int) -> socket.socket:
         return lab.at_hub(lambda: listen(host, port))
 
-    meeting = Meeting(lab.hub_address, join_timeout_s=join_timeout_s, listen=listen_at_hub, start=start)
+    meeting = Meeting(
+        lab.hub_address, join_timeout_s=join_timeout_s, listen=listen_at_hub, start=start,
+        huge_pages=huge_pages,
+    )  # fmt: skip
     return WorkerPool(lab.cluster, devices, meeting, emulate=False, on_listen=on_listen)
 
 

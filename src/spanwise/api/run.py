@@ -19,7 +19,7 @@ from spanwise.api.adaptive import Adapting
 from spanwise.api.in_lab import meet_in_lab, profile_in_lab
 from spanwise.api.planning import choose, predict
 from spanwise.api.prepare import Prepared, prepare
-from spanwise.api.scores import scores
+from spanwise.api.scores import needs_scores, scores
 from spanwise.api.times import profile_devices, profile_prepared
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InputError, PlanError
@@ -179,6 +179,11 @@ class _Run:
         start, snapshot = (0, None) if resume is None else resume
         with self._eased():
             self.session = self._session(assignment, snapshot)
+            if plan.sparse:
+                self.watcher.on_stage("timing what each device trains")
+                times = times.model_copy(update={"stages": self.session.stage_times()})
+                predicted = predict(plan, graph, times, self.cluster, self.job)
+                self._write_plan(assignment, times, predicted)
         if self.options.adapt:
             self.steering = self._steering(assignment, times)
         self.watcher.on_stage("training")
@@ -304,10 +309,19 @@ class _Run:
         """Whether spanwise slows and paces by itself: not where a lab does it."""
         return self.cluster.emulation is not None and self.options.lab is None
 
+    @property
+    def _sparse(self) -> bool:
+        """Whether devices will train a part of their layers, as far as it is known before there is a plan."""
+        plan = self.options.plan
+        return plan.sparse if plan is not None else needs_scores(self.options.strategy)
+
     def _meet(self, devices: tuple[str, ...]) -> WorkerPool:
         options = self.options
         if options.lab is not None:
-            return meet_in_lab(options.lab, devices, options.join_timeout_s, self.watcher.on_meeting)
+            return meet_in_lab(
+                options.lab, devices, options.join_timeout_s, self.watcher.on_meeting,
+                huge_pages=self._sparse,
+            )  # fmt: skip
         placed = [d for d in devices if self.cluster.device(d).address is not None]
         if placed and options.spawn and self.cluster.emulation is None:
             raise InputError(
@@ -315,8 +329,9 @@ class _Run:
                 "started there by hand; give train --listen HOST:PORT, or remove the addresses"
             )
         meeting = Meeting(
-            options.listen[0], options.listen[1], options.token, options.spawn, options.join_timeout_s
-        )
+            options.listen[0], options.listen[1], options.token, options.spawn, options.join_timeout_s,
+            huge_pages=self._sparse,
+        )  # fmt: skip
         return WorkerPool(
             self.cluster, devices, meeting, emulate=self._emulates, on_listen=self.watcher.on_meeting
         )

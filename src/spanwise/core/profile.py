@@ -123,6 +123,21 @@ class DeviceTimes(Noun):
     alone: float = Field(default=1.0, gt=0, le=1)
 
 
+class StageTimes(Noun):
+    """Seconds of a stage of one plan on one device, as the device itself has timed it on its rows.
+
+    For devices that train a part of it: that depends on which part, and on pages that a device which hands
+    freed memory back at once must take anew. Times of layers that train as a whole do not tell. ``plan`` is
+    the digest of the plan; a device's factor applies as it does to its table.
+    """
+
+    plan: str
+    device: str
+    stage: int = Field(ge=0)
+    forward_s: float = Field(ge=0)
+    backward_s: float = Field(ge=0)
+
+
 class LinkTimes(Noun):
     """A measured link: latency and bandwidth from small and large messages."""
 
@@ -133,12 +148,13 @@ class LinkTimes(Noun):
 
 
 class Profile(Noun):
-    """Layer times for every device of a cluster."""
+    """Layer times for every device of a cluster; ``stages`` where plans were timed as they are."""
 
     graph_digest: str
     tables: tuple[TimeTable, ...] = Field(min_length=1)
     devices: tuple[DeviceTimes, ...] = Field(min_length=1)
     links: tuple[LinkTimes, ...] = ()
+    stages: tuple[StageTimes, ...] | None = None
 
     @model_validator(mode="after")
     def _tables_exist(self) -> Profile:
@@ -182,6 +198,16 @@ class Profile(Noun):
         table, factor = self.table(device)
         halves = [table.halves(layer, rows) for layer in range(start, stop)]
         return factor * sum(into for into, _ in halves), factor * sum(weight for _, weight in halves)
+
+    @cached_property
+    def _by_stage(self) -> dict[tuple[str, str, int], StageTimes]:
+        return {(s.plan, s.device, s.stage): s for s in self.stages or ()}
+
+    def stage_s(self, plan: str, device: str, stage: int) -> tuple[float, float] | None:
+        """Seconds of forward and backward of a stage of a plan (its digest), if the device timed it."""
+        found = self._by_stage.get((plan, device, stage))
+        _, factor = self.table(device)
+        return None if found is None else (factor * found.forward_s, factor * found.backward_s)
 
     def update_s(self, device: str, parameter_bytes: int) -> float:
         """Seconds of the optimizer step over that many bytes of parameters."""

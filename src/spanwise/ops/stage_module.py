@@ -19,7 +19,7 @@ from spanwise.ops.flow import is_random, written
 from spanwise.ops.opgraph import Op, OpGraph
 from spanwise.ops.recompute import Forward, Recomputed, Scratch, Tensors, run_parts
 from spanwise.ops.resolve import resolve, torch_value, unpack_constant
-from spanwise.ops.sparse import Sparse
+from spanwise.ops.sparse import Places, Sparse
 
 # Position of the flag that lets batch_norm use cuDNN, which a trace on a CPU leaves off.
 _CUDNN_FLAG = {"aten.batch_norm.default": 8}
@@ -239,6 +239,7 @@ class _Source:
         self.scope, self.names, self.device, self.deferring = scope, names, device, deferring
         self.sparse = sparse
         self.bound: dict[Any, str] = {}
+        self.places = Places((), ())
 
     def function(
         self,
@@ -260,6 +261,7 @@ class _Source:
         lines += ["    batch = x0.shape[0]", "    del inputs, labels"]
         last = {ref: index for index, node in enumerate(nodes) for ref in node.references()}
         own = {*inputs, *labels}
+        self.places = Places(nodes, results)
         for index, node in enumerate(nodes):
             self.names[Ref("node", node.name)] = f"v{index}"
             lines.append(f"    v{index} = {self.call(node, layers[index])}")
@@ -283,7 +285,7 @@ class _Source:
         function = resolve(node.op)
         if node.op == "aten.batch_norm.default":
             function = batch_norm
-        replacement = None if self.sparse is None else self.sparse.function(node)
+        replacement = None if self.sparse is None else self.sparse.function(node, self.places.of(node))
         if replacement is not None:
             function = replacement
         waits = deferrable(node) if self.deferring else None

@@ -1,4 +1,7 @@
-"""What a device's compute takes on this machine undisturbed: the base of the portable emulation."""
+"""What a device's compute takes on this machine undisturbed.
+
+The base of the portable emulation, and of predictions for devices that train a part of their stages.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ from spanwise.ops.stage_module import StageModule
 from spanwise.runtime.emulate import Work
 
 _WARM_UP = 3  # first passes grow the heap and prepare kernels: up to 30 % dearer
-_REPEATS = 9
-_FEW = 3  # repeats of weight halves of several micro-batches, each as long as many
+_REPEATS, _LEAST = 9, 3
+_ENOUGH_S = 2.0  # after which the least number of repeats will do
 
 
 def undisturbed_times(
@@ -51,7 +54,7 @@ def undisturbed_times(
             several, single = ([a for a in weights if (a.at_once > 1) is many] for many in (True, False))
             if several:
                 timed = partial(_one_pass, stage, graph, rows, parameters, several)
-                found |= _medians(index, timed, _FEW)
+                found |= _medians(index, timed)
             found |= _medians(index, partial(_one_pass, stage, graph, rows, parameters, single))
     for parameter in parameters.values():
         parameter.grad = None
@@ -62,11 +65,14 @@ def undisturbed_times(
     return found
 
 
-def _medians(
-    stage: int, one_pass: Callable[[], dict[str, float]], repeats: int = _REPEATS
-) -> dict[Work, float]:
-    passes = [one_pass() for _ in range(_WARM_UP + repeats)]
-    return {(work, stage): median(seconds[work] for seconds in passes[_WARM_UP:]) for work in passes[0]}
+def _medians(stage: int, one_pass: Callable[[], dict[str, float]]) -> dict[Work, float]:
+    for _ in range(_WARM_UP):
+        one_pass()
+    passes: list[dict[str, float]] = []
+    end = time.monotonic() + _ENOUGH_S
+    while len(passes) < _LEAST or (len(passes) < _REPEATS and time.monotonic() < end):
+        passes.append(one_pass())
+    return {(work, stage): median(seconds[work] for seconds in passes) for work in passes[0]}
 
 
 def _one_pass(

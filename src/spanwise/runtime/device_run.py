@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean
@@ -18,12 +18,13 @@ from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
 from spanwise.core.observed import ComputeTime, DeviceStep
 from spanwise.core.plan import Plan
+from spanwise.core.profile import StageTimes
 from spanwise.core.program import Action, Program
 from spanwise.ops.opgraph import OpGraph
 from spanwise.ops.stage_module import StageModule
 from spanwise.runtime import optimize
 from spanwise.runtime.calibrate import undisturbed_times
-from spanwise.runtime.emulate import PacedTransport, Throttle, Unthrottled
+from spanwise.runtime.emulate import PacedTransport, Throttle, Unthrottled, Work
 from spanwise.runtime.executor import Executor, StepResult
 from spanwise.runtime.feed import Feed, Rows, Sampler, held_rows
 from spanwise.runtime.message_times import TimedTransport
@@ -161,6 +162,7 @@ class DeviceRun:
             Throttle(spec.speed * emulation.core_share) if assignment.emulate and emulation else None
         )
         self._stages = stages
+        self._undisturbed_s: Mapping[Work, float] | None = None
         self.executor = Executor(
             DeviceParts(device, stages, self.parameters, self.optimizer, spec.torch_device, trained),
             plan,
@@ -174,15 +176,33 @@ class DeviceRun:
             timeout_s=job.transfer_timeout_s,
         )
 
-    def calibrate(self) -> None:
-        """Times its own compute, while the other devices rest; nothing to do on a real device."""
-        if self._throttle is not None:
-            self._throttle.undisturbed_s = undisturbed_times(
+    def calibrate(self) -> Mapping[Work, float]:
+        """Seconds of each kind of its compute, timed once, while the other devices rest.
+
+        An emulated device is slowed by them from then on.
+        """
+        if self._undisturbed_s is None:
+            self._undisturbed_s = undisturbed_times(
                 self._assignment.plan, self._assignment.graph, self._assignment.program, self.device,
                 self._stages, self.parameters, self.buffers,
             )  # fmt: skip
             for leaf in self.trained.leaves.values():  # channels that train are parameters of their own
                 leaf.grad = None
+            if self._throttle is not None:
+                self._throttle.undisturbed_s = self._undisturbed_s
+        return self._undisturbed_s
+
+    def stage_times(self) -> tuple[StageTimes, ...]:
+        """The same of whole forwards and backwards, as a profile has them."""
+        seconds, digest = self.calibrate(), self._assignment.plan.digest
+        return tuple(
+            StageTimes(
+                plan=digest, device=self.device, stage=stage,
+                forward_s=seconds["forward", stage], backward_s=seconds["backward", stage],
+            )
+            for stage in self._stages
+            if ("backward", stage) in seconds
+        )  # fmt: skip
 
     def run(self, first: int, count: int, on_step: OnStep) -> None:
         """Steps ``first .. first + count - 1``."""

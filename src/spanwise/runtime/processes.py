@@ -21,8 +21,10 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.errors import PeerError, SpanwiseError
 from spanwise.core.job import LIVE
 from spanwise.core.observed import DeviceStep
+from spanwise.core.profile import StageTimes
 from spanwise.cost.training import optimizer_copies
 from spanwise.lowering import Move, move_bytes, moves
+from spanwise.ops.allocator import HUGE_PAGES
 from spanwise.runtime import orders
 from spanwise.runtime.control import listen
 from spanwise.runtime.coordinator import Coordinator
@@ -59,7 +61,8 @@ class Meeting:
     """Where workers join: address, token, and whether train starts them itself.
 
     ``listen`` makes the listening socket and ``start`` (device, command line, environment) the process of
-    a worker: a lab has places of its own for both.
+    a worker: a lab has places of its own for both. ``huge_pages``: workers will hand freed memory back, and
+    get it anew in huge pages where the kernel has them.
     """
 
     host: str = "127.0.0.1"
@@ -69,6 +72,7 @@ class Meeting:
     join_timeout_s: float = 120.0
     listen: Callable[[str, int], socket.socket] = listen
     start: Start = start_here
+    huge_pages: bool = False
 
 
 class WorkerPool:
@@ -98,18 +102,20 @@ class WorkerPool:
         try:
             on_listen(self)
             if meeting.spawned:
-                self._spawn(meeting.start)
+                self._spawn(meeting)
             self.coordinator.wait_for_all(meeting.join_timeout_s)
             self._meet()
         except BaseException:
             self.close()
             raise
 
-    def _spawn(self, start: Start) -> None:
+    def _spawn(self, meeting: Meeting) -> None:
         endpoint = f"{self.coordinator.host}:{self.coordinator.port}"
         for device in self.devices:
             threads = str(self.cluster.device(device).threads)
             env = os.environ | {"SPANWISE_TOKEN": self.token, "OMP_NUM_THREADS": threads}
+            if meeting.huge_pages:
+                env = HUGE_PAGES | env
             command = [
                 sys.executable,
                 "-m",
@@ -121,7 +127,7 @@ class WorkerPool:
                 "--device",
                 device,
             ]
-            self._processes.append(start(device, command, env))
+            self._processes.append(meeting.start(device, command, env))
 
     def _meet(self) -> None:
         for device in self.devices:
@@ -206,14 +212,17 @@ class ProcessSession:
         for device in self._devices:
             self._set_up(device, tensors, resume)
         self._coordinator.gather("ready", self._devices, _SETUP_S)
-        self._calibrate()
+        if assignment.emulate:
+            self.stage_times()
 
-    def _calibrate(self) -> None:
-        """On the portable emulation, in turn: each device times its compute undisturbed."""
-        if self._assignment.emulate:
-            for device in self._devices:
-                self._coordinator.tell(device, "calibrate")
-                self._coordinator.gather("calibrated", (device,), _SETUP_S)
+    def stage_times(self) -> tuple[StageTimes, ...]:
+        """Each device in turn, so that it is undisturbed; what it knows already it does not time again."""
+        found: list[StageTimes] = []
+        for device in self._devices:
+            self._coordinator.tell(device, "calibrate")
+            frames = self._coordinator.gather("calibrated", (device,), _SETUP_S)
+            found += [StageTimes.parse(data) for data in frames[device].head["stages"]]
+        return tuple(found)
 
     def _set_up(self, device: str, tensors: dict[str, Tensor], resume: Snapshot | None) -> None:
         a = self._assignment
@@ -313,7 +322,8 @@ class ProcessSession:
         frames = self._coordinator.gather("switched", devices, _SETUP_S + self._moving_s(found))
         self._assignment, self._devices = assignment, assignment.plan.devices
         ready = time.monotonic()
-        self._calibrate()
+        if assignment.emulate:
+            self.stage_times()
         moved = sum(int(frame.head["received_bytes"]) for frame in frames.values())
         return Switched(moved, ready - start, time.monotonic() - ready)
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from spanwise.core.errors import SpanwiseError
 from spanwise.core.observed import DeviceStep
+from spanwise.core.profile import StageTimes
 from spanwise.lowering import buffer_holders
 from spanwise.runtime.device_run import Assignment, Snapshot
 from spanwise.runtime.migrate import mean_by_rows
@@ -85,6 +86,10 @@ class Session(Protocol):
         With a ``guide``, devices know of a few steps at a time only. It is asked after every report; once it
         wants a halt, the steps they know of are run to their end, and no others.
         """
+        ...
+
+    def stage_times(self) -> tuple[StageTimes, ...]:
+        """Before any step: each device times its stages, one device after the other."""
         ...
 
     def switch(self, assignment: Assignment) -> Switched:

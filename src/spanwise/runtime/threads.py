@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spanwise.core.errors import PeerError, SpanwiseError
 from spanwise.core.observed import DeviceStep
+from spanwise.core.profile import StageTimes
 from spanwise.lowering import moves
 from spanwise.runtime.device_run import Assignment, DeviceRun, Snapshot
 from spanwise.runtime.emulate import Ledger, PacedTransport, ledger_path
@@ -59,7 +60,8 @@ class ThreadSession:
             run = DeviceRun(assignment, device, self._transport(device), tensors=tensors, data=data)
             if resume is not None:
                 run.resume(resume.optimizer, resume.options, resume.scheduler)
-            run.calibrate()
+            if assignment.emulate:
+                run.calibrate()
             self._runs[device] = run
 
     def run(self, first: int, count: int, guide: Guide | None = None) -> Iterator[StepReport]:
@@ -120,6 +122,10 @@ class ThreadSession:
             ]
             return tuple(futures[0].result())
 
+    def stage_times(self) -> tuple[StageTimes, ...]:
+        """Here in the calling thread, while no other runs."""
+        return tuple(times for run in self._runs.values() for times in run.stage_times())
+
     def switch(self, assignment: Assignment) -> Switched:
         """Goes on under another plan; all devices send, receive and build at once, a thread each."""
         start, before = time.monotonic(), self._assignment
@@ -139,7 +145,7 @@ class ThreadSession:
         self._runs = {d: run for d in assignment.plan.devices if (run := built[d]) is not None}
         self._assignment = assignment
         ready = time.monotonic()
-        for run in self._runs.values():
+        for run in self._runs.values() if assignment.emulate else ():
             run.calibrate()
         moved = sum(change.received_bytes for change in changes.values())
         return Switched(moved, ready - start, time.monotonic() - ready)

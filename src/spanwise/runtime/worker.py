@@ -311,8 +311,7 @@ class _Worker:
     def _on_calibrate(self, _: Frame) -> None:
         """Times this device's compute while the others rest."""
         assert self.run is not None
-        self.run.calibrate()
-        self.channel.send("calibrated")
+        self.channel.send("calibrated", stages=[times.to_data() for times in self.run.stage_times()])
 
     def _own_data(self, job: Job, plan: Plan) -> Rows | None:
         if self.device not in [source.device for source in plan.sources]:

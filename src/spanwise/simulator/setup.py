@@ -61,6 +61,7 @@ class Costs:
         self.program, self.plan, self.graph = program, plan, graph
         self.profile, self.cluster = profile, cluster
         self.faults = faults
+        self._timed = plan.digest if profile.stages else ""
         self.capacities: list[float] = []
         self._index: dict[str, int] = {}
         self._ways: dict[tuple[str, str], Way] = {}
@@ -194,6 +195,9 @@ class Costs:
 
     def _compute_s(self, where: tuple[str, int, int, int], action: Action) -> float:
         device = where[0]
+        timed = self.profile.stage_s(self._timed, device, action.stage) if self._timed else None
+        if timed is not None and action.kind in ("forward", "backward"):
+            return timed[action.kind == "backward"]
         again = again_s(self.profile, self.plan.stages[action.stage], device, where[-1])
         match action.kind:
             case "forward":
