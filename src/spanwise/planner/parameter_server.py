@@ -35,7 +35,7 @@ from spanwise.planner.trial import Priced, timeline
 
 MOST_KINDS = 3  # unlike devices that segments are cut for, the slowest first
 BY_LATENCY = (False, True)
-ABOUT = 0.005  # so much longer than the shortest simulated step is about as short
+ABOUT = 0.015  # so much longer than the shortest simulated step is about as short
 LATE = 1.5  # times the compute of a device that is late, at least
 
 Ways = tuple[Route, Route]  # from a server to a device, and back
