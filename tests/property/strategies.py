@@ -189,8 +189,9 @@ def plans(draw: st.DrawFn, graph: ModelGraph, cluster: Cluster) -> Plan:
         hops = [draw(st.builds(Hop, SECONDS, SECONDS)) for _ in stages[1:]]
         kept = [warmup + draw(st.integers(0, 3)) for warmup in warmups]
         orders = zero_bubble(
-            micro_batches, seconds, hops, hops, ahead=warmups, kept=kept, together=draw(st.integers(1, 3))
-        )
+            micro_batches, seconds, hops, hops, ahead=warmups, kept=kept, together=draw(st.integers(1, 3)),
+            held_back=draw(st.booleans()),
+        )  # fmt: skip
         stages = tuple(
             stage.model_copy(update={"order": order_text(order)})
             for stage, order in zip(stages, orders, strict=True)

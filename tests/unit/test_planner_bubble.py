@@ -144,13 +144,13 @@ def test_weight_halves_are_done_at_once_where_that_pays() -> None:
     """Held back on purpose; one by one, with the same model, they are not."""
     found = flat()
     plan = one_f_one_b(found)
-    joining, four, *rest = zero_bubble_variants(found, plan)
+    joining, held, *rest = zero_bubble_variants(found, plan)
     assert most_at_once(joining) > 4
     assert timeline(found, joining).step_time_s < 0.9 * min(timeline(found, v).step_time_s for v in rest)
     assert pace_s(found, joining) == pytest.approx(timeline(found, joining).step_time_s, rel=0.02)
     best = halved(found, [plan])
     assert timeline(found, best).step_time_s <= timeline(found, joining).step_time_s
-    assert best in (joining, four)
+    assert best in (joining, held)
     little = flat(parameters=20)  # copies would be larger than the weights
     assert len([*likely_variants(little, one_f_one_b(little))]) == FIRST
 

@@ -82,16 +82,24 @@ def problems(draw: st.DrawFn) -> tuple[int, list[StageSeconds], list[Hop], list[
     return count, draw(times), draw(hops), draw(hops), draw(limits), draw(limits)
 
 
-@given(problems(), st.integers(1, 9), st.sampled_from((0.2, 1.0)))
+@given(problems(), st.integers(1, 9), st.sampled_from((0.2, 1.0)), st.booleans())
 def test_any_order_is_complete_ends_and_keeps_to_its_limits(
     problem: tuple[int, list[StageSeconds], list[Hop], list[Hop], list[int], list[int]],
-    together: int, part: float,
+    together: int, part: float, held_back: bool,
 ) -> None:  # fmt: skip
     """Also where each weight half after the first takes only a part of its time."""
     count, stages, forth, back, ahead, kept = problem
     several = [lambda n, s=s: s.weight_s * (1 + part * (n - 1)) for s in stages]
     orders = zero_bubble(
-        count, stages, forth, back, ahead=ahead, kept=kept, together=together, joined_s=several
+        count,
+        stages,
+        forth,
+        back,
+        ahead=ahead,
+        kept=kept,
+        together=together,
+        held_back=held_back,
+        joined_s=several,
     )
     for order, k1, k2 in zip(orders, ahead, kept, strict=True):
         check_halves(order, count)
@@ -109,6 +117,18 @@ def test_a_stage_that_is_always_busy_takes_weight_halves_when_it_must_and_then_m
     assert order_text(orders[1]) == (
         "F0 I0 F1 I1 F2 I2 F3 I3 W0 W1 W2 W3 F4 I4 F5 I5 F6 I6 F7 I7 W4 W5 W6 W7"
     )
+
+
+def test_weight_halves_held_back_come_when_memory_asks_for_them_and_at_the_end() -> None:
+    """The first of two equal stages waits for gradients, and could take a weight half meanwhile."""
+    slow, links = Hop(2.0, 2.0), [NONE]
+    orders = [
+        zero_bubble(5, [UNIFORM] * 2, [slow], links, ahead=[2, 1], kept=[3, 5], together=5, held_back=held)
+        for held in (False, True)
+    ]
+    assert order_text(orders[0][0]) == "F0 F1 I0 F2 I1 W0 W1 F3 I2 F4 W2 I3 W3 I4 W4"
+    assert order_text(orders[1][0]) == "F0 F1 I0 F2 I1 W0 W1 F3 I2 F4 I3 I4 W2 W3 W4"
+    assert order_text(orders[1][1]) == "F0 I0 F1 I1 F2 I2 F3 I3 F4 I4 W0 W1 W2 W3 W4"
 
 
 def test_weight_halves_next_to_each_other_are_done_at_once() -> None:

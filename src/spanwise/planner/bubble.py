@@ -4,8 +4,9 @@ The simulator takes the best of a few, the most promising first. The first two r
 ahead of their input halves, as links hold micro-batches too. One keeps up to 2P-1 micro-batches until their
 weight halves, which leaves uniform stages no bubble but filling the pipeline, or fewer where memory asks for
 it; the other as many as forwards run ahead. The next keeps the plan's own warm-up depths, the last is the
-hand-made ZB-H1. Where weight halves of several micro-batches at once take less than one by one, two more come
-first: they keep as many micro-batches as memory holds, and take all that wait at once, or up to four.
+hand-made ZB-H1. Where weight halves of several micro-batches at once take less than one by one, two more
+come first: they keep as many micro-batches as memory holds, and take all that are there at once, or hold them
+back until memory or the end of the step asks for them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from spanwise.planner.problem import Problem
 from spanwise.schedules import Hop, StageSeconds, zb_h1, zero_bubble
 
 FIRST = 2  # variants of a plan that are worth a look at its pace, besides those that join weight halves
-_MANY = 4  # weight halves at once
+_FEW = 4  # weight halves at once
 _GAIN = 0.05  # what joining so many must take off their time in some stage
 
 
@@ -52,7 +53,7 @@ def likely_variants(problem: Problem, plan: Plan, most: int = FIRST) -> Iterator
 
 def _joining_pays(problem: Problem, plan: Plan) -> bool:
     """Whether weight halves of a few micro-batches take less time at once in any stage."""
-    few = min(_MANY, plan.micro_batches)
+    few = min(_FEW, plan.micro_batches)
     return any(
         joined_s(problem, stage, few) < (1 - _GAIN) * few * joined_s(problem, stage, 1)
         for stage in plan.stages
@@ -71,17 +72,18 @@ def _halves(problem: Problem, plan: Plan) -> Iterator[tuple[Stage, ...]]:
     ahead = [_ahead(problem, plan, number) for number in range(total)]
     own = [stage.warmup for stage in plan.stages]
     few = 2 * total - 1
-    limits = [(ahead, few, 1), (ahead, 0, 1), (own, few, 1)]
+    limits = [(ahead, few, 1, False), (ahead, 0, 1, False), (own, few, 1, False)]
     if _joining_pays(problem, plan):
-        limits = [(ahead, micro_batches, micro_batches), (ahead, micro_batches, _MANY), *limits]
+        most = micro_batches
+        limits = [(ahead, most, most, False), (ahead, most, most, True), *limits]
     several = [partial(joined_s, problem, stage) for stage in plan.stages]
     by_hand = tuple(zb_h1(micro_batches, number, total) for number in range(total))
     scheduled = (
         zero_bubble(
             micro_batches, seconds, forth, back, ahead=whole, kept=_kept(problem, plan, whole, most),
-            together=together, joined_s=several,
+            together=together, held_back=held_back, joined_s=several,
         )
-        for whole, most, together in limits
+        for whole, most, together, held_back in limits
     )  # fmt: skip
     found: set[tuple[Stage, ...]] = set()
     for orders in chain(scheduled, (by_hand,)):

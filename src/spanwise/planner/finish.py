@@ -194,8 +194,8 @@ def _promising(problem: Problem, plan: Plan, limit: int) -> Iterator[Plan]:
     near = [p for o in outlines for p in _built(problem, plan.strategy, o, depth)]
     near.sort(key=lambda entry: entry.price_s)
     if plan.schedule == "zero_bubble":  # the formula does not know halves
-        halves = (v for e in near[: 2 * limit] for v in likely_variants(problem, e.plan, 1))
-        near = [Priced(variant, 0.0) for variant in halves]
+        halves = ([*likely_variants(problem, entry.plan, 1)] for entry in near[: 2 * limit])
+        near = [Priced(min(each, key=lambda v: pace_s(problem, v)), 0.0) for each in halves if each]
     if Priced(plan, 0.0).kind[1]:
         hopeless = HOPELESS * timeline(problem, plan).step_time_s
     else:

@@ -56,6 +56,7 @@ def zero_bubble(
     ahead: Sequence[int],
     kept: Sequence[int],
     together: int = 1,
+    held_back: bool = False,
     joined_s: Sequence[Callable[[int], float]] = (),
 ) -> tuple[tuple[Op, ...], ...]:
     """The order of every stage, by list scheduling in virtual time.
@@ -63,7 +64,9 @@ def zero_bubble(
     When stage p is free it takes the input half of the next micro-batch whose gradient has arrived; else the
     next forward whose input has arrived, while fewer than ``ahead[p]`` forwards have no input half and fewer
     than ``kept[p]`` no weight half; else the oldest weight halves, up to ``together`` at once; else it waits.
-    So a stage that is always busy takes none before ``kept[p]`` asks for it, and then many.
+    So a stage that is always busy takes none before ``kept[p]`` asks for it, and then many. If they are
+    ``held_back`` a stage waits rather than to take any before ``kept[p]`` asks for it or all input halves are
+    done.
 
     Args:
         micro_batches: M.
@@ -73,10 +76,11 @@ def zero_bubble(
         ahead: K1, at least 1.
         kept: K2, at least 1; what memory allows.
         together: at least 1.
+        held_back: so that weight halves come together.
         joined_s: by stage, seconds of so many weight halves at once; without it as many times those of one.
     """
     found: list[_Stage] = [
-        _Stage(seconds, most, held, None, None, together, several)
+        _Stage(seconds, most, held, None, None, together, held_back, several)
         for seconds, most, held, several in zip(
             stages, ahead, kept, joined_s or (None,) * len(stages), strict=True
         )
@@ -101,6 +105,7 @@ class _Stage:
     forth: _Link | None
     back: _Link | None
     together: int
+    held_back: bool
     joined_s: Callable[[int], float] | None
     free: float = 0.0
     forwards: int = 0
@@ -112,12 +117,14 @@ class _Stage:
 
     def due(self, micro_batches: int) -> float | None:
         """When it next has something to do, as far as is known; None if nothing is."""
-        if self.weights < self.halves:
+        if self.weights < self.halves and (not self.held_back or self.halves == micro_batches):
             return self.free
         first = None
         if self.halves < len(self.gradients):
             first = self.gradients[self.halves]
-        if self.forwards < len(self.inputs) and self.may_forward(micro_batches):
+        if self.forwards < len(self.inputs) and (
+            self.may_forward(micro_batches) or self.must_free(micro_batches)
+        ):
             arrival = self.inputs[self.forwards]
             if first is None or arrival < first:
                 first = arrival
@@ -129,6 +136,12 @@ class _Stage:
         """Whether the limits allow one more forward."""
         done = self.forwards
         return done < micro_batches and done - self.halves < self.ahead and done - self.weights < self.kept
+
+    def must_free(self, micro_batches: int) -> bool:
+        """Whether the next forward waits for nothing but a weight half that is held back."""
+        done = self.forwards
+        held = done - self.weights >= self.kept and self.weights < self.halves
+        return held and done < micro_batches and done - self.halves < self.ahead
 
     def one_by_one(self, count: int) -> float:
         """Seconds of so many weight halves."""
