@@ -59,7 +59,8 @@ def rate(profile: Profile, source: str, target: str) -> float:
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_a_link_at_a_quarter_is_recovered_within_5_percent(noise: float) -> None:
     task = problem()
-    estimator = follow(task, [thinner(task.profile, CLUSTER, PIPE, 4.0)] * 3, noise)
+    thin = thinner(task.profile, CLUSTER, PIPE, 4.0)
+    estimator = follow(task, [*[task.profile] * 4, *[thin] * 3], noise)
     drift = estimator.drift()
     assert drift is not None
     assert drift.big

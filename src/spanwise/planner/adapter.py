@@ -78,7 +78,8 @@ class Search:
 class Change:
     """A plan to go over to at the next boundary, why, and how long moving should take.
 
-    ``usual``: measured over expected of devices and links under that plan, where it ran before.
+    ``usual``: measured over expected of devices and links under that plan, where it ran before, and
+    ``usual_s``: how long its steps took.
     """
 
     plan: Plan
@@ -88,16 +89,18 @@ class Change:
     move_s: float = 0.0
     undoes: bool = False
     usual: Mapping[str | Link, float] = field(default_factory=dict[str | Link, float])
+    usual_s: float | None = None
 
 
 @dataclass
 class _Trial:
-    """A change whose gain is not known yet; ``usual`` is that of the plan before."""
+    """A change whose gain is not known yet; ``usual`` and ``usual_s`` are those of the plan before."""
 
     record: Adaptation
     before: Plan
     before_s: float
     usual: Mapping[str | Link, float]
+    usual_s: float
     seen: list[float] = field(default_factory=list[float])
 
 
@@ -231,10 +234,11 @@ class Adapter:
         if change.undoes:
             self._trial = None
         else:
-            self._trial = _Trial(record, before, before_s, self._estimator.usual)
+            usual_s = self._estimator.expected.step_s * self._estimator.usual_step
+            self._trial = _Trial(record, before, before_s, self._estimator.usual, usual_s)
             self._setup_s = max(0.0, seconds - change.move_s)
         self.records.append(record)
-        self._estimator = self._follow(self._estimator.profile, change.usual)
+        self._estimator = self._follow(self._estimator.profile, change.usual, change.usual_s)
         self._times, self._rest = [before_s], SETTLE_STEPS - 1
         self._hold_until, self._hold_until_s = step + HOLD_STEPS, self._now_s + seconds + HOLD_S
         return record
@@ -282,7 +286,9 @@ class Adapter:
         reason = f"the change at step {record.step} made steps {-100 * realised:.0f} % longer"
         gain = 1 - 1 / (1 - realised)
         # What slowed down meanwhile must not pass for what is usual of the plan gone back to.
-        return Change(trial.before, reason, record.kind, gain, undoes=True, usual=trial.usual)
+        return Change(
+            trial.before, reason, record.kind, gain, undoes=True, usual=trial.usual, usual_s=trial.usual_s
+        )
 
     def _banned(self, plan: Plan, step: int) -> bool:
         return self._bans.get(shape(plan), (0, 0))[0] > step
@@ -304,11 +310,12 @@ class Adapter:
             if not left or error < EXPLAINED:
                 break
             errors = [self._error(self._estimator.under([*taken, cause])) for cause in left]
-            least = min(errors)
-            if error - least < EXPLAINED / 2:
+            if error - min(errors) < EXPLAINED / 2:
                 break
-            error = least
-            taken.append(left.pop(errors.index(least)))
+            alike = [i for i, found in enumerate(errors) if found < min(errors) + EXPLAINED / 2]
+            at = max(alike, key=lambda i: left[i].far)
+            error = errors[at]
+            taken.append(left.pop(at))
         return self._estimator.under(taken)
 
     def _error(self, profile: Profile) -> float:
@@ -316,11 +323,14 @@ class Adapter:
         expected_s = self._expected(profile).step_s * self._bias * self._estimator.usual_step
         return abs(math.log(self._pace_s / expected_s)) if expected_s else math.inf
 
-    def _follow(self, profile: Profile, usual: Mapping[str | Link, float] | None = None) -> Estimator:
+    def _follow(
+        self, profile: Profile, usual: Mapping[str | Link, float] | None = None, usual_s: float | None = None
+    ) -> Estimator:
         """Follows the plan that runs, against these numbers and what it has shown to be usual, if it has."""
         expected = self._expected(profile)
         expected = replace(expected, step_s=expected.step_s * self._bias)
-        return Estimator(profile, self._problem.cluster, expected, usual)
+        usual_step = usual_s / expected.step_s if usual_s and expected.step_s else None
+        return Estimator(profile, self._problem.cluster, expected, usual, usual_step)
 
     def _expected(self, profile: Profile) -> Expected:
         problem = self._problem

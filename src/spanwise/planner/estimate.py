@@ -23,7 +23,7 @@ WINDOW, WINDOW_S = 3, 1.0
 BIG_WINDOW, BIG_WINDOW_S = 2, 0.5
 AGREE = 0.75  # of these steps must be out of the band
 KEPT = 64  # steps
-STEP_BAND = 1.15  # measured over predicted step time
+STEP_BAND = 1.1  # measured over predicted step time
 DEVICE_BAND = 1.15
 LINK_BAND = 1.2
 BIG = 1.5  # beyond this the shorter time is enough
@@ -47,12 +47,14 @@ class Drift:
 class Cause:
     """A device, or the links between two sites, with the numbers that it seems to have now.
 
-    ``sure``: whether it needs no step time to bear it out.
+    ``sure``: whether it needs no step time to bear it out. ``far``: how far it has moved, the logarithm of
+    the largest ratio, unsigned.
     """
 
     devices: tuple[DeviceTimes, ...]
     links: tuple[LinkTimes, ...]
     sure: bool
+    far: float
 
 
 def newest(entries: Sequence[tuple[float, T]], steps: int, seconds: float) -> list[T]:
@@ -148,7 +150,8 @@ class Usual:
 class Estimator:
     """Follows a run against one expectation; ``fitted`` gives the numbers to plan with.
 
-    ``usual`` is what another Estimator of the same plan has found to be usual, by device and link.
+    ``usual`` is what another Estimator of the same plan has found to be usual, by device and link, and
+    ``usual_step`` of step times.
     """
 
     def __init__(
@@ -157,6 +160,7 @@ class Estimator:
         cluster: Cluster,
         expected: Expected,
         usual: Mapping[str | Link, float] | None = None,
+        usual_step: float | None = None,
     ) -> None:
         self.profile, self.expected = profile, expected
         self._cluster = cluster
@@ -172,7 +176,7 @@ class Estimator:
         self._devices: dict[str, Tracker] = {}
         self._links: dict[Link, Tracker] = {}
         self._shown: set[Link] = set()  # by messages of the run, not by probes
-        self._usual_step = Usual(OWN_DEVICE)
+        self._usual_step = Usual(OWN_DEVICE, usual_step)
         self._usual: dict[str | Link, Usual] = {
             key: Usual(OWN_LINK, found) for key, found in (usual or {}).items()
         }
@@ -255,19 +259,19 @@ class Estimator:
         """What is out of the band in a fitted profile, one device or pair of sites apart from the other."""
         old = {entry.device: entry.factor for entry in self.profile.devices}
         found = [
-            Cause((entry,), (), self._sure_device(entry.device))
+            Cause((entry,), (), self._sure_device(entry.device), abs(math.log(ratio)))
             for entry in fitted.devices
-            if _out(entry.factor / old[entry.device], DEVICE_BAND)
+            if _out(ratio := entry.factor / old[entry.device], DEVICE_BAND)
         ]
-        pairs: dict[tuple[str, ...], list[LinkTimes]] = {}
+        pairs: dict[tuple[str, ...], list[tuple[LinkTimes, float]]] = {}
         for entry in fitted.links:
             link = (entry.source, entry.target)
-            if _out(entry.bandwidth_bytes_per_s / self.rate(link), LINK_BAND):
+            if _out(ratio := entry.bandwidth_bytes_per_s / self.rate(link), LINK_BAND):
                 ends = tuple(sorted(self.pipe(link).partition(":")[2].split(">")))
-                pairs.setdefault(ends, []).append(entry)
+                pairs.setdefault(ends, []).append((entry, abs(math.log(ratio))))
         for links in pairs.values():
-            sure = any(self._sure_link((entry.source, entry.target)) for entry in links)
-            found.append(Cause((), tuple(links), sure))
+            sure = any(self._sure_link((entry.source, entry.target)) for entry, _ in links)
+            found.append(Cause((), tuple(e for e, _ in links), sure, max(far for _, far in links)))
         return found
 
     def under(self, causes: Sequence[Cause]) -> Profile:
