@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,14 +14,19 @@ from test_planner_estimate import CLUSTER, PIPE, problem
 from adapter_cases import shown, slower, thinner
 from planner_cases import make_job
 from spanwise.core.errors import InputError
+from spanwise.core.observed import DeviceStep
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.lowering import moves
 from spanwise.planner import Problem, make_plan
-from spanwise.planner.adapter import BAN_STEPS, HOLD_STEPS, Adapter, Change, Search, found_in
+from spanwise.planner.adaptation import Change, Search, found_in, known_in
+from spanwise.planner.adapter import BAN_STEPS, HOLD_STEPS, Adapter
 from spanwise.planner.explore import FORGET_S, Explorer
 from spanwise.planner.replan import candidates, kind_of, replan, same_rows
+from spanwise.planner.tracker import BIG, BIG_WINDOW_S
 from spanwise.planner.trial import timeline
+
+BOTH_WAYS = [*PIPE, *((b, a) for a, b in PIPE)]
 
 
 @functools.cache
@@ -67,7 +73,7 @@ def test_a_link_at_a_quarter_leads_to_a_plan_near_the_best_within_three_steps() 
     adapter, at = start(task), list[int]()
     before = adapter.plan
     step = drive(adapter, task, task.profile, 0, 10)
-    world = thinner(task.profile, CLUSTER, [*PIPE, *((b, a) for a, b in PIPE)], 4.0)
+    world = thinner(task.profile, CLUSTER, BOTH_WAYS, 4.0)
     drive(adapter, task, world, step, 12, at=at)
     truth = Problem(task.graph, world, CLUSTER, task.job)
     best = timeline(truth, make_plan(truth, "hpp")).step_time_s
@@ -127,14 +133,36 @@ def test_what_no_step_time_bears_out_starts_no_search() -> None:
     usual_s, _ = shown(task, adapter.plan, task.profile)
     _, seen = shown(task, adapter.plan, odd)
     assert [adapter.observe(step + i, usual_s, seen, float(step + i)) for i in range(10)] == [None] * 10
-    # For long: a device that is faster for good. At once: a link that shows it both ways.
+    # For long: a device that is faster for good, or a link that shows it both ways. Slower ones never.
     assert any(adapter.observe(step + i, usual_s, seen, float(step + i)) for i in range(10, 40))
-    adapter = start(task)
-    step = drive(adapter, task, task.profile, 0, 8)
-    both = thinner(task.profile, CLUSTER, [*PIPE, *((b, a) for a, b in PIPE)], 4.0)
-    _, seen = shown(task, adapter.plan, both)
-    found = [adapter.observe(step + i, usual_s, seen, float(step + i)) for i in range(4)]
-    assert any(isinstance(wanted, Search) for wanted in found)
+    for factor, expected in ((4.0, False), (0.25, True)):
+        adapter = start(task)
+        step = drive(adapter, task, task.profile, 0, 8)
+        _, seen = shown(task, adapter.plan, thinner(task.profile, CLUSTER, BOTH_WAYS, factor))
+        found = [adapter.observe(step + i, usual_s, seen, float(step + i)) for i in range(40)]
+        assert any(isinstance(wanted, Search) for wanted in found) == expected
+
+
+def test_one_long_step_is_enough_where_what_leapt_in_it_explains_it() -> None:
+    task = problem()
+    slow = thinner(task.profile, CLUSTER, BOTH_WAYS, 5.0)
+    one_way = thinner(task.profile, CLUSTER, PIPE, 5.0)
+    usual_s, _ = shown(task, planned(), task.profile)
+    slow_s, seen = shown(task, planned(), slow)
+    _, half = shown(task, planned(), one_way)
+
+    def first(step_s: float, observed: Sequence[DeviceStep]) -> Search | Change | None:
+        adapter = start(task)
+        drive(adapter, task, task.profile, 0, 8)
+        return adapter.observe(8, step_s, observed, 8.0)
+
+    assert slow_s > BIG * usual_s
+    assert slow_s > BIG_WINDOW_S  # else it says nothing by itself
+    wanted = first(slow_s, seen)
+    assert isinstance(wanted, Search)
+    assert "n1>s1 has 0.2" in wanted.reason
+    assert first(slow_s, half) is None  # one direction only
+    assert first(1.7 * slow_s, seen) is None  # longer than that explains
 
 
 def test_of_what_seems_to_have_moved_as_little_counts_as_explains_the_step() -> None:
@@ -339,6 +367,33 @@ def test_a_slow_idle_device_gets_a_second_chance() -> None:
     assert explorer.forgotten(slow, ("n1",), FORGET_S + 2) == ()
     assert explorer.forgotten(slow, ("n1",), 2 * FORGET_S + 3) == ()
     assert explorer.forgotten(slow, ("n1",), 3 * FORGET_S + 3) == ("s2",)
+
+
+def test_plans_for_what_may_come_are_at_hand_when_it_comes() -> None:
+    task = problem()
+    adapter = start(task)
+    step = drive(adapter, task, task.profile, 0, 8)
+    thought: list[str] = []
+    while (search := adapter.foresee()) is not None:
+        thought.append(search.reason)
+        adapter.foreseen(search, [candidate for group in found_in(search) for candidate in group])
+    assert "north<>south has 0.25 of its rate" in thought
+    slow = thinner(task.profile, CLUSTER, BOTH_WAYS, 3.0)
+    wanted = None
+    while not isinstance(wanted, Search):
+        wanted = adapter.observe(step, *shown(task, adapter.plan, slow), float(step))
+        step += 1
+    truth = Problem(task.graph, slow, CLUSTER, task.job)
+    best = timeline(truth, make_plan(truth, "hpp")).step_time_s
+    known = list(known_in(wanted))
+    assert min(entry.step_s for entry in known) <= best / 0.95
+    change = adapter.consider(known, step, float(step), last=False)
+    assert change is not None
+    first = adapter.plan
+    adapter.changed(change, step + 1, 0, 0.1)
+    assert adapter.undecided
+    # When the link is back, the plan from before is known.
+    assert first in adapter._search_on(task.profile, "").known
 
 
 def test_a_small_change_comes_first_and_a_better_plan_may_follow() -> None:

@@ -13,8 +13,9 @@ from spanwise.core.observed import MOST_LARGE, MOST_SMALL, Arrival, Departure, D
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.planner import Problem
-from spanwise.planner.estimate import Estimator, Tracker, Usual
+from spanwise.planner.estimate import Estimator
 from spanwise.planner.ratios import Expected
+from spanwise.planner.tracker import Tracker, Usual
 
 CLUSTER = Cluster.parse(
     {

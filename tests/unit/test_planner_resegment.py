@@ -15,7 +15,8 @@ from spanwise.core.observed import Arrival, Departure, DeviceStep
 from spanwise.core.plan import Plan
 from spanwise.lowering import lower
 from spanwise.planner import Problem, make_plan
-from spanwise.planner.adapter import Adapter, Change
+from spanwise.planner.adaptation import Change
+from spanwise.planner.adapter import Adapter
 from spanwise.planner.duplex import DuplexCuts, duplex_step_ns
 from spanwise.planner.duplex_search import duplex
 from spanwise.planner.message_fit import MessageFit

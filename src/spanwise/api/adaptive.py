@@ -1,23 +1,24 @@
-"""A run that adapts: the planner's Adapter, fed by the training loop, with searches in a thread beside it."""
+"""A run that adapts: the planner's Adapter, fed by the training loop, and searches in processes beside it."""
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from spanwise.core.errors import SpanwiseError
+from spanwise.api.searcher import Searcher
 from spanwise.core.run_folder import RunFolder
 from spanwise.lowering import lower
 from spanwise.planner import Problem
-from spanwise.planner.adapter import Adaptation, Adapter, Change, Search, found_in
+from spanwise.planner.adaptation import Adaptation, Change, Search, known_in
+from spanwise.planner.adapter import Adapter
 from spanwise.planner.replan import Candidate
 from spanwise.runtime.device_run import Assignment
 from spanwise.runtime.session import Probe, StepReport, Switched
 
 OnChange = Callable[[Assignment, Adaptation], None]
+
+KNOWN_S = 0.5  # that simulating known plans may take of the time between two steps
 
 
 class Adapting:
@@ -31,8 +32,8 @@ class Adapting:
         self._assignment, self._folder, self._on_change = assignment, folder, on_change
         self.adapter = Adapter(problem, assignment.plan, last_step=last_step, strategy=strategy)
         self._change: Change | None = None
-        self._thread: threading.Thread | None = None
-        self._found: queue.SimpleQueue[tuple[list[Candidate], bool]] = queue.SimpleQueue()
+        self._searcher, self._foreseer = Searcher(problem), Searcher(problem)
+        self._foreseen: tuple[Search, list[Candidate]] | None = None
         self._written: dict[int, Adaptation] = {}
 
     def observe(self, report: StepReport, step_time_s: float) -> None:
@@ -44,9 +45,12 @@ class Adapting:
         if isinstance(wanted, Change):
             self._change = wanted
         elif wanted is not None:
-            self._search(wanted)
+            self._searcher.begin(wanted)
+            known = list(_within(known_in(wanted), KNOWN_S))
+            self._change = self.adapter.consider(known, report.step, now, last=False)
         else:
             self._consider(report.step, now)
+        self._foresee()
         self._write()
 
     def wants_halt(self) -> bool:
@@ -80,26 +84,32 @@ class Adapting:
         self._on_change(assignment, record)
 
     def close(self) -> None:
-        """Waits for a search under way: it cannot be stopped, and ends within seconds."""
-        if self._thread is not None:
-            self._thread.join()
-
-    def _search(self, search: Search) -> None:
-        def work() -> None:
-            try:
-                for number, found in enumerate(found_in(search)):
-                    self._found.put((found, number > 0))
-            except SpanwiseError:  # no plan for these numbers: the one that runs stays
-                self._found.put(([], True))
-
-        self._thread = threading.Thread(target=work, name="replan", daemon=True)
-        self._thread.start()
+        """Ends searches under way."""
+        self._searcher.close()
+        self._foreseer.close()
 
     def _consider(self, step: int, now_s: float) -> None:
-        """Takes in what a search has found by now."""
-        while self._change is None and not self._found.empty():
-            found, last = self._found.get()
-            self._change = self.adapter.consider(found, step, now_s, last=last)
+        """Takes in what a search has found by now, unless the last change has yet to show its worth."""
+        while self._change is None and not self.adapter.undecided:
+            found = self._searcher.found()
+            if found is None:
+                return
+            self._change = self.adapter.consider(found[0], step, now_s, last=found[1])
+
+    def _foresee(self) -> None:
+        """Has plans made for what may come, one condition after the other."""
+        if self._foreseen is None:
+            search = None if self._searcher.busy else self.adapter.foresee()
+            if search is not None:
+                self._foreseen = (search, [])
+                self._foreseer.begin(search)
+            return
+        search, candidates = self._foreseen
+        while (found := self._foreseer.found()) is not None:
+            candidates += found[0]
+            if found[1]:
+                self._foreseen = None
+                self.adapter.foreseen(search, candidates)
 
     def _write(self) -> None:
         """Appends records that are new or have changed; of one step the last line counts."""
@@ -107,3 +117,12 @@ class Adapting:
             if self._written.get(record.step) != record:
                 self._written[record.step] = record
                 self._folder.append_metric({"event": "adaptation", **record.to_data()})
+
+
+def _within(found: Iterator[Candidate], seconds: float) -> Iterator[Candidate]:
+    """As many as come within some seconds, and one at least."""
+    end_s = time.monotonic() + seconds
+    for entry in found:
+        yield entry
+        if time.monotonic() >= end_s:
+            return

@@ -46,7 +46,7 @@ from spanwise.runtime.training import Progress, Silent, Trained, total_steps, tr
 if TYPE_CHECKING:
     from spanwise.lab import Lab
     from spanwise.planner import Evaluation
-    from spanwise.planner.adapter import Adaptation
+    from spanwise.planner.adaptation import Adaptation
 
 Backend = Literal["processes", "threads"]
 _GROUND_UP = "hpp"  # makes new plans for a run that ``auto`` has planned: it covers what the others find

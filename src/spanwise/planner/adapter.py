@@ -8,21 +8,24 @@ follow the bandwidth, is that of SpanTrain (Big Data Research 2025).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from statistics import median
 
 from spanwise.core.observed import DeviceStep
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
+from spanwise.core.program import Program
 from spanwise.lowering import lower
-from spanwise.planner.estimate import KEPT, Drift, Estimator, newest
+from spanwise.planner.adaptation import Adaptation, Change, Search
+from spanwise.planner.estimate import Drift, Estimator
 from spanwise.planner.explore import Explorer, Look
+from spanwise.planner.foresee import MOST_KNOWN, Foresight
 from spanwise.planner.problem import Memo, Problem
 from spanwise.planner.ratios import Expected, Link
-from spanwise.planner.replan import Candidate, Kind, candidate, candidates, shape
+from spanwise.planner.replan import Candidate, candidate, shape
 from spanwise.planner.resegment import Resegmenter
+from spanwise.planner.tracker import KEPT, newest
 from spanwise.simulator import simulate
 
 LEAST_GAIN = 0.05  # predicted, of the step time
@@ -35,61 +38,7 @@ SETTLE_STEPS = 2  # at the start and after a change: first passes grow heaps and
 SETUP_S = 0.2  # of a change, until one was measured
 REFITS = 2  # times that estimates are held against a simulation on themselves
 MOST_CAUSES, EXPLAINED = 3, 0.06  # of a changed step time; what may be left of it, as a logarithm
-SEARCH_SHARE = 0.2  # of the time may go to searching, unless something has moved far
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """One change of plan, as a record.
-
-    ``step`` is the first under the new plan; gains are parts of the step time before. ``realised_gain`` is
-    None until enough steps have shown it.
-    """
-
-    step: int
-    reason: str
-    kind: Kind
-    predicted_gain: float
-    moved_bytes: int = 0
-    seconds: float = 0.0
-    realised_gain: float | None = None
-    undone: bool = False
-
-    def to_data(self) -> dict[str, object]:
-        """For ``metrics.jsonl`` and ``--json``."""
-        return {
-            "step": self.step, "reason": self.reason, "kind": self.kind, "moved_bytes": self.moved_bytes,
-            "seconds": self.seconds, "predicted_gain": self.predicted_gain,
-            "realised_gain": self.realised_gain, "undone": self.undone,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Search:
-    """What to look for a better plan on: the problem with its numbers as they are now."""
-
-    problem: Problem
-    plan: Plan
-    strategy: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Change:
-    """A plan to go over to at the next boundary, why, and how long moving should take.
-
-    ``usual``: measured over expected of devices and links under that plan, where it ran before, and
-    ``usual_s``: how long its steps took.
-    """
-
-    plan: Plan
-    reason: str
-    kind: Kind
-    predicted_gain: float
-    move_s: float = 0.0
-    undoes: bool = False
-    usual: Mapping[str | Link, float] = field(default_factory=dict[str | Link, float])
-    usual_s: float | None = None
+SEARCH_SHARE = 0.5  # of the time may go to searching, unless something has moved far
 
 
 @dataclass
@@ -104,16 +53,6 @@ class _Trial:
     seen: list[float] = field(default_factory=list[float])
 
 
-def found_in(search: Search) -> Iterator[list[Candidate]]:
-    """Candidates of a search: changes of the plan that runs first, then plans from the ground up.
-
-    Takes seconds in all: not for a training thread.
-    """
-    groups = candidates(search.problem, search.plan, search.strategy)
-    yield [c for group in islice(groups, 2) for c in group]
-    yield [c for group in groups for c in group]
-
-
 class Adapter:
     """Follows one run. ``records`` has every change, in order."""
 
@@ -121,6 +60,10 @@ class Adapter:
         """Begins with the numbers that the plan was made by; ``last_step`` is the run's, not included."""
         self.plan, self.records = plan, list[Adaptation]()
         self._problem, self._strategy, self._last_step = problem, strategy, last_step
+        self._known: dict[Plan, Plan] = {}  # by shape
+        self._remember(plan)
+        self._foresight = Foresight()
+        self._lowered: tuple[Plan, Program] | None = None  # one plan is simulated on many numbers
         self._bias = 1.0  # measured over predicted step time that no device or link accounts for
         self._estimator = self._follow(problem.profile)
         self._times: list[float] = []  # of the steps under this plan, settled ones only
@@ -143,7 +86,10 @@ class Adapter:
     def observe(
         self, step: int, step_s: float, observed: Sequence[DeviceStep], now_s: float
     ) -> Search | Change | None:
-        """Takes a step in. A Search is to be carried out and given to ``consider``, a Change at once."""
+        """Takes a step in. A Search is to be carried out and given to ``consider``, a Change at once.
+
+        A Search takes the place of one under way: something else has moved far since.
+        """
         if self._rest > 0:
             self._rest -= 1
             return None
@@ -163,20 +109,55 @@ class Adapter:
         forgotten = self._explorer.forgotten(self.profile, self.plan.devices, now_s)
         if drift is None and forgotten:
             drift = Drift(big=False, conditions=True)
-        if self._searching is not None or drift is None or self._last_step - step < HOLD_STEPS:
+        if drift is None or self._last_step - step < HOLD_STEPS or self._trial is not None:
             return None
-        held = self._held(step, now_s)
         hurried = drift.big and drift.conditions  # then searching may take more than its share
-        if self._trial is not None or held or not (hurried or now_s >= self._quiet_until_s):
+        since_s = -math.inf if self._searching is None else self._searching[1]
+        busy = self._searching is not None and not (hurried and now_s - since_s >= HOLD_S)
+        if busy or self._held(step, now_s) or not (hurried or now_s >= self._quiet_until_s):
             return None
-        fitted = self._fitted()
+        fitted = self._fitted(drift)
+        if fitted is None:
+            return None
+        if fitted == self.profile and not forgotten:
+            if self._searching is None:
+                self._believe(fitted)  # steps take another time, and nothing that a plan could answer is why
+            return None
         reasons = [self._estimator.changes(fitted)] if self._estimator.drift() is not None else []
         reasons += [f"{device} may be as fast as at first again" for device in forgotten]
-        profile = self._explorer.forget(fitted, forgotten)
-        problem = replace(self._problem, profile=profile, memo=Memo())
-        search = Search(problem, self.plan, self._strategy, "; ".join(reasons))
+        search = self._search_on(self._explorer.forget(fitted, forgotten), "; ".join(reasons))
         self._searching = (search, now_s)
         return search
+
+    def _search_on(self, profile: Profile, reason: str) -> Search:
+        problem = replace(self._problem, profile=profile, memo=Memo())
+        return Search(problem, self.plan, self._strategy, reason, tuple(self._known.values()))
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the last change has not shown its worth yet: until then there is no other."""
+        return self._trial is not None
+
+    def foresee(self) -> Search | None:
+        """The next condition to have a plan for before it comes; ``foreseen`` takes what was found."""
+        while (found := self._foresight.next(self._estimator, self.plan)) is not None:
+            reason, profile = found
+            if self._expected(profile).step_s * (1 - LEAST_GAIN) > self._predicted_s:
+                return self._search_on(profile, reason)
+        return None
+
+    def foreseen(self, search: Search, found: Sequence[Candidate]) -> None:
+        """Keeps the best plan for a condition that may come, if it is better then than what runs."""
+        best = min(found, key=lambda entry: entry.step_s, default=None)
+        most_s = (1 - LEAST_GAIN) * self._expected(search.problem.profile).step_s
+        if best is not None and best.step_s < most_s:
+            self._remember(best.plan)
+
+    def _remember(self, plan: Plan) -> None:
+        self._known.pop(shape(plan), None)
+        self._known[shape(plan)] = plan
+        if len(self._known) > MOST_KNOWN:
+            del self._known[next(iter(self._known))]
 
     def look(self, now_s: float) -> tuple[Look, ...]:
         """Links to probe now; ``looked`` takes the results."""
@@ -203,10 +184,9 @@ class Adapter:
         if last:
             self._searching = None
             self._quiet_until_s = now_s + (now_s - since_s) / SEARCH_SHARE
-        predicted_s = self._expected(search.problem.profile).step_s
         if self._estimator.profile is not search.problem.profile:
-            self._bias = self._pace_s / predicted_s if predicted_s else 1.0
-            self._estimator = self._follow(search.problem.profile, self._estimator.usual)
+            self._believe(search.problem.profile)
+        predicted_s = self._predicted_s
         if search.plan is not self.plan:  # a small change was made meanwhile
             anew = [candidate(search.problem, self.plan, c.plan) for c in found]
             found = [c for c in anew if c is not None]
@@ -227,6 +207,7 @@ class Adapter:
         record = Adaptation(step, change.reason, change.kind, change.predicted_gain, moved_bytes, seconds)
         before, before_s = self.plan, self._pace_s
         self.plan = change.plan
+        self._remember(change.plan)
         if self._segments is not None:
             self._segments = self._segments.under(change.plan)
         else:
@@ -242,6 +223,17 @@ class Adapter:
         self._times, self._rest = [before_s], SETTLE_STEPS - 1
         self._hold_until, self._hold_until_s = step + HOLD_STEPS, self._now_s + seconds + HOLD_S
         return record
+
+    def _believe(self, profile: Profile) -> None:
+        """From now on these numbers hold; what they leave unexplained is so for every plan."""
+        predicted_s = self._expected(profile).step_s
+        self._bias = self._pace_s / predicted_s if predicted_s else 1.0
+        self._estimator = self._follow(profile, self._estimator.usual)
+
+    @property
+    def _predicted_s(self) -> float:
+        """The simulated step time of the plan that runs, by the numbers that are believed."""
+        return self._estimator.expected.step_s / self._bias
 
     @property
     def _pace_s(self) -> float:
@@ -293,23 +285,32 @@ class Adapter:
     def _banned(self, plan: Plan, step: int) -> bool:
         return self._bans.get(shape(plan), (0, 0))[0] > step
 
-    def _fitted(self) -> Profile:
-        """The numbers as the last steps show them, as far as step times bear them out."""
+    def _fitted(self, drift: Drift) -> Profile | None:
+        """The numbers as the last steps show them, as far as step times bear them out.
+
+        None if a single step has leapt, and what leapt in it does not explain that.
+        """
         profile = self._estimator.fitted()
         for _ in range(REFITS):
             profile = self._estimator.again(profile, self._expected(profile)).fitted()
-        return self._explained(profile)
+        if not drift.leap:
+            return self._explained(profile, self._pace_s)
+        found = self._explained(profile, self._times[-1])
+        if self._error(found, self._times[-1]) > EXPLAINED:
+            return None
+        del self._times[:-1]  # those before it are of another world
+        return found
 
-    def _explained(self, fitted: Profile) -> Profile:
+    def _explained(self, fitted: Profile, pace_s: float) -> Profile:
         """With what is sure, and of the rest as little as explains how long steps take now."""
         causes = self._estimator.causes(fitted)
         taken = [cause for cause in causes if cause.sure]
         left = [cause for cause in causes if not cause.sure]
-        error = self._error(self._estimator.under(taken))
+        error = self._error(self._estimator.under(taken), pace_s)
         for _ in range(MOST_CAUSES):
             if not left or error < EXPLAINED:
                 break
-            errors = [self._error(self._estimator.under([*taken, cause])) for cause in left]
+            errors = [self._error(self._estimator.under([*taken, cause]), pace_s) for cause in left]
             if error - min(errors) < EXPLAINED / 2:
                 break
             alike = [i for i, found in enumerate(errors) if found < min(errors) + EXPLAINED / 2]
@@ -318,10 +319,10 @@ class Adapter:
             taken.append(left.pop(at))
         return self._estimator.under(taken)
 
-    def _error(self, profile: Profile) -> float:
+    def _error(self, profile: Profile, pace_s: float) -> float:
         """How far steps are from what these numbers make of them: the logarithm of the ratio, unsigned."""
         expected_s = self._expected(profile).step_s * self._bias * self._estimator.usual_step
-        return abs(math.log(self._pace_s / expected_s)) if expected_s else math.inf
+        return abs(math.log(pace_s / expected_s)) if expected_s else math.inf
 
     def _follow(
         self, profile: Profile, usual: Mapping[str | Link, float] | None = None, usual_s: float | None = None
@@ -334,8 +335,11 @@ class Adapter:
 
     def _expected(self, profile: Profile) -> Expected:
         problem = self._problem
-        program = lower(self.plan, problem.graph, clip=problem.job.clip_norm is not None)
+        if self._lowered is None or self._lowered[0] is not self.plan:
+            program = lower(self.plan, problem.graph, clip=problem.job.clip_norm is not None)
+            self._lowered = (self.plan, program)
         timeline = simulate(
-            program, self.plan, problem.graph, profile, problem.cluster, optimizer_copies=problem.copies
-        )
+            self._lowered[1], self.plan, problem.graph, profile, problem.cluster,
+            optimizer_copies=problem.copies,
+        )  # fmt: skip
         return Expected.of(timeline)

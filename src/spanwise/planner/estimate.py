@@ -6,30 +6,18 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
-from typing import TypeVar
 
 from spanwise.core.cluster import Cluster
 from spanwise.core.observed import DeviceStep
 from spanwise.core.profile import DeviceTimes, LinkTimes, Profile
 from spanwise.core.routes import Routes
 from spanwise.planner.ratios import SHORTEST_S, Expected, Link, Ratios, ratios
+from spanwise.planner.tracker import BIG_WINDOW, BIG_WINDOW_S, KEPT, WINDOW, WINDOW_S, Tracker, Usual, newest
 
-T = TypeVar("T")
-
-# What must agree before something has moved: so many steps, and so many seconds of them, as steps of a few
-# milliseconds all lie within one hiccup of a machine.
-WINDOW, WINDOW_S = 3, 1.0
-BIG_WINDOW, BIG_WINDOW_S = 2, 0.5
-AGREE = 0.75  # of these steps must be out of the band
-KEPT = 64  # steps
 STEP_BAND = 1.1  # measured over predicted step time
 DEVICE_BAND = 1.15
 LINK_BAND = 1.2
-BIG = 1.5  # beyond this the shorter time is enough
-LASTING, LASTING_S = 12, 5.0  # what of a device is sure although steps take as long as before
 ALIKE = 1.4  # both directions between two sites, if they have moved together
-CALM_WEIGHT = 0.3  # of the newest step in the smoothed ratio
 # What a plan's first steps may be off a simulation by without anything having moved. Of links more, as two
 # messages that meet on a pipe in one of both and not in the other are twice as slow.
 OWN_DEVICE, OWN_LINK = 1.5, 2.2
@@ -37,10 +25,14 @@ OWN_DEVICE, OWN_LINK = 1.5, 2.2
 
 @dataclass(frozen=True)
 class Drift:
-    """Something has moved for good: whether far, and whether a device or link, not the step time alone."""
+    """Something has moved for good: whether far, and whether a device or link, not the step time alone.
+
+    ``leap``: one step says so, and only if what leapt in it explains how long it took.
+    """
 
     big: bool
     conditions: bool
+    leap: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,96 +47,6 @@ class Cause:
     links: tuple[LinkTimes, ...]
     sure: bool
     far: float
-
-
-def newest(entries: Sequence[tuple[float, T]], steps: int, seconds: float) -> list[T]:
-    """Of (seconds, entry) the newest that span so many steps and seconds; empty if all are too few."""
-    spanned, out = 0.0, list[T]()
-    for length_s, entry in reversed(entries):
-        out.append(entry)
-        spanned += length_s
-        if len(out) >= steps and spanned >= seconds:
-            return out[::-1]
-    return []
-
-
-class Tracker:
-    """Ratios of the last steps of one kind: smoothed while calm, their median once they have moved."""
-
-    def __init__(self, band: float) -> None:
-        self._band = band
-        self._last: deque[tuple[float, float]] = deque(maxlen=KEPT)  # seconds and log ratio
-        self._smooth: float | None = None
-
-    def add(self, ratio: float, seconds: float) -> None:
-        """Takes the newest step in, which took so long."""
-        value = math.log(max(ratio, 1e-6))
-        self._last.append((seconds, value))
-        if self._smooth is None:
-            self._smooth = value
-        else:
-            self._smooth += CALM_WEIGHT * (value - self._smooth)
-
-    @property
-    def big(self) -> bool:
-        """Whether the newest steps are far out, all to the same side."""
-        return self._beyond(BIG, self._short)
-
-    @property
-    def moved(self) -> bool:
-        """Whether the newest steps are out of the band, all to the same side."""
-        return self.big or self._beyond(self._band, self._long)
-
-    @property
-    def lasting(self) -> bool:
-        """Whether they have been far out to the same side for long."""
-        return self._beyond(BIG, newest(self._last, LASTING, LASTING_S))
-
-    @property
-    def ratio(self) -> float:
-        """The best estimate now."""
-        if self._smooth is None:
-            return 1.0
-        if not self.moved:
-            return math.exp(self._smooth)
-        return math.exp(median(self._short if self.big else self._long))
-
-    @property
-    def _short(self) -> list[float]:
-        return newest(self._last, BIG_WINDOW, BIG_WINDOW_S)
-
-    @property
-    def _long(self) -> list[float]:
-        return newest(self._last, WINDOW, WINDOW_S)
-
-    def _beyond(self, band: float, last: Sequence[float]) -> bool:
-        above = sum(value > math.log(band) for value in last)
-        below = sum(value < -math.log(band) for value in last)
-        return bool(last) and max(above, below) >= AGREE * len(last)
-
-
-class Usual:
-    """What is usual of one device or link under a plan: its ratio in the first steps.
-
-    A simulation is off by a little for every plan, device and link. That is no drift, so later steps are
-    held against the first ones, unless those are far off themselves.
-    """
-
-    def __init__(self, most: float, ratio: float | None = None) -> None:
-        self.ratio, self._most = ratio, most
-        self._first: list[tuple[float, float]] = []
-
-    def over(self, ratio: float, seconds: float) -> list[tuple[float, float]]:
-        """(ratio over the usual one, seconds) of a step; of all so far when that is first known."""
-        if self.ratio is not None:
-            return [(ratio / self.ratio, seconds)]
-        self._first.append((seconds, ratio))
-        first = newest(self._first, WINDOW, WINDOW_S)
-        if not first:
-            return []
-        middle = median(first)
-        self.ratio = usual = middle if 1 / self._most <= middle <= self._most else 1.0
-        return [(found / usual, length_s) for length_s, found in self._first]
 
 
 class Estimator:
@@ -176,6 +78,7 @@ class Estimator:
         self._devices: dict[str, Tracker] = {}
         self._links: dict[Link, Tracker] = {}
         self._shown: set[Link] = set()  # by messages of the run, not by probes
+        self._even: frozenset[str] = frozenset()  # devices of whose last step all compute has moved alike
         self._usual_step = Usual(OWN_DEVICE, usual_step)
         self._usual: dict[str | Link, Usual] = {
             key: Usual(OWN_LINK, found) for key, found in (usual or {}).items()
@@ -190,6 +93,7 @@ class Estimator:
         """Takes a step in."""
         found = ratios(self.expected, step_s, observed, self._latency_s)
         self._recent.append((step_s, observed))
+        self._even = found.even
         for ratio, seconds in self._usual_step.over(found.step, step_s):
             self._step.add(ratio, seconds)
         for device, measured in found.devices.items():
@@ -235,25 +139,48 @@ class Estimator:
         """
         trackers = [*self._devices.values(), *self._links.values()]
         sure = any(map(self._sure_device, self._devices)) or any(map(self._sure_link, self._links))
-        if not self._step.moved and not sure:
-            return None
-        big = self._step.big or any(tracker.big for tracker in trackers)
-        return Drift(big, conditions=sure or any(tracker.moved for tracker in trackers))
+        if self._step.moved or sure:
+            big = self._step.big or any(tracker.big for tracker in trackers)
+            return Drift(big, conditions=sure or any(tracker.moved for tracker in trackers))
+        return Drift(big=True, conditions=True, leap=True) if self._leaps() else None
+
+    def _leaps(self) -> dict[str | Link, float]:
+        """What has leapt in the newest step, which took far longer or shorter itself, with the ratio.
+
+        A device counts if all of its compute has, a link if its way back has: of a hiccup that is not so.
+        """
+        if self._step.leap is None:
+            return {}
+        found: dict[str | Link, float] = {}
+        for device, tracker in self._devices.items():
+            if tracker.leap is not None and device in self._even:
+                found[device] = tracker.leap
+        for link, tracker in self._links.items():
+            back = self._links.get((link[1], link[0]))
+            if link in self._shown and self._between_sites(link) and back is not None:
+                there, again = tracker.leap, back.leap
+                if there is not None and again is not None and _alike(there, again):
+                    found[link] = there
+        return found
 
     def _sure_device(self, device: str) -> bool:
+        """It has been faster for long: what is slower and makes no step longer is of no concern."""
         tracker = self._devices.get(device)
-        return tracker is not None and tracker.lasting
+        return tracker is not None and tracker.lasting and tracker.ratio < 1
 
     def _sure_link(self, link: Link) -> bool:
-        """A probe shows it, or messages of both directions between two sites show it alike."""
+        """A probe shows it, or messages of both directions between two sites have been faster for long."""
         tracker, back = self._links.get(link), self._links.get((link[1], link[0]))
         if tracker is None or not tracker.moved:
             return False
         if link not in self._shown:
             return True
-        if back is None or not self.pipe(link).startswith("link:") or not (tracker.big and back.big):
+        if back is None or not self._between_sites(link) or not (tracker.lasting and back.lasting):
             return False
-        return max(tracker.ratio, back.ratio) < ALIKE * min(tracker.ratio, back.ratio)
+        return max(tracker.ratio, back.ratio) < 1 and _alike(tracker.ratio, back.ratio)
+
+    def _between_sites(self, link: Link) -> bool:
+        return self.pipe(link).startswith("link:")
 
     def causes(self, fitted: Profile) -> list[Cause]:
         """What is out of the band in a fitted profile, one device or pair of sites apart from the other."""
@@ -267,7 +194,7 @@ class Estimator:
         for entry in fitted.links:
             link = (entry.source, entry.target)
             if _out(ratio := entry.bandwidth_bytes_per_s / self.rate(link), LINK_BAND):
-                ends = tuple(sorted(self.pipe(link).partition(":")[2].split(">")))
+                ends = tuple(sorted(_names(self.pipe(link))))
                 pairs.setdefault(ends, []).append((entry, abs(math.log(ratio))))
         for links in pairs.values():
             sure = any(self._sure_link((entry.source, entry.target)) for entry, _ in links)
@@ -294,9 +221,14 @@ class Estimator:
     def changes(self, profile: Profile) -> str:
         """What of the devices and links that were seen is out of the band in a fitted profile, in words."""
         old = {entry.device: entry.factor for entry in self.profile.devices}
-        longer = {e.device: e.factor / old[e.device] for e in profile.devices if e.device in self._devices}
+        seen = dict.fromkeys([*self._usual, *self._links])  # also those whose first steps are not over
+        longer = {e.device: e.factor / old[e.device] for e in profile.devices if e.device in seen}
         routes = Routes(self._cluster, profile.links)
-        rates = {link: routes.route(*link).bandwidth_bytes_per_s / self.rate(link) for link in self._links}
+        rates = {
+            link: routes.route(*link).bandwidth_bytes_per_s / self.rate(link)
+            for link in seen
+            if not isinstance(link, str)
+        }
         found = [f"{d} takes {r:.2f} times as long" for d, r in longer.items() if _out(r, DEVICE_BAND)]
         found += [f"{a}>{b} has {r:.2f} of its rate" for (a, b), r in rates.items() if _out(r, LINK_BAND)]
         return "; ".join(found) or f"steps take {self._step.ratio:.2f} times as long as predicted"
@@ -307,8 +239,9 @@ class Estimator:
         A link that slows down changes how messages meet on others too. What was taken for a change of theirs
         goes away when the steps are held against a simulation that knows of the first.
         """
-        drift = self.drift()
-        span = (BIG_WINDOW, BIG_WINDOW_S) if drift is not None and drift.big else (WINDOW, WINDOW_S)
+        drift, span = self.drift(), (WINDOW, WINDOW_S)
+        if drift is not None and drift.big:
+            span = (1 if drift.leap else BIG_WINDOW, BIG_WINDOW_S)
         recent = [(step_s, (step_s, observed)) for step_s, observed in self._recent]
         usual = dict.fromkeys(self._usual, 1.0) | self.usual  # those unknown yet are not waited for again
         estimator = Estimator(profile, self._cluster, expected, usual)
@@ -322,8 +255,16 @@ class Estimator:
         A pair that was not seen has the rate of the fastest one that shares its pipe between sites: so much
         the pipe carries. Other pairs stay as they were.
         """
-        devices = tuple(self._device(entry) for entry in self.profile.devices)
-        shown = {link: self.rate(link) / tracker.ratio for link, tracker in self._links.items()}
+        drift = self.drift()
+        leaps = self._leaps() if drift is not None and drift.leap else {}
+        factors = {d: leaps.get(d, tracker.ratio) for d, tracker in self._devices.items()}
+        devices = tuple(
+            entry.model_copy(update={"factor": entry.factor * factors.get(entry.device, 1.0)})
+            for entry in self.profile.devices
+        )
+        shown = {
+            link: self.rate(link) / leaps.get(link, tracker.ratio) for link, tracker in self._links.items()
+        }
         pipes: dict[str, float] = {}
         for link, rate in shown.items():
             pipes[self.pipe(link)] = max(pipes.get(self.pipe(link), 0.0), rate)
@@ -338,17 +279,24 @@ class Estimator:
                 )
         return self.profile.model_copy(update={"devices": devices, "links": tuple(links.values())})
 
-    def _device(self, entry: DeviceTimes) -> DeviceTimes:
-        tracker = self._devices.get(entry.device)
-        if tracker is None:
-            return entry
-        return entry.model_copy(update={"factor": entry.factor * tracker.ratio})
-
     def pipe(self, link: Link) -> str:
         """What a link shares with the others between two sites; inside a site it is the link's own."""
         found = self._cluster.route(*link).resources
         own = f"pair:{link[0]}>{link[1]}"
         return next((name for name, _ in found if name.startswith("link:")), own)
+
+    def ends(self, link: Link) -> tuple[str, str] | None:
+        """The two sites between which a link lies, in the order of their names; none inside a site."""
+        pipe = self.pipe(link)
+        if not pipe.startswith("link:"):
+            return None
+        a, b = sorted(_names(pipe))
+        return a, b
+
+    @property
+    def links(self) -> Mapping[Link, float]:
+        """Latency of every pair that is connected, in seconds."""
+        return self._latency_s
 
     def _beside_pipe(self, link: Link) -> float:
         """The least capacity on the way that is not the pipe: ports of the two devices."""
@@ -358,3 +306,11 @@ class Estimator:
 
 def _out(ratio: float, band: float) -> bool:
     return ratio > band or ratio < 1 / band
+
+
+def _names(pipe: str) -> list[str]:
+    return pipe.partition(":")[2].split(">")
+
+
+def _alike(a: float, b: float) -> bool:
+    return max(a, b) < ALIKE * min(a, b)

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from spanwise.planner.estimate import BIG_WINDOW, LINK_BAND, Tracker
+from spanwise.planner.estimate import LINK_BAND
 from spanwise.planner.ratios import SHORTEST_S, Message
+from spanwise.planner.tracker import BIG_WINDOW, Tracker
 
 KEPT_OF_SIZE = 16  # the newest of each size up to a factor of two: older ones of other sizes stay
 LEAST_MESSAGES = 4

@@ -23,6 +23,7 @@ Link = tuple[str, str]
 
 LEAST_SHARE = 0.05  # of the step time: a device or link that is at work for less decides nothing
 LEAST_COMPUTE_S = 1e-4  # below it a step says nothing about a device
+EVEN = 1.6  # kinds of compute of a device, from the least ratio to the largest
 LEAST_LINK_S = 2e-3  # the same for a link: wake-ups of threads take up to a millisecond
 LEAST_MESSAGE_BYTES = 4096
 SHORTEST_S = 1e-5
@@ -73,11 +74,15 @@ class Expected:
 
 @dataclass(frozen=True)
 class Ratios:
-    """Measured over expected seconds, by what was seen in a step: 2.0 is twice as slow as believed."""
+    """Measured over expected seconds, by what was seen in a step: 2.0 is twice as slow as believed.
+
+    ``even``: devices that did all kinds of their compute as much slower or faster.
+    """
 
     step: float
     devices: Mapping[str, float] = field(default_factory=dict[str, float])
     links: Mapping[Link, float] = field(default_factory=dict[Link, float])
+    even: frozenset[str] = frozenset()
 
 
 def ratios(
@@ -85,6 +90,7 @@ def ratios(
 ) -> Ratios:
     """How one step compares with what was expected of it. Of messages only large ones count."""
     devices: dict[str, float] = {}
+    even: set[str] = set()
     for seen in observed:
         pairs = [
             (entry.seconds, expected.compute_s[seen.device, entry.kind, entry.stage])
@@ -97,6 +103,9 @@ def ratios(
         counted = max(awaited, seconds) * expected.micro_batches >= LEAST_SHARE * expected.step_s
         if awaited >= LEAST_COMPUTE_S:
             devices[seen.device] = seconds / awaited if counted else 1.0
+            single = [s / a for s, a in pairs if a >= LEAST_COMPUTE_S]
+            if len(single) > 1 and max(single) < EVEN * max(min(single), 1e-6):
+                even.add(seen.device)
     links: dict[Link, float] = {}
     for link, messages in link_messages([_large_only(seen) for seen in observed], latency_s).items():
         if link in expected.rates:
@@ -104,7 +113,8 @@ def ratios(
             awaited = sum(message.nbytes for message in messages) / expected.rates[link]
             if max(awaited, seconds) >= max(LEAST_LINK_S, LEAST_SHARE * expected.step_s):
                 links[link] = max(seconds, SHORTEST_S) / awaited
-    return Ratios(step_s / expected.step_s if expected.step_s else 1.0, devices, links)
+    step = step_s / expected.step_s if expected.step_s else 1.0
+    return Ratios(step, devices, links, frozenset(even))
 
 
 def _large_only(seen: DeviceStep) -> DeviceStep:

@@ -1,0 +1,66 @@
+"""What may come: a link between two sites thin, a device slow. Plans for it are made ahead of it.
+
+A search takes seconds, and while it lasts the run suffers. What a run is hurt by most is known before: the
+links that it uses and the devices that work. So plans for these conditions are looked for while all is well;
+when one of them comes, or one like it, its plan only has to be simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from spanwise.core.plan import Plan
+from spanwise.core.profile import LinkTimes, Profile
+from spanwise.planner.estimate import Estimator
+
+THINNER, SLOWER = (4.0, 2.0), (3.0, 1.5)  # how much, of links and devices; what hurts more comes first
+MOST_FORESEEN = 24  # conditions of a run
+MOST_KNOWN = 12  # plans kept, the newest of those that ran and those made ahead
+
+
+class Foresight:
+    """Knows which conditions have been thought of, each once in a run."""
+
+    def __init__(self) -> None:
+        self._thought: set[str] = set()
+
+    def next(self, estimator: Estimator, plan: Plan) -> tuple[str, Profile] | None:
+        """What to think of now that this plan runs: in words, and the numbers that it brings."""
+        if len(self._thought) >= MOST_FORESEEN:
+            return None
+        for name, profile in _conditions(estimator, plan):
+            if name not in self._thought:
+                self._thought.add(name)
+                return name, profile
+        return None
+
+
+def _conditions(estimator: Estimator, plan: Plan) -> Iterator[tuple[str, Profile]]:
+    ends = [estimator.ends(link) for link in estimator.expected.rates]
+    used = dict.fromkeys(pair for pair in ends if pair is not None)
+    working = {device for device, _, _ in estimator.expected.compute_s}
+    for thinner, slower in zip(THINNER, SLOWER, strict=True):
+        for a, b in used:
+            yield f"{a}<>{b} has {1 / thinner:.2f} of its rate", _thin(estimator, (a, b), thinner)
+        for device in plan.devices:
+            if device in working:
+                yield f"{device} takes {slower:.2f} times as long", _slow(estimator.profile, device, slower)
+
+
+def _thin(estimator: Estimator, ends: tuple[str, str], factor: float) -> Profile:
+    links = {(entry.source, entry.target): entry for entry in estimator.profile.links}
+    for link, latency_s in estimator.links.items():
+        if estimator.ends(link) == ends:
+            rate = estimator.rate(link) / factor
+            links[link] = LinkTimes(
+                source=link[0], target=link[1], latency_s=latency_s, bandwidth_bytes_per_s=rate
+            )
+    return estimator.profile.model_copy(update={"links": tuple(links.values())})
+
+
+def _slow(profile: Profile, device: str, factor: float) -> Profile:
+    devices = tuple(
+        entry.model_copy(update={"factor": entry.factor * factor}) if entry.device == device else entry
+        for entry in profile.devices
+    )
+    return profile.model_copy(update={"devices": devices})
