@@ -18,7 +18,10 @@ from spanwise.runtime.session import Probe, StepReport, Switched
 
 OnChange = Callable[[Assignment, Adaptation], None]
 
+POLL_S = 0.01
 KNOWN_S = 0.5  # that simulating known plans may take of the time between two steps
+AHEAD_S, AHEAD_SHARE = 30.0, 0.2  # for plans made ahead, and at most this part of what training will take
+MOST_SEARCH_S = 120.0  # after which a search is given up
 
 
 class Adapting:
@@ -31,10 +34,42 @@ class Adapting:
         """Begins under ``assignment``; ``strategy`` makes plans from the ground up."""
         self._assignment, self._folder, self._on_change = assignment, folder, on_change
         self.adapter = Adapter(problem, assignment.plan, last_step=last_step, strategy=strategy)
+        self._problem = problem
         self._change: Change | None = None
-        self._searcher, self._foreseer = Searcher(problem), Searcher(problem)
-        self._foreseen: tuple[Search, list[Candidate]] | None = None
+        self._searcher = Searcher(problem)
+        self._found: list[Candidate] = []
+        self._since_s = 0.0
         self._written: dict[int, Adaptation] = {}
+
+    def prepare(self, training_s: float) -> None:
+        """Before the first step: has plans made for what may come, as many as fit into some seconds.
+
+        Not later: a search takes a core, and where that is one of the devices' all steps get longer.
+        ``training_s``: what the whole run will take.
+        """
+        end_s = time.monotonic() + min(AHEAD_S, AHEAD_SHARE * training_s)
+        searchers = (self._searcher, Searcher(self._problem))
+        thought: dict[Searcher, tuple[Search, list[Candidate]]] = {}
+        try:
+            while time.monotonic() < end_s:
+                for searcher in searchers:
+                    if searcher not in thought and (search := self.adapter.foresee()) is not None:
+                        thought[searcher] = (search, [])
+                        searcher.begin(search)
+                if not thought:
+                    break
+                self._gather(thought)
+                time.sleep(POLL_S)
+        finally:
+            searchers[1].close()
+
+    def _gather(self, thought: dict[Searcher, tuple[Search, list[Candidate]]]) -> None:
+        for searcher, (search, candidates) in tuple(thought.items()):
+            while (found := searcher.found()) is not None:
+                candidates += found[0]
+                if found[1]:
+                    del thought[searcher]
+                    self.adapter.foreseen(search, candidates)
 
     def observe(self, report: StepReport, step_time_s: float) -> None:
         """Takes a step in, and a search that has ended."""
@@ -45,12 +80,13 @@ class Adapting:
         if isinstance(wanted, Change):
             self._change = wanted
         elif wanted is not None:
-            self._searcher.begin(wanted)
             known = list(_within(known_in(wanted), KNOWN_S))
             self._change = self.adapter.consider(known, report.step, now, last=False)
-        else:
+            if self._change is None:
+                self._searcher.begin(wanted)
+                self._found, self._since_s = [], now
+        elif self.adapter.searching:
             self._consider(report.step, now)
-        self._foresee()
         self._write()
 
     def wants_halt(self) -> bool:
@@ -84,32 +120,17 @@ class Adapting:
         self._on_change(assignment, record)
 
     def close(self) -> None:
-        """Ends searches under way."""
+        """Ends a search under way."""
         self._searcher.close()
-        self._foreseer.close()
 
     def _consider(self, step: int, now_s: float) -> None:
-        """Takes in what a search has found by now, unless the last change has yet to show its worth."""
-        while self._change is None and not self.adapter.undecided:
-            found = self._searcher.found()
-            if found is None:
-                return
-            self._change = self.adapter.consider(found[0], step, now_s, last=found[1])
-
-    def _foresee(self) -> None:
-        """Has plans made for what may come, one condition after the other."""
-        if self._foreseen is None:
-            search = None if self._searcher.busy else self.adapter.foresee()
-            if search is not None:
-                self._foreseen = (search, [])
-                self._foreseer.begin(search)
-            return
-        search, candidates = self._foreseen
-        while (found := self._foreseer.found()) is not None:
-            candidates += found[0]
-            if found[1]:
-                self._foreseen = None
-                self.adapter.foreseen(search, candidates)
+        """Takes in what a search has found, once it has ended or has lasted too long."""
+        last = now_s - self._since_s > MOST_SEARCH_S
+        while not last and (found := self._searcher.found()) is not None:
+            self._found += found[0]
+            last = found[1]
+        if last:
+            self._change = self.adapter.consider(self._found, step, now_s, last=True)
 
     def _write(self) -> None:
         """Appends records that are new or have changed; of one step the last line counts."""

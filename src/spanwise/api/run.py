@@ -185,7 +185,9 @@ class _Run:
                 predicted = predict(plan, graph, times, self.cluster, self.job)
                 self._write_plan(assignment, times, predicted)
         if self.options.adapt:
+            self.watcher.on_stage("planning for what may come")
             self.steering = self._steering(assignment, times)
+            self.steering.prepare(predicted.step_time_s * (total_steps(assignment) - start))
         self.watcher.on_stage("training")
         began = time.monotonic()
         trained = train(

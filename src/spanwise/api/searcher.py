@@ -189,13 +189,15 @@ def _problem(data: dict[str, Any]) -> Problem:
 def _search_data(search: Search) -> dict[str, Any]:
     return {
         "profile": search.problem.profile.to_data(), "plan": search.plan.to_data(),
-        "strategy": search.strategy, "reason": search.reason,
+        "strategy": search.strategy, "reason": search.reason, "ahead": search.ahead,
     }  # fmt: skip
 
 
 def _search(data: dict[str, Any], problem: Problem) -> Search:
     now = replace(problem, profile=Profile.parse(data["profile"]), memo=Memo())
-    return Search(now, Plan.parse(data["plan"]), str(data["strategy"]), str(data["reason"]))
+    return Search(
+        now, Plan.parse(data["plan"]), str(data["strategy"]), str(data["reason"]), ahead=bool(data["ahead"])
+    )
 
 
 def _candidate_data(entry: Candidate) -> dict[str, Any]:

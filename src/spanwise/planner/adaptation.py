@@ -10,7 +10,15 @@ from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.planner.problem import Problem
 from spanwise.planner.ratios import Link
-from spanwise.planner.replan import Candidate, Kind, candidate, candidates, same_rows, shape
+from spanwise.planner.replan import (
+    Candidate,
+    Kind,
+    candidate,
+    candidates,
+    from_the_ground_up,
+    same_rows,
+    shape,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,8 @@ class Adaptation:
 class Search:
     """What to look for a better plan on: the problem with its numbers as they are now.
 
-    ``known``: plans that ran before, or were made ahead for what may come.
+    ``known``: plans that ran before, or were made ahead for what may come. ``ahead``: for what may come,
+    so changes of the plan that runs are not looked for.
     """
 
     problem: Problem
@@ -51,6 +60,7 @@ class Search:
     strategy: str
     reason: str
     known: tuple[Plan, ...] = ()
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,9 @@ def found_in(search: Search) -> Iterator[list[Candidate]]:
 
     Takes seconds in all: not for a training thread.
     """
+    if search.ahead:
+        yield [c for group in from_the_ground_up(search.problem, search.plan, search.strategy) for c in group]
+        return
     groups = candidates(search.problem, search.plan, search.strategy)
     yield [c for group in islice(groups, 2) for c in group]
     yield [c for group in groups for c in group]

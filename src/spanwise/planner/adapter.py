@@ -18,12 +18,12 @@ from spanwise.core.profile import Profile
 from spanwise.core.program import Program
 from spanwise.lowering import lower
 from spanwise.planner.adaptation import Adaptation, Change, Search
-from spanwise.planner.estimate import Drift, Estimator
+from spanwise.planner.estimate import Cause, Drift, Estimator
 from spanwise.planner.explore import Explorer, Look
 from spanwise.planner.foresee import MOST_KNOWN, Foresight
 from spanwise.planner.problem import Memo, Problem
 from spanwise.planner.ratios import Expected, Link
-from spanwise.planner.replan import Candidate, candidate, shape
+from spanwise.planner.replan import Candidate, shape
 from spanwise.planner.resegment import Resegmenter
 from spanwise.planner.tracker import KEPT, newest
 from spanwise.simulator import simulate
@@ -38,6 +38,7 @@ SETTLE_STEPS = 2  # at the start and after a change: first passes grow heaps and
 SETUP_S = 0.2  # of a change, until one was measured
 REFITS = 2  # times that estimates are held against a simulation on themselves
 MOST_CAUSES, EXPLAINED = 3, 0.06  # of a changed step time; what may be left of it, as a logarithm
+LEFT_OF_LEAP = 0.3  # of its logarithm: the step in which something changes is odd, as queues fill or empty
 SEARCH_SHARE = 0.5  # of the time may go to searching, unless something has moved far
 
 
@@ -71,6 +72,7 @@ class Adapter:
         self._hold_until, self._hold_until_s = 0, 0.0
         self._quiet_until_s = 0.0
         self._searching: tuple[Search, float] | None = None
+        self._owed = ""  # reason of a search that was left out, as a known plan was taken
         self._trial: _Trial | None = None
         self._setup_s = SETUP_S
         self._explorer = Explorer(problem.profile, problem.cluster)
@@ -88,10 +90,10 @@ class Adapter:
     ) -> Search | Change | None:
         """Takes a step in. A Search is to be carried out and given to ``consider``, a Change at once.
 
-        A Search takes the place of one under way: something else has moved far since.
+        Steps during a search say nothing: it may take from the devices what they need.
         """
-        if self._rest > 0:
-            self._rest -= 1
+        if self._rest > 0 or self._searching is not None:
+            self._rest = max(0, self._rest - 1)
             return None
         self._estimator.add(step_s, observed)
         if self._segments is not None:
@@ -109,24 +111,31 @@ class Adapter:
         forgotten = self._explorer.forgotten(self.profile, self.plan.devices, now_s)
         if drift is None and forgotten:
             drift = Drift(big=False, conditions=True)
-        if drift is None or self._last_step - step < HOLD_STEPS or self._trial is not None:
+        if self._last_step - step < HOLD_STEPS or self._trial is not None or self._held(step, now_s):
             return None
+        if drift is None:
+            return self._search_owed(now_s)
         hurried = drift.big and drift.conditions  # then searching may take more than its share
-        since_s = -math.inf if self._searching is None else self._searching[1]
-        busy = self._searching is not None and not (hurried and now_s - since_s >= HOLD_S)
-        if busy or self._held(step, now_s) or not (hurried or now_s >= self._quiet_until_s):
+        if not hurried and now_s < self._quiet_until_s:
             return None
         fitted = self._fitted(drift)
         if fitted is None:
             return None
         if fitted == self.profile and not forgotten:
-            if self._searching is None:
-                self._believe(fitted)  # steps take another time, and nothing that a plan could answer is why
+            self._believe(fitted)  # steps take another time, and nothing that a plan could answer is why
             return None
         reasons = [self._estimator.changes(fitted)] if self._estimator.drift() is not None else []
         reasons += [f"{device} may be as fast as at first again" for device in forgotten]
         search = self._search_on(self._explorer.forget(fitted, forgotten), "; ".join(reasons))
-        self._searching = (search, now_s)
+        self._searching, self._owed = (search, now_s), ""
+        return search
+
+    def _search_owed(self, now_s: float) -> Search | None:
+        """After a known plan has shown its worth: there may be a better one for the same numbers."""
+        if not self._owed:
+            return None
+        search = self._search_on(self.profile, self._owed)
+        self._searching, self._owed = (search, now_s), ""
         return search
 
     def _search_on(self, profile: Profile, reason: str) -> Search:
@@ -134,16 +143,16 @@ class Adapter:
         return Search(problem, self.plan, self._strategy, reason, tuple(self._known.values()))
 
     @property
-    def undecided(self) -> bool:
-        """Whether the last change has not shown its worth yet: until then there is no other."""
-        return self._trial is not None
+    def searching(self) -> bool:
+        """Whether a search is under way."""
+        return self._searching is not None
 
     def foresee(self) -> Search | None:
         """The next condition to have a plan for before it comes; ``foreseen`` takes what was found."""
         while (found := self._foresight.next(self._estimator, self.plan)) is not None:
             reason, profile = found
             if self._expected(profile).step_s * (1 - LEAST_GAIN) > self._predicted_s:
-                return self._search_on(profile, reason)
+                return replace(self._search_on(profile, reason), known=(), ahead=True)
         return None
 
     def foreseen(self, search: Search, found: Sequence[Candidate]) -> None:
@@ -187,9 +196,6 @@ class Adapter:
         if self._estimator.profile is not search.problem.profile:
             self._believe(search.problem.profile)
         predicted_s = self._predicted_s
-        if search.plan is not self.plan:  # a small change was made meanwhile
-            anew = [candidate(search.problem, self.plan, c.plan) for c in found]
-            found = [c for c in anew if c is not None]
         measured_s, left = self._bias * predicted_s, self._last_step - step - 1
         best: Change | None = None
         most = 0.0
@@ -208,12 +214,13 @@ class Adapter:
         before, before_s = self.plan, self._pace_s
         self.plan = change.plan
         self._remember(change.plan)
+        self._owed, self._searching = "" if self._searching is None else self._searching[0].reason, None
         if self._segments is not None:
             self._segments = self._segments.under(change.plan)
         else:
             self._segments = Resegmenter.of(self._problem, change.plan)
         if change.undoes:
-            self._trial = None
+            self._trial, self._owed = None, ""
         else:
             usual_s = self._estimator.expected.step_s * self._estimator.usual_step
             self._trial = _Trial(record, before, before_s, self._estimator.usual, usual_s)
@@ -248,7 +255,7 @@ class Adapter:
     def _recut(self, step: int, now_s: float) -> Change | None:
         """Other segments at once, where messages show themselves other than believed and these pay."""
         left = self._last_step - step - 1
-        busy = self._searching is not None or self._trial is not None or self._held(step, now_s)
+        busy = self._trial is not None or self._held(step, now_s)
         if self._segments is None or busy or left < HOLD_STEPS or len(self._times) < JUDGED_STEPS:
             return None
         found = self._segments.cut_anew()
@@ -293,17 +300,22 @@ class Adapter:
         profile = self._estimator.fitted()
         for _ in range(REFITS):
             profile = self._estimator.again(profile, self._expected(profile)).fitted()
+        causes = self._estimator.causes(profile)
         if not drift.leap:
-            return self._explained(profile, self._pace_s)
-        found = self._explained(profile, self._times[-1])
-        if self._error(found, self._times[-1]) > EXPLAINED:
+            # What has moved when the steps did comes first: the rest may be so by chance, or slowly.
+            turned = self._explained([cause for cause in causes if cause.sure or cause.turned], self._pace_s)
+            if self._error(turned, self._pace_s) < EXPLAINED:
+                return turned
+            return self._explained(causes, self._pace_s)
+        newest_s = self._times[-1]
+        found = self._explained([cause for cause in causes if cause.leapt], newest_s)
+        if self._error(found, newest_s) > LEFT_OF_LEAP * self._error(self.profile, newest_s):
             return None
         del self._times[:-1]  # those before it are of another world
         return found
 
-    def _explained(self, fitted: Profile, pace_s: float) -> Profile:
+    def _explained(self, causes: Sequence[Cause], pace_s: float) -> Profile:
         """With what is sure, and of the rest as little as explains how long steps take now."""
-        causes = self._estimator.causes(fitted)
         taken = [cause for cause in causes if cause.sure]
         left = [cause for cause in causes if not cause.sure]
         error = self._error(self._estimator.under(taken), pace_s)

@@ -40,13 +40,16 @@ class Cause:
     """A device, or the links between two sites, with the numbers that it seems to have now.
 
     ``sure``: whether it needs no step time to bear it out. ``far``: how far it has moved, the logarithm of
-    the largest ratio, unsigned.
+    the largest ratio, unsigned. ``turned``: whether it has done so in the newest steps, ``leapt``: in the
+    newest one and alike in all that is seen of it.
     """
 
     devices: tuple[DeviceTimes, ...]
     links: tuple[LinkTimes, ...]
     sure: bool
     far: float
+    turned: bool = False
+    leapt: bool = False
 
 
 class Estimator:
@@ -185,11 +188,15 @@ class Estimator:
     def causes(self, fitted: Profile) -> list[Cause]:
         """What is out of the band in a fitted profile, one device or pair of sites apart from the other."""
         old = {entry.device: entry.factor for entry in self.profile.devices}
-        found = [
-            Cause((entry,), (), self._sure_device(entry.device), abs(math.log(ratio)))
-            for entry in fitted.devices
-            if _out(ratio := entry.factor / old[entry.device], DEVICE_BAND)
-        ]
+        leaps = self._leaps()
+        found: list[Cause] = []
+        for entry in fitted.devices:
+            if _out(ratio := entry.factor / old[entry.device], DEVICE_BAND):
+                tracker, name = self._devices.get(entry.device), entry.device
+                turned, leapt = tracker is not None and tracker.turned, name in leaps
+                found.append(
+                    Cause((entry,), (), self._sure_device(name), abs(math.log(ratio)), turned, leapt)
+                )
         pairs: dict[tuple[str, ...], list[tuple[LinkTimes, float]]] = {}
         for entry in fitted.links:
             link = (entry.source, entry.target)
@@ -197,8 +204,14 @@ class Estimator:
                 ends = tuple(sorted(_names(self.pipe(link))))
                 pairs.setdefault(ends, []).append((entry, abs(math.log(ratio))))
         for links in pairs.values():
-            sure = any(self._sure_link((entry.source, entry.target)) for entry, _ in links)
-            found.append(Cause((), tuple(e for e, _ in links), sure, max(far for _, far in links)))
+            ways = [(entry.source, entry.target) for entry, _ in links]
+            turned = any(way in self._links and self._links[way].turned for way in ways)
+            found.append(
+                Cause(
+                    (), tuple(entry for entry, _ in links), any(map(self._sure_link, ways)),
+                    max(far for _, far in links), turned, any(way in leaps for way in ways),
+                )
+            )  # fmt: skip
         return found
 
     def under(self, causes: Sequence[Cause]) -> Profile:

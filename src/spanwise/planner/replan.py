@@ -95,17 +95,18 @@ def candidates(problem: Problem, plan: Plan, strategy: str) -> Iterator[list[Can
     Plans over a server have no small changes here: other segments come from ``resegment.py``.
     """
     if plan.servers:
-        yield from _from_the_ground_up(problem, plan, strategy)
+        yield from from_the_ground_up(problem, plan, strategy)
         return
     small = _distinct([*_other_micro_batches(problem, plan), *_other_rows(problem, plan)])
     found = _tried(problem, plan, small)
     yield found
     start = min(found, key=lambda c: c.step_s).plan if found else plan
     yield _tried(problem, plan, _distinct(_other_borders(problem, start, plan)))
-    yield from _from_the_ground_up(problem, plan, strategy)
+    yield from from_the_ground_up(problem, plan, strategy)
 
 
-def _from_the_ground_up(problem: Problem, plan: Plan, strategy: str) -> Iterator[list[Candidate]]:
+def from_the_ground_up(problem: Problem, plan: Plan, strategy: str) -> Iterator[list[Candidate]]:
+    """The plan that a strategy makes now, as a change of the one that runs."""
     try:
         whole = make_plan(problem, strategy)
     except InfeasibleError:

@@ -18,6 +18,7 @@ AGREE = 0.75  # of these steps must be out of the band
 KEPT = 64  # steps
 BIG = 1.5  # beyond this the shorter time is enough
 LASTING, LASTING_S = 12, 5.0  # for how long what no step time bears out must show itself
+BEFORE = 8  # steps before those, with which they are compared
 CALM_WEIGHT = 0.3  # of the newest step in the smoothed ratio
 
 
@@ -63,6 +64,14 @@ class Tracker:
     def lasting(self) -> bool:
         """Whether they have been far out to the same side for long."""
         return self._beyond(BIG, newest(self._last, LASTING, LASTING_S))
+
+    @property
+    def turned(self) -> bool:
+        """Whether they have moved in the newest steps, and were not there before."""
+        last = self._short if self.big else self._long
+        before = [value for _, value in self._last][: -len(last) or None][-BEFORE:]
+        turn = median(last) - (median(before) if before else 0.0) if last else 0.0
+        return self.moved and turn * median(last) > 0 and abs(turn) > math.log(self._band)
 
     @property
     def leap(self) -> float | None:
