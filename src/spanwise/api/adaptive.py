@@ -80,9 +80,9 @@ class Adapting:
         if isinstance(wanted, Change):
             self._change = wanted
         elif wanted is not None:
-            known = list(_within(known_in(wanted), KNOWN_S))
-            self._change = self.adapter.consider(known, report.step, now, last=False)
-            if self._change is None:
+            known, enough = list(_within(known_in(wanted), KNOWN_S)), self.adapter.covered(wanted)
+            self._change = self.adapter.consider(known, report.step, now, last=enough)
+            if self._change is None and not enough:
                 self._searcher.begin(wanted)
                 self._found, self._since_s = [], now
         elif self.adapter.searching:

@@ -132,11 +132,16 @@ class Adapter:
 
     def _search_owed(self, now_s: float) -> Search | None:
         """After a known plan has shown its worth: there may be a better one for the same numbers."""
-        if not self._owed:
+        reason, self._owed = self._owed, ""
+        if not reason or self._foresight.covers(self._estimator, self.profile):
             return None
-        search = self._search_on(self.profile, self._owed)
-        self._searching, self._owed = (search, now_s), ""
+        search = self._search_on(self.profile, reason)
+        self._searching = (search, now_s)
         return search
+
+    def covered(self, search: Search) -> bool:
+        """Whether known plans are enough, as one for such numbers was looked for ahead."""
+        return self._foresight.covers(self._estimator, search.problem.profile)
 
     def _search_on(self, profile: Profile, reason: str) -> Search:
         problem = replace(self._problem, profile=profile, memo=Memo())
@@ -157,6 +162,7 @@ class Adapter:
 
     def foreseen(self, search: Search, found: Sequence[Candidate]) -> None:
         """Keeps the best plan for a condition that may come, if it is better then than what runs."""
+        self._foresight.answered(search.problem.profile)
         best = min(found, key=lambda entry: entry.step_s, default=None)
         most_s = (1 - LEAST_GAIN) * self._expected(search.problem.profile).step_s
         if best is not None and best.step_s < most_s:

@@ -226,6 +226,16 @@ class Estimator:
             }
         )
 
+    def apart(self, a: Profile, b: Profile) -> float:
+        """The largest ratio of a device's or link's numbers in two profiles."""
+        factors = {entry.device: entry.factor for entry in b.devices}
+        ratios = [entry.factor / factors[entry.device] for entry in a.devices]
+        one, other = Routes(self._cluster, a.links), Routes(self._cluster, b.links)
+        for link in self._latency_s:
+            rate = one.route(*link).bandwidth_bytes_per_s
+            ratios.append(rate / other.route(*link).bandwidth_bytes_per_s)
+        return max((max(ratio, 1 / ratio) for ratio in ratios), default=1.0)
+
     @property
     def usual_step(self) -> float:
         """Measured over expected step time in the first steps; 1 until it is known."""

@@ -14,6 +14,7 @@ from spanwise.core.profile import LinkTimes, Profile
 from spanwise.planner.estimate import Estimator
 
 THINNER, SLOWER = (4.0, 2.0), (3.0, 1.5)  # how much, of links and devices; what hurts more comes first
+NEAR = 1.5  # numbers as much apart want much the same plan
 MOST_FORESEEN = 24  # conditions of a run
 MOST_KNOWN = 12  # plans kept, the newest of those that ran and those made ahead
 
@@ -23,6 +24,7 @@ class Foresight:
 
     def __init__(self) -> None:
         self._thought: set[str] = set()
+        self._answered: list[Profile] = []
 
     def next(self, estimator: Estimator, plan: Plan) -> tuple[str, Profile] | None:
         """What to think of now that this plan runs: in words, and the numbers that it brings."""
@@ -33,6 +35,14 @@ class Foresight:
                 self._thought.add(name)
                 return name, profile
         return None
+
+    def answered(self, profile: Profile) -> None:
+        """For these numbers the best plan that there is was looked for."""
+        self._answered.append(profile)
+
+    def covers(self, estimator: Estimator, profile: Profile) -> bool:
+        """Whether a plan for numbers like these was looked for, so that looking again would give little."""
+        return any(estimator.apart(profile, found) < NEAR for found in self._answered)
 
 
 def _conditions(estimator: Estimator, plan: Plan) -> Iterator[tuple[str, Profile]]:
