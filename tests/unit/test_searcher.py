@@ -92,6 +92,16 @@ def test_a_second_search_takes_the_place_of_the_first(searcher: Searcher) -> Non
     assert searcher.found() is None
 
 
+def test_of_a_search_that_was_given_up_nothing_comes(searcher: Searcher) -> None:
+    searcher.begin(wanted())
+    killed(searcher)
+    searcher.give_up()
+    assert not searcher.busy
+    searcher.begin(wanted())
+    groups = answers(searcher)
+    assert [found for found, last in groups if not last] == list(found_in(wanted()))
+
+
 def test_closing_gives_a_search_up() -> None:
     searcher = Searcher(problem())
     searcher.begin(wanted())

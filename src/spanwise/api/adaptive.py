@@ -61,6 +61,7 @@ class Adapting:
                 self._gather(thought)
                 time.sleep(POLL_S)
         finally:
+            searchers[0].give_up()
             searchers[1].close()
 
     def _gather(self, thought: dict[Searcher, tuple[Search, list[Candidate]]]) -> None:

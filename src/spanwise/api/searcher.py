@@ -53,11 +53,16 @@ class Searcher:
 
     def begin(self, search: Search) -> None:
         """A search under way is given up."""
+        self.give_up()
+        self.busy = True
+        self._wanted.put((self._number, search))
+
+    def give_up(self) -> None:
+        """Ends a search under way; nothing more comes of it."""
+        self._number += 1
         if self.busy:
             self._kill()
-        self.busy = True
-        self._number += 1
-        self._wanted.put((self._number, search))
+        self.busy = False
 
     def found(self) -> Found | None:
         """The next that has come of the search, if there is anything."""
