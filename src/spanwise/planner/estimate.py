@@ -56,7 +56,7 @@ class Estimator:
     """Follows a run against one expectation; ``fitted`` gives the numbers to plan with.
 
     ``usual`` is what another Estimator of the same plan has found to be usual, by device and link, and
-    ``usual_step`` of step times.
+    ``usual_step`` of step times. ``latency_s`` has every pair of devices that is connected.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Estimator:
         self.profile, self.expected = profile, expected
         self._cluster = cluster
         self._routes = Routes(cluster, profile.links)
-        self._latency_s = {
+        self.latency_s = {
             (a, b): self._routes.route(a, b).latency_s
             for a in cluster.ids
             for b in cluster.ids
@@ -94,7 +94,7 @@ class Estimator:
 
     def add(self, step_s: float, observed: Sequence[DeviceStep]) -> Ratios:
         """Takes a step in."""
-        found = ratios(self.expected, step_s, observed, self._latency_s)
+        found = ratios(self.expected, step_s, observed, self.latency_s)
         self._recent.append((step_s, observed))
         self._even = found.even
         for ratio, seconds in self._usual_step.over(found.step, step_s):
@@ -226,15 +226,18 @@ class Estimator:
             }
         )
 
-    def apart(self, a: Profile, b: Profile) -> float:
-        """The largest ratio of a device's or link's numbers in two profiles."""
+    def near(self, a: Profile, b: Profile, most: float) -> bool:
+        """Whether all numbers of devices and links in two profiles are less than ``most`` times apart."""
         factors = {entry.device: entry.factor for entry in b.devices}
-        ratios = [entry.factor / factors[entry.device] for entry in a.devices]
+        if any(not 1 / most < e.factor / factors[e.device] < most for e in a.devices):
+            return False
         one, other = Routes(self._cluster, a.links), Routes(self._cluster, b.links)
-        for link in self._latency_s:
-            rate = one.route(*link).bandwidth_bytes_per_s
-            ratios.append(rate / other.route(*link).bandwidth_bytes_per_s)
-        return max((max(ratio, 1 / ratio) for ratio in ratios), default=1.0)
+        return all(
+            1 / most
+            < one.route(*link).bandwidth_bytes_per_s / other.route(*link).bandwidth_bytes_per_s
+            < most
+            for link in self.latency_s
+        )
 
     @property
     def usual_step(self) -> float:
@@ -292,13 +295,13 @@ class Estimator:
         for link, rate in shown.items():
             pipes[self.pipe(link)] = max(pipes.get(self.pipe(link), 0.0), rate)
         links = {(entry.source, entry.target): entry for entry in self.profile.links}
-        for a, b in self._latency_s:
+        for a, b in self.latency_s:
             rate = shown.get((a, b))
             if rate is None and self.pipe((a, b)) in pipes:
                 rate = min(pipes[self.pipe((a, b))], self._beside_pipe((a, b)))
             if rate is not None:
                 links[a, b] = LinkTimes(
-                    source=a, target=b, latency_s=self._latency_s[a, b], bandwidth_bytes_per_s=rate
+                    source=a, target=b, latency_s=self.latency_s[a, b], bandwidth_bytes_per_s=rate
                 )
         return self.profile.model_copy(update={"devices": devices, "links": tuple(links.values())})
 
@@ -315,11 +318,6 @@ class Estimator:
             return None
         a, b = sorted(_names(pipe))
         return a, b
-
-    @property
-    def links(self) -> Mapping[Link, float]:
-        """Latency of every pair that is connected, in seconds."""
-        return self._latency_s
 
     def _beside_pipe(self, link: Link) -> float:
         """The least capacity on the way that is not the pipe: ports of the two devices."""

@@ -7,11 +7,12 @@ when one of them comes, or one like it, its plan only has to be simulated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from spanwise.core.plan import Plan
 from spanwise.core.profile import LinkTimes, Profile
-from spanwise.planner.estimate import Estimator
+from spanwise.planner.estimate import Cause, Estimator
 
 THINNER, SLOWER = (4.0, 2.0), (3.0, 1.5)  # how much, of links and devices; what hurts more comes first
 NEAR = 1.5  # numbers as much apart want much the same plan
@@ -42,35 +43,32 @@ class Foresight:
 
     def covers(self, estimator: Estimator, profile: Profile) -> bool:
         """Whether a plan for numbers like these was looked for, so that looking again would give little."""
-        return any(estimator.apart(profile, found) < NEAR for found in self._answered)
+        return any(estimator.near(profile, found, NEAR) for found in self._answered)
 
 
 def _conditions(estimator: Estimator, plan: Plan) -> Iterator[tuple[str, Profile]]:
     ends = [estimator.ends(link) for link in estimator.expected.rates]
     used = dict.fromkeys(pair for pair in ends if pair is not None)
     working = {device for device, _, _ in estimator.expected.compute_s}
+    times = {entry.device: entry for entry in estimator.profile.devices}
     for thinner, slower in zip(THINNER, SLOWER, strict=True):
         for a, b in used:
-            yield f"{a}<>{b} has {1 / thinner:.2f} of its rate", _thin(estimator, (a, b), thinner)
+            links = _thin(estimator, (a, b), thinner)
+            cause = Cause((), links, sure=False, far=math.log(thinner))
+            yield f"{a}<>{b} has {1 / thinner:.2f} of its rate", estimator.under([cause])
         for device in plan.devices:
             if device in working:
-                yield f"{device} takes {slower:.2f} times as long", _slow(estimator.profile, device, slower)
+                slow = times[device].model_copy(update={"factor": times[device].factor * slower})
+                cause = Cause((slow,), (), sure=False, far=math.log(slower))
+                yield f"{device} takes {slower:.2f} times as long", estimator.under([cause])
 
 
-def _thin(estimator: Estimator, ends: tuple[str, str], factor: float) -> Profile:
-    links = {(entry.source, entry.target): entry for entry in estimator.profile.links}
-    for link, latency_s in estimator.links.items():
-        if estimator.ends(link) == ends:
-            rate = estimator.rate(link) / factor
-            links[link] = LinkTimes(
-                source=link[0], target=link[1], latency_s=latency_s, bandwidth_bytes_per_s=rate
-            )
-    return estimator.profile.model_copy(update={"links": tuple(links.values())})
-
-
-def _slow(profile: Profile, device: str, factor: float) -> Profile:
-    devices = tuple(
-        entry.model_copy(update={"factor": entry.factor * factor}) if entry.device == device else entry
-        for entry in profile.devices
-    )
-    return profile.model_copy(update={"devices": devices})
+def _thin(estimator: Estimator, ends: tuple[str, str], factor: float) -> tuple[LinkTimes, ...]:
+    return tuple(
+        LinkTimes(
+            source=a, target=b, latency_s=latency_s,
+            bandwidth_bytes_per_s=estimator.rate((a, b)) / factor,
+        )
+        for (a, b), latency_s in estimator.latency_s.items()
+        if estimator.ends((a, b)) == ends
+    )  # fmt: skip
