@@ -20,9 +20,9 @@ from spanwise.core.profile import Profile
 from spanwise.lowering import moves
 from spanwise.planner import Problem, make_plan
 from spanwise.planner.adaptation import Change, Search, found_in, known_in
-from spanwise.planner.adapter import BAN_STEPS, HOLD_STEPS, Adapter
+from spanwise.planner.adapter import BAN_STEPS, HOLD_STEPS, JUDGED_STEPS, SETTLE_STEPS, Adapter
 from spanwise.planner.explore import FORGET_S, Explorer
-from spanwise.planner.replan import candidates, kind_of, replan, same_rows
+from spanwise.planner.replan import Candidate, candidates, kind_of, replan, same_rows
 from spanwise.planner.tracker import BIG, BIG_WINDOW_S
 from spanwise.planner.trial import timeline
 
@@ -233,6 +233,46 @@ def test_a_change_that_does_not_pay_is_undone_and_not_tried_again() -> None:
     assert record.realised_gain < -0.03
     assert "longer" in back.reason
     assert BAN_STEPS > 30
+
+
+def test_numbers_that_a_hiccup_gave_are_doubted_once() -> None:
+    """A device is slow until the run has a plan for that; then the first plan is the best again."""
+    task = problem()
+    adapter = start(task)
+    first, step = adapter.plan, 0
+    slow = slower(task.profile, first.stages[0].devices[0], 2.5)
+
+    def observed(world: Profile, most: int) -> Search | Change | None:
+        """The first answer of the adapter in that world, within so many steps."""
+        nonlocal step
+        for _ in range(most):
+            found = adapter.observe(step, *shown(task, adapter.plan, world), float(step))
+            step += 1
+            if found is not None:
+                return found
+        return None
+
+    def carried_out(found: list[Candidate]) -> None:
+        change = adapter.consider(found, step, float(step), last=True)
+        assert change is not None
+        adapter.changed(change, step, 0, 0.1)
+
+    for turn in range(2):
+        assert observed(task.profile, 12) is None
+        wanted = observed(slow, 6)
+        assert isinstance(wanted, Search)
+        pays = [c for c in next(found_in(wanted)) if c.step_s < 0.8 * timeline(wanted.problem, first).step_time_s]
+        # The one that needs the device most: one without it would be as fast in both worlds.
+        carried_out([max(pays, key=lambda c: c.step_s / timeline(task, c.plan).step_time_s)])
+        again = observed(task.profile, SETTLE_STEPS + JUDGED_STEPS)
+        if turn:
+            assert again is None
+            continue
+        assert isinstance(again, Search)
+        assert "as with the numbers from before it" in again.reason
+        assert adapter.profile == task.profile
+        carried_out(list(known_in(again)))
+        assert adapter.plan == first
 
 
 def test_what_slows_down_while_a_plan_is_tried_is_seen_after_going_back() -> None:

@@ -131,22 +131,23 @@ def moved(*found: float, seconds: float = 1.0) -> tuple[bool, bool]:
     return tracker.moved, tracker.big
 
 
-def test_small_moves_take_three_steps_and_big_ones_two() -> None:
-    assert moved(1.0, 1.3, 1.3) == (False, False)
-    assert moved(1.3, 1.3, 1.3) == (True, False)
+def test_small_moves_take_five_steps_and_big_ones_two() -> None:
+    assert moved(1.0, 1.0, 1.3, 1.3, 1.3) == (False, False)
+    assert moved(1.0, 1.3, 1.3, 1.3, 1.3) == (True, False)  # four of five are enough
+    assert moved(1.3, 1.3, 1.3, 1.3, 1.3) == (True, False)
     assert moved(1.0, 1.6, 1.6) == (True, True)
-    assert moved(1.3, 0.8, 1.3) == (False, False)
-    assert moved(0.8, 0.8, 0.8) == (True, False)
-    assert moved(1.1, 1.1, 1.1, 1.1) == (False, False)
+    assert moved(1.3, 0.8, 1.3, 0.8, 1.3) == (False, False)
+    assert moved(0.8, 0.8, 0.8, 0.8, 0.8) == (True, False)
+    assert moved(1.1, 1.1, 1.1, 1.1, 1.1, 1.1) == (False, False)
 
 
-def test_short_steps_must_agree_for_a_second_or_half_of_one() -> None:
+def test_short_steps_must_agree_for_some_seconds_or_half_of_one() -> None:
     """Ten steps of 50 ms may all lie within one hiccup."""
     assert moved(*[1.0] * 20, *[1.6] * 7, seconds=0.05) == (False, False)
     assert moved(*[1.0] * 20, *[1.6] * 10, seconds=0.05) == (True, True)
-    assert moved(*[1.0] * 20, *[1.3] * 12, seconds=0.05) == (False, False)
-    assert moved(*[1.0] * 20, *[1.3] * 20, seconds=0.05) == (True, False)
-    assert moved(*[1.3, 1.3, 1.3, 1.0] * 5, seconds=0.05) == (True, False)  # three of four are enough
+    assert moved(*[1.0] * 20, *[1.3] * 30, seconds=0.05) == (False, False)
+    assert moved(*[1.0] * 20, *[1.3] * 40, seconds=0.05) == (True, False)
+    assert moved(*[1.3, 1.3, 1.3, 1.3, 1.0] * 13, seconds=0.05) == (True, False)  # four of five are enough
 
 
 def test_the_time_of_a_link_is_known_only_where_somebody_waited() -> None:

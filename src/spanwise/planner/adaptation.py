@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
+from spanwise.core.profile import Profile
 from spanwise.planner.problem import Problem
 from spanwise.planner.ratios import Link
 from spanwise.planner.replan import (
@@ -79,6 +81,29 @@ class Change:
     undoes: bool = False
     usual: Mapping[str | Link, float] = field(default_factory=dict[str | Link, float])
     usual_s: float | None = None
+
+
+class Belief(NamedTuple):
+    """Numbers, and measured over predicted step time that they leave unexplained."""
+
+    profile: Profile
+    bias: float
+
+
+@dataclass
+class OnTrial:
+    """A change whose gain is not known yet; ``usual`` and ``usual_s`` are those of the plan before.
+
+    ``belief``: what was held before the numbers that the change was made for, if these were new.
+    """
+
+    record: Adaptation
+    before: Plan
+    before_s: float
+    usual: Mapping[str | Link, float]
+    usual_s: float
+    belief: Belief | None
+    seen: list[float] = field(default_factory=list[float])
 
 
 def known_in(search: Search) -> Iterator[Candidate]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from statistics import median
 
 from spanwise.core.observed import DeviceStep
@@ -17,7 +17,7 @@ from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.core.program import Program
 from spanwise.lowering import lower
-from spanwise.planner.adaptation import Adaptation, Change, Search
+from spanwise.planner.adaptation import Adaptation, Belief, Change, OnTrial, Search
 from spanwise.planner.estimate import Cause, Drift, Estimator
 from spanwise.planner.explore import Explorer, Look
 from spanwise.planner.foresee import MOST_KNOWN, Foresight
@@ -42,18 +42,6 @@ LEFT_OF_LEAP = 0.3  # of its logarithm: the step in which something changes is o
 SEARCH_SHARE = 0.5  # of the time may go to searching, unless something has moved far
 
 
-@dataclass
-class _Trial:
-    """A change whose gain is not known yet; ``usual`` and ``usual_s`` are those of the plan before."""
-
-    record: Adaptation
-    before: Plan
-    before_s: float
-    usual: Mapping[str | Link, float]
-    usual_s: float
-    seen: list[float] = field(default_factory=list[float])
-
-
 class Adapter:
     """Follows one run. ``records`` has every change, in order."""
 
@@ -73,7 +61,9 @@ class Adapter:
         self._quiet_until_s = 0.0
         self._searching: tuple[Search, float] | None = None
         self._owed = ""  # reason of a search that was left out, as a known plan was taken
-        self._trial: _Trial | None = None
+        self._trial: OnTrial | None = None
+        self._given_up: Belief | None = None  # for the numbers of the newest search
+        self._doubts = set[Plan]()  # shapes of plans whose numbers were doubted
         self._setup_s = SETUP_S
         self._explorer = Explorer(problem.profile, problem.cluster)
         self._now_s = 0.0
@@ -102,9 +92,9 @@ class Adapter:
         self._now_s = now_s
         drift = self._estimator.drift()
         if self._trial is not None:
-            undo = self._judge(step, step_s)
-            if undo is not None:
-                return undo
+            back = self._judge(step, step_s)
+            if back is not None:
+                return back
         recut = self._recut(step, now_s)
         if recut is not None:
             return recut
@@ -127,7 +117,7 @@ class Adapter:
         reasons = [self._estimator.changes(fitted)] if self._estimator.drift() is not None else []
         reasons += [f"{device} may be as fast as at first again" for device in forgotten]
         search = self._search_on(self._explorer.forget(fitted, forgotten), "; ".join(reasons))
-        self._searching, self._owed = (search, now_s), ""
+        self._searching, self._owed, self._given_up = (search, now_s), "", None
         return search
 
     def _search_owed(self, now_s: float) -> Search | None:
@@ -200,6 +190,7 @@ class Adapter:
             self._searching = None
             self._quiet_until_s = now_s + (now_s - since_s) / SEARCH_SHARE
         if self._estimator.profile is not search.problem.profile:
+            self._given_up = Belief(self._estimator.profile, self._bias)
             self._believe(search.problem.profile)
         predicted_s = self._predicted_s
         measured_s, left = self._bias * predicted_s, self._last_step - step - 1
@@ -229,8 +220,9 @@ class Adapter:
             self._trial, self._owed = None, ""
         else:
             usual_s = self._estimator.expected.step_s * self._estimator.usual_step
-            self._trial = _Trial(record, before, before_s, self._estimator.usual, usual_s)
+            self._trial = OnTrial(record, before, before_s, self._estimator.usual, usual_s, self._given_up)
             self._setup_s = max(0.0, seconds - change.move_s)
+        self._given_up = None
         self.records.append(record)
         self._estimator = self._follow(self._estimator.profile, change.usual, change.usual_s)
         self._times, self._rest = [before_s], SETTLE_STEPS - 1
@@ -272,8 +264,11 @@ class Adapter:
             return None
         return Change(found.plan, found.reason, "segments", gain)
 
-    def _judge(self, step: int, step_s: float) -> Change | None:
-        """Compares steps after a change with those before; a Change back if it does not pay."""
+    def _judge(self, step: int, step_s: float) -> Search | Change | None:
+        """Compares steps after a change with those before; a Change back if it does not pay.
+
+        A Search with the numbers from before it if they explain these steps better.
+        """
         trial = self._trial
         assert trial is not None
         trial.seen.append(step_s)
@@ -285,7 +280,7 @@ class Adapter:
         record = replace(trial.record, realised_gain=realised, undone=worse)
         self.records[self.records.index(trial.record)] = record
         if not worse:
-            return None
+            return self._doubted(trial)
         times = self._bans.get(shape(self.plan), (0, 0))[1]
         self._bans[shape(self.plan)] = (step + BAN_STEPS * 2**times, times + 1)
         reason = f"the change at step {record.step} made steps {-100 * realised:.0f} % longer"
@@ -294,6 +289,30 @@ class Adapter:
         return Change(
             trial.before, reason, record.kind, gain, undoes=True, usual=trial.usual, usual_s=trial.usual_s
         )
+
+    def _doubted(self, trial: OnTrial) -> Search | None:
+        """A hiccup that passed for a slow device is over by the time that the plan for it runs.
+
+        Then the numbers from before explain the steps under that plan. Doubted once only, as simulations of
+        a plan may be off for good.
+        """
+        before, pace_s, doubted = trial.belief, median(trial.seen), shape(self.plan)
+        if before is None or doubted in self._doubts:
+            return None
+        now_s = self._estimator.expected.step_s / self._bias * before.bias
+        before_s = self._expected(before.profile).step_s * before.bias
+        if abs(math.log(pace_s / before_s)) + EXPLAINED > abs(math.log(pace_s / now_s)):
+            return None
+        self._doubts.add(doubted)
+        self._bias = before.bias
+        self._estimator = self._follow(before.profile)
+        reason = (
+            f"since the change at step {trial.record.step} steps take {pace_s:.3g} s, as with the numbers "
+            f"from before it ({before_s:.3g} s), and not {now_s:.3g} s"
+        )
+        search = self._search_on(before.profile, reason)
+        self._searching, self._given_up = (search, self._now_s), None
+        return search
 
     def _banned(self, plan: Plan, step: int) -> bool:
         return self._bans.get(shape(plan), (0, 0))[0] > step

@@ -141,8 +141,10 @@ class Estimator:
         later, so some device or link always seems to have moved. Steps take as long as before if it has not.
         """
         trackers = [*self._devices.values(), *self._links.values()]
+        far = [*self._devices.values(), *(t for k, t in self._links.items() if self._between_sites(k))]
         sure = any(map(self._sure_device, self._devices)) or any(map(self._sure_link, self._links))
-        if self._step.moved or sure:
+        soon = self._step.soon and any(tracker.big for tracker in far)
+        if self._step.moved or soon or sure:
             big = self._step.big or any(tracker.big for tracker in trackers)
             return Drift(big, conditions=sure or any(tracker.moved for tracker in trackers))
         return Drift(big=True, conditions=True, leap=True) if self._leaps() else None

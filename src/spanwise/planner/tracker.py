@@ -12,8 +12,10 @@ T = TypeVar("T")
 
 # What must agree before something has moved: so many steps, and so many seconds of them, as steps of a few
 # milliseconds all lie within one hiccup of a machine.
-WINDOW, WINDOW_S = 3, 1.0
+WINDOW, WINDOW_S = 5, 2.5
+SOON, SOON_S = 3, 1.0  # enough of steps where a device or link is far out
 BIG_WINDOW, BIG_WINDOW_S = 2, 0.5
+FIRST, FIRST_S = 3, 1.0  # under a plan, say what is usual of it
 AGREE = 0.75  # of these steps must be out of the band
 KEPT = 64  # steps
 BIG = 1.5  # beyond this the shorter time is enough
@@ -59,6 +61,11 @@ class Tracker:
     def moved(self) -> bool:
         """Whether the newest steps are out of the band, all to the same side."""
         return self.big or self._beyond(self._band, self._long)
+
+    @property
+    def soon(self) -> bool:
+        """Whether it seems that they will have moved."""
+        return self._beyond(self._band, newest(self._last, SOON, SOON_S))
 
     @property
     def lasting(self) -> bool:
@@ -118,7 +125,7 @@ class Usual:
         if self.ratio is not None:
             return [(ratio / self.ratio, seconds)]
         self._first.append((seconds, ratio))
-        first = newest(self._first, WINDOW, WINDOW_S)
+        first = newest(self._first, FIRST, FIRST_S)
         if not first:
             return []
         middle = median(first)
