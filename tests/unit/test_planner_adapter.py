@@ -261,7 +261,8 @@ def test_numbers_that_a_hiccup_gave_are_doubted_once() -> None:
         assert observed(task.profile, 12) is None
         wanted = observed(slow, 6)
         assert isinstance(wanted, Search)
-        pays = [c for c in next(found_in(wanted)) if c.step_s < 0.8 * timeline(wanted.problem, first).step_time_s]
+        most_s = 0.8 * timeline(wanted.problem, first).step_time_s
+        pays = [c for c in next(found_in(wanted)) if c.step_s < most_s]
         # The one that needs the device most: one without it would be as fast in both worlds.
         carried_out([max(pays, key=lambda c: c.step_s / timeline(task, c.plan).step_time_s)])
         again = observed(task.profile, SETTLE_STEPS + JUDGED_STEPS)
