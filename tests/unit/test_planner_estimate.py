@@ -98,6 +98,18 @@ def test_pairs_that_carry_nothing_follow_their_pipe() -> None:
     assert ("n1", "n2") not in {(x.source, x.target) for x in fitted.links}
 
 
+def test_inside_a_site_one_direction_alone_is_no_cause() -> None:
+    task = problem()
+    estimator = follow(task, [task.profile] * 4)
+    there, back = ("s1", "s2"), ("s2", "s1")
+
+    def found(ways: list[tuple[str, str]]) -> int:
+        return len(estimator.causes(thinner(task.profile, CLUSTER, ways, 8.0)))
+
+    assert (found([there]), found([back]), found([there, back])) == (0, 0, 1)
+    assert found([("n1", "s1")]) == 1  # a pipe between sites may well have a direction of its own
+
+
 def test_noise_and_one_odd_step_are_no_drift() -> None:
     task = problem()
     calm = [task.profile] * 12

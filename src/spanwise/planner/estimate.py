@@ -188,7 +188,11 @@ class Estimator:
         return self.pipe(link).startswith("link:")
 
     def causes(self, fitted: Profile) -> list[Cause]:
-        """What is out of the band in a fitted profile, one device or pair of sites apart from the other."""
+        """What is out of the band in a fitted profile, one device or pair of sites apart from the other.
+
+        Links inside a site only if both directions have moved alike: what a device takes in when its next
+        portion of processor comes makes one direction look 20 times slower or faster.
+        """
         old = {entry.device: entry.factor for entry in self.profile.devices}
         leaps = self._leaps()
         found: list[Cause] = []
@@ -199,19 +203,22 @@ class Estimator:
                 found.append(
                     Cause((entry,), (), self._sure_device(name), abs(math.log(ratio)), turned, leapt)
                 )
-        pairs: dict[tuple[str, ...], list[tuple[LinkTimes, float]]] = {}
+        pairs: dict[tuple[str, ...], list[tuple[LinkTimes, float]]] = {}  # with the ratio of its rate
         for entry in fitted.links:
             link = (entry.source, entry.target)
             if _out(ratio := entry.bandwidth_bytes_per_s / self.rate(link), LINK_BAND):
                 ends = tuple(sorted(_names(self.pipe(link))))
-                pairs.setdefault(ends, []).append((entry, abs(math.log(ratio))))
+                pairs.setdefault(ends, []).append((entry, ratio))
         for links in pairs.values():
             ways = [(entry.source, entry.target) for entry, _ in links]
+            sure, rates = any(map(self._sure_link, ways)), [ratio for _, ratio in links]
+            if not (sure or self._between_sites(ways[0]) or (len(rates) == 2 and _alike(*rates))):
+                continue
             turned = any(way in self._links and self._links[way].turned for way in ways)
             found.append(
                 Cause(
-                    (), tuple(entry for entry, _ in links), any(map(self._sure_link, ways)),
-                    max(far for _, far in links), turned, any(way in leaps for way in ways),
+                    (), tuple(entry for entry, _ in links), sure,
+                    max(abs(math.log(ratio)) for ratio in rates), turned, any(way in leaps for way in ways),
                 )
             )  # fmt: skip
         return found
