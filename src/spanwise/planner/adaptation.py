@@ -1,4 +1,7 @@
-"""What goes to and fro between an Adapter and the run that it follows: searches, changes, records of them."""
+"""What goes to and fro between an Adapter and the run that it follows: searches, changes, records of them.
+
+And what an Adapter keeps of a change while it is on trial.
+"""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class Adapter:
         if self._last_step - step < HOLD_STEPS or self._trial is not None or self._held(step, now_s):
             return None
         if drift is None:
-            return self._search_owed(now_s)
+            return self._search_owed()
         hurried = drift.big and drift.conditions  # then searching may take more than its share
         if not hurried and now_s < self._quiet_until_s:
             return None
@@ -116,22 +116,24 @@ class Adapter:
             return None
         reasons = [self._estimator.changes(fitted)] if self._estimator.drift() is not None else []
         reasons += [f"{device} may be as fast as at first again" for device in forgotten]
-        search = self._search_on(self._explorer.forget(fitted, forgotten), "; ".join(reasons))
-        self._searching, self._owed, self._given_up = (search, now_s), "", None
-        return search
+        return self._begun(self._explorer.forget(fitted, forgotten), "; ".join(reasons))
 
-    def _search_owed(self, now_s: float) -> Search | None:
+    def _search_owed(self) -> Search | None:
         """After a known plan has shown its worth: there may be a better one for the same numbers."""
         reason, self._owed = self._owed, ""
         if not reason or self._foresight.covers(self._estimator, self.profile):
             return None
-        search = self._search_on(self.profile, reason)
-        self._searching = (search, now_s)
-        return search
+        return self._begun(self.profile, reason)
 
     def covered(self, search: Search) -> bool:
         """Whether known plans are enough, as one for such numbers was looked for ahead."""
         return self._foresight.covers(self._estimator, search.problem.profile)
+
+    def _begun(self, profile: Profile, reason: str) -> Search:
+        """The search that is under way from now on, in place of any that is owed."""
+        search = self._search_on(profile, reason)
+        self._searching, self._owed, self._given_up = (search, self._now_s), "", None
+        return search
 
     def _search_on(self, profile: Profile, reason: str) -> Search:
         problem = replace(self._problem, profile=profile, memo=Memo())
@@ -299,20 +301,18 @@ class Adapter:
         before, pace_s, doubted = trial.belief, median(trial.seen), shape(self.plan)
         if before is None or doubted in self._doubts:
             return None
-        now_s = self._estimator.expected.step_s / self._bias * before.bias
+        believed_s = self._predicted_s * before.bias
         before_s = self._expected(before.profile).step_s * before.bias
-        if abs(math.log(pace_s / before_s)) + EXPLAINED > abs(math.log(pace_s / now_s)):
+        if _off(pace_s, before_s) + EXPLAINED > _off(pace_s, believed_s):
             return None
         self._doubts.add(doubted)
         self._bias = before.bias
         self._estimator = self._follow(before.profile)
         reason = (
             f"since the change at step {trial.record.step} steps take {pace_s:.3g} s, as with the numbers "
-            f"from before it ({before_s:.3g} s), and not {now_s:.3g} s"
+            f"from before it ({before_s:.3g} s), and not {believed_s:.3g} s"
         )
-        search = self._search_on(before.profile, reason)
-        self._searching, self._given_up = (search, self._now_s), None
-        return search
+        return self._begun(before.profile, reason)
 
     def _banned(self, plan: Plan, step: int) -> bool:
         return self._bans.get(shape(plan), (0, 0))[0] > step
@@ -357,9 +357,9 @@ class Adapter:
         return self._estimator.under(taken)
 
     def _error(self, profile: Profile, pace_s: float) -> float:
-        """How far steps are from what these numbers make of them: the logarithm of the ratio, unsigned."""
+        """How far steps are from what these numbers make of them."""
         expected_s = self._expected(profile).step_s * self._bias * self._estimator.usual_step
-        return abs(math.log(pace_s / expected_s)) if expected_s else math.inf
+        return _off(pace_s, expected_s)
 
     def _follow(
         self, profile: Profile, usual: Mapping[str | Link, float] | None = None, usual_s: float | None = None
@@ -380,3 +380,8 @@ class Adapter:
             optimizer_copies=problem.copies,
         )  # fmt: skip
         return Expected.of(timeline)
+
+
+def _off(pace_s: float, expected_s: float) -> float:
+    """How far apart two step times are: the logarithm of their ratio, unsigned."""
+    return abs(math.log(pace_s / expected_s)) if expected_s else math.inf
