@@ -196,6 +196,10 @@ def train(
     in_lab: Annotated[
         bool, typer.Option("--lab", help="Emulate by namespaces, shaped links and CPU shares; needs root.")
     ] = False,
+    tries: Annotated[
+        int,
+        typer.Option("--tries", min=1, max=8, help="Plans to try in the first steps; the fastest is kept."),
+    ] = 1,
     adapt: Annotated[
         bool, typer.Option("--adapt", help="Change the plan when devices or links drift.")
     ] = False,
@@ -212,7 +216,9 @@ def train(
     from spanwise.runtime.control import parse_endpoint
 
     task, machines = api.load_job(job, tuple(sets or ())), api.load_cluster(cluster)
-    options: dict[str, Any] = {"adapt": adapt, "faults": tuple(map(Fault.of, fault or ()))}
+    options: dict[str, Any] = {
+        "tries": tries, "adapt": adapt, "faults": tuple(map(Fault.of, fault or ())),
+    }  # fmt: skip
     if listen is not None:
         options |= {
             "spawn": False,

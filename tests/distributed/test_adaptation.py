@@ -389,6 +389,31 @@ def test_a_run_follows_what_drifts_and_ends_with_the_same_parameters(
     assert all(torch.allclose(a[k], b[k], rtol=1e-9, atol=1e-11) for k in a)
 
 
+@pytest.mark.parametrize("adapt", [False, True], ids=["tries", "tries-and-adapts"])
+def test_a_run_that_tries_plans_ends_with_the_same_parameters(tmp_path: Path, *, adapt: bool) -> None:
+    task = drifting_job(90, 64, 256, 256, 256)
+    found = {
+        tries: run_job(
+            task, machines(),
+            TrainOptions(
+                run=tmp_path / str(tries), backend="threads", tries=tries, adapt=adapt and tries > 1
+            ),
+        )
+        for tries in (1, 3)
+    }  # fmt: skip
+    assert found[1].summary["adaptations"] == []
+    records = found[3].summary["adaptations"]
+    assert len(records) >= 2
+    assert "to try it" in records[0]["reason"]
+    tried = [r for r in records if "to try it" in r["reason"]]
+    assert all(r["realised_gain"] is not None for r in tried)
+    assert sum(not r["undone"] for r in tried) <= 2  # one plan, tried by two turns at most
+    written = [m for m in found[3].folder.read_metrics() if m["event"] == "adaptation"]
+    assert {m["step"] for m in written} == {r["step"] for r in records}
+    a, b = (found[tries].model.state_dict() for tries in (1, 3))
+    assert all(torch.allclose(a[k], b[k], rtol=1e-9, atol=1e-11) for k in a)
+
+
 def test_only_slow_faults_on_an_emulated_cluster(tmp_path: Path) -> None:
     from spanwise.core.errors import InputError
 

@@ -238,3 +238,18 @@ def test_what_travels_is_checked() -> None:
     for data in bad:
         with pytest.raises(PeerError, match="device 'a': sent times of a step that cannot be read"):
             DeviceStep.parse("a", data)
+
+
+@pytest.mark.parametrize("had_slowed", [True, False])
+def test_a_device_that_is_as_fast_as_at_first_again_needs_no_step_time(*, had_slowed: bool) -> None:
+    """One that seems faster than ever does."""
+    task = problem()
+    running = two_sites(task)
+    believed = slower(task.profile, "n2", 3.0) if had_slowed else task.profile
+    world = task.profile if had_slowed else slower(task.profile, "n2", 1 / 3)
+    expected = Expected.of(timeline_of(task, running, believed))
+    estimator = Estimator(believed, task.cluster, expected, first=task.profile)
+    for step in range(20):
+        seen = shown(task, running, believed if step < 4 else world, seed=step)[1]
+        estimator.add(expected.step_s, seen)
+    assert (estimator.drift() is not None) == had_slowed

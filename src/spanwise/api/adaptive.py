@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from spanwise.api.searcher import Searcher
+from spanwise.core.profile import Profile
 from spanwise.core.run_folder import RunFolder
 from spanwise.lowering import lower
 from spanwise.planner import Problem
@@ -40,6 +41,21 @@ class Adapting:
         self._found: list[Candidate] = []
         self._since_s = 0.0
         self._written: dict[int, Adaptation] = {}
+
+    @property
+    def records(self) -> tuple[Adaptation, ...]:
+        """All changes of plan, in order."""
+        return tuple(self.adapter.records)
+
+    @property
+    def profile(self) -> Profile:
+        """The numbers believed now."""
+        return self.adapter.profile
+
+    def begin(self, assignment: Assignment) -> None:
+        """Under another plan than was thought, before any step."""
+        self._assignment = assignment
+        self.adapter.begin(assignment.plan)
 
     def prepare(self, training_s: float) -> None:
         """Before the first step: has plans made for what may come, as many as fit into some seconds.

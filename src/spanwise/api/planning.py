@@ -30,7 +30,13 @@ def choose(
 
     ``importance``: for those that choose what each device trains.
     """
-    problem = Problem(graph=graph, profile=times, cluster=cluster, job=job, importance=importance)
+    return choose_for(
+        Problem(graph=graph, profile=times, cluster=cluster, job=job, importance=importance), strategy
+    )
+
+
+def choose_for(problem: Problem, strategy: str) -> tuple[Plan, tuple[Evaluation, ...]]:
+    """The same of a Problem, which then knows all plans that were simulated."""
     if strategy != "auto":
         return make_plan(problem, strategy), ()
     evaluations = compare(problem)

@@ -17,10 +17,11 @@ import torch
 import spanwise
 from spanwise.api.adaptive import Adapting
 from spanwise.api.in_lab import meet_in_lab, profile_in_lab
-from spanwise.api.planning import choose, predict
+from spanwise.api.planning import choose_for, predict
 from spanwise.api.prepare import Prepared, prepare
 from spanwise.api.scores import needs_scores, scores
 from spanwise.api.times import profile_devices, profile_prepared
+from spanwise.api.trying import Trying, steering_of
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InputError, PlanError
 from spanwise.core.faults import Fault
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from spanwise.planner.adaptation import Adaptation
 
 Backend = Literal["processes", "threads"]
-_GROUND_UP = "hpp"  # makes new plans for a run that ``auto`` has planned: it covers what the others find
 
 
 class Watcher(Progress, Protocol):
@@ -98,8 +98,9 @@ class TrainOptions:
 
     ``plan``, ``prepared`` and ``times`` are taken as they are in place of what the run would make itself.
     ``listen`` and ``token`` are for workers that are started by hand (``spawn = False``). With ``lab`` every
-    worker runs as its device of that lab, which must be up. With ``adapt`` the run changes its plan when
-    devices or links drift. ``faults`` of the kind ``slow`` are what a portably emulated cluster suffers.
+    worker runs as its device of that lab, which must be up. The first steps are run under up to ``tries``
+    plans by turns, the rest under the fastest of them. With ``adapt`` the run changes its plan when devices
+    or links drift. ``faults`` of the kind ``slow`` are what a portably emulated cluster suffers.
     """
 
     run: Path = Path("runs/latest")
@@ -116,6 +117,7 @@ class TrainOptions:
     token: str = ""
     join_timeout_s: float = 120.0
     lab: Lab | None = None
+    tries: int = 1
     adapt: bool = False
     faults: tuple[Fault, ...] = ()
 
@@ -159,18 +161,19 @@ class _Run:
         self.prepared, self.folder, self.watcher = prepared, folder, watcher
         self.pool: WorkerPool | None = None
         self.session: Session | None = None
-        self.steering: Adapting | None = None
+        self.steering: Adapting | Trying | None = None
 
     def go(self) -> Outcome:
         graph = self.prepared.traced.graph
         resume = self._checkpoint(graph)
         times = self._profile()
         self.watcher.on_stage("planning")
-        plan, evaluations = self._plan(graph, times)
-        if plan.sparse and self.options.adapt:
+        problem = self._problem(graph, times)
+        plan, evaluations = self._plan(problem)
+        if plan.sparse and self._may_change:
             raise InputError(
                 f"strategy '{plan.strategy}': its devices train some parameters only, and such a run keeps "
-                "its plan; train without adapting, or choose another strategy"
+                "its plan; train without adapting and trying, or choose another strategy"
             )
         predicted = predict(plan, graph, times, self.cluster, self.job)
         assignment = self._assignment(plan, graph)
@@ -184,10 +187,7 @@ class _Run:
                 times = times.model_copy(update={"stages": self.session.stage_times()})
                 predicted = predict(plan, graph, times, self.cluster, self.job)
                 self._write_plan(assignment, times, predicted)
-        if self.options.adapt:
-            self.watcher.on_stage("planning for what may come")
-            self.steering = self._steering(assignment, times)
-            self.steering.prepare(predicted.step_time_s * (total_steps(assignment) - start))
+        self.steering = self._steering(problem, assignment, start)
         self.watcher.on_stage("training")
         began = time.monotonic()
         trained = train(
@@ -199,8 +199,8 @@ class _Run:
             progress=self.watcher,
             steering=self.steering,
         )
-        if self.steering is not None and self.steering.adapter.records:
-            times = self.steering.adapter.profile
+        if self.steering is not None and self.steering.records:
+            times = self.steering.profile
             assignment = trained.assignment
             predicted = predict(assignment.plan, graph, times, self.cluster, self.job)
             self._write_plan(assignment, times, predicted)
@@ -214,13 +214,11 @@ class _Run:
             self.folder, assignment.plan, predicted, measured, summary, self.prepared.model, evaluations
         )
 
-    def _steering(self, assignment: Assignment, times: Profile) -> Adapting:
-        problem = Problem(graph=assignment.graph, profile=times, cluster=self.cluster, job=self.job)
-        strategy = self.options.strategy
-        return Adapting(
-            problem, assignment, self.folder, last_step=total_steps(assignment),
-            strategy=_GROUND_UP if strategy == "auto" else strategy,
-            on_change=lambda a, record: self.watcher.on_change(a.plan, a.graph, record),
+    def _steering(self, problem: Problem, assignment: Assignment, start: int) -> Adapting | Trying | None:
+        return steering_of(
+            problem, assignment, self.folder, start=start, strategy=self.options.strategy,
+            tries=self.options.tries, adapt=self.options.adapt, on_stage=self.watcher.on_stage,
+            on_change=lambda work, record: self.watcher.on_change(work.plan, work.graph, record),
         )  # fmt: skip
 
     def close(self) -> None:
@@ -257,18 +255,20 @@ class _Run:
         self.watcher.on_stage("profiling layers and links on the devices")
         return profile_devices(self.prepared, self.pool)
 
-    def _plan(self, graph: ModelGraph, times: Profile) -> tuple[Plan, tuple[Evaluation, ...]]:
+    def _problem(self, graph: ModelGraph, times: Profile) -> Problem:
+        found = scores(self.prepared, self.options.strategy) if self.options.plan is None else None
+        return Problem(graph=graph, profile=times, cluster=self.cluster, job=self.job, importance=found)
+
+    def _plan(self, problem: Problem) -> tuple[Plan, tuple[Evaluation, ...]]:
         given = self.options.plan
         if given is None:
-            strategy = self.options.strategy
-            found = scores(self.prepared, strategy)
-            return choose(self.job, self.cluster, graph, times, strategy, found)
+            return choose_for(problem, self.options.strategy)
         if given.batch != self.job.batch:
             raise PlanError(
                 f"plan '{given.strategy}' is for batches of {given.batch} rows, the job has "
                 f"{self.job.batch}; plan again"
             )
-        check_plan(Problem(graph=graph, profile=times, cluster=self.cluster, job=self.job), given)
+        check_plan(problem, given)
         return given, ()
 
     def _assignment(self, plan: Plan, graph: ModelGraph) -> Assignment:
@@ -303,8 +303,13 @@ class _Run:
             return ThreadSession(assignment, tensors, data, resume=snapshot)
         if self.pool is None:
             self.watcher.on_stage("starting workers")
-            self.pool = self._meet(self.cluster.ids if self.options.adapt else assignment.plan.devices)
+            self.pool = self._meet(self.cluster.ids if self._may_change else assignment.plan.devices)
         return ProcessSession(self.pool, assignment, tensors, data, resume=snapshot)
+
+    @property
+    def _may_change(self) -> bool:
+        """Whether the run may go over to other plans, on other devices."""
+        return self.options.adapt or self.options.tries > 1
 
     @property
     def _emulates(self) -> bool:
@@ -355,13 +360,9 @@ class _Run:
         predicted.save(folder.simulated)
 
     def _summary(
-        self,
-        assignment: Assignment,
-        predicted: Timeline,
-        measured: Timeline,
-        trained: Trained,
+        self, assignment: Assignment, predicted: Timeline, measured: Timeline, trained: Trained,
         seconds: float,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Any]:  # fmt: skip
         batch = assignment.plan.batch
         step_s = measured.step_time_s
         score = trained.score
@@ -375,7 +376,7 @@ class _Run:
             "loss": trained.reports[-1].loss if trained.reports else None,
             "test_loss": score.loss if score else None,
             "accuracy": score.accuracy if score else None,
-            "adaptations": [r.to_data() for r in self.steering.adapter.records] if self.steering else [],
+            "adaptations": [r.to_data() for r in self.steering.records] if self.steering else [],
             **summarize(predicted, measured),
         }
 

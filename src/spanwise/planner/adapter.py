@@ -75,6 +75,12 @@ class Adapter:
         """The numbers believed now."""
         return self._estimator.profile
 
+    def begin(self, plan: Plan) -> None:
+        """Under another plan, before any step was observed; what was foreseen is kept."""
+        self.plan, self._segments = plan, Resegmenter.of(self._problem, plan)
+        self._remember(plan)
+        self._estimator = self._follow(self.profile)
+
     def observe(
         self, step: int, step_s: float, observed: Sequence[DeviceStep], now_s: float
     ) -> Search | Change | None:
@@ -368,7 +374,8 @@ class Adapter:
         expected = self._expected(profile)
         expected = replace(expected, step_s=expected.step_s * self._bias)
         usual_step = usual_s / expected.step_s if usual_s and expected.step_s else None
-        return Estimator(profile, self._problem.cluster, expected, usual, usual_step)
+        first = self._problem.profile
+        return Estimator(profile, self._problem.cluster, expected, usual, usual_step, first)
 
     def _expected(self, profile: Profile) -> Expected:
         problem = self._problem

@@ -12,7 +12,17 @@ from spanwise.core.observed import DeviceStep
 from spanwise.core.profile import DeviceTimes, LinkTimes, Profile
 from spanwise.core.routes import Routes
 from spanwise.planner.ratios import SHORTEST_S, Expected, Link, Ratios, ratios
-from spanwise.planner.tracker import BIG_WINDOW, BIG_WINDOW_S, KEPT, WINDOW, WINDOW_S, Tracker, Usual, newest
+from spanwise.planner.tracker import (
+    BIG,
+    BIG_WINDOW,
+    BIG_WINDOW_S,
+    KEPT,
+    WINDOW,
+    WINDOW_S,
+    Tracker,
+    Usual,
+    newest,
+)
 
 STEP_BAND = 1.1  # measured over predicted step time
 DEVICE_BAND = 1.15
@@ -21,6 +31,7 @@ ALIKE = 1.4  # both directions between two sites, if they have moved together
 # What a plan's first steps may be off a simulation by without anything having moved. Of links more, as two
 # messages that meet on a pipe in one of both and not in the other are twice as slow.
 OWN_DEVICE, OWN_LINK = 1.5, 2.2
+PROBE_LASTS = 4  # steps for which a probe is news
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,8 @@ class Estimator:
     """Follows a run against one expectation; ``fitted`` gives the numbers to plan with.
 
     ``usual`` is what another Estimator of the same plan has found to be usual, by device and link, and
-    ``usual_step`` of step times. ``latency_s`` has every pair of devices that is connected.
+    ``usual_step`` of step times; ``first`` the numbers that the run began with. ``latency_s`` has every pair
+    of devices that is connected.
     """
 
     def __init__(
@@ -66,8 +78,10 @@ class Estimator:
         expected: Expected,
         usual: Mapping[str | Link, float] | None = None,
         usual_step: float | None = None,
+        first: Profile | None = None,
     ) -> None:
         self.profile, self.expected = profile, expected
+        self._first = first or profile
         self._cluster = cluster
         self._routes = Routes(cluster, profile.links)
         self.latency_s = {
@@ -81,6 +95,7 @@ class Estimator:
         self._devices: dict[str, Tracker] = {}
         self._links: dict[Link, Tracker] = {}
         self._shown: set[Link] = set()  # by messages of the run, not by probes
+        self._probes: dict[Link, tuple[float, int]] = {}  # ratio, and steps since
         self._even: frozenset[str] = frozenset()  # devices of whose last step all compute has moved alike
         self._usual_step = Usual(OWN_DEVICE, usual_step)
         self._usual: dict[str | Link, Usual] = {
@@ -96,6 +111,7 @@ class Estimator:
         """Takes a step in."""
         found = ratios(self.expected, step_s, observed, self.latency_s)
         self._recent.append((step_s, observed))
+        self._probes = {k: (r, age + 1) for k, (r, age) in self._probes.items() if age < PROBE_LASTS}
         self._even = found.even
         for ratio, seconds in self._usual_step.over(found.step, step_s):
             self._step.add(ratio, seconds)
@@ -109,9 +125,9 @@ class Estimator:
         return found
 
     def probed(self, link: Link, samples: Sequence[tuple[int, float]]) -> None:
-        """Takes in a probe of a link that carried nothing: (bytes, round-trip seconds).
+        """Takes in a probe of a link: (bytes, round-trip seconds).
 
-        It counts as two steps, as it was alone on the link and has no compute in it.
+        It counts as two steps, as it has no compute in it.
         """
         small, large = min(n for n, _ in samples), max(n for n, _ in samples)
         if small == large:
@@ -122,8 +138,10 @@ class Estimator:
             if self.pipe(other) == self.pipe(link):
                 del self._links[other]  # an earlier probe: this one is newer
         tracker = self._links.setdefault(link, Tracker(LINK_BAND))
+        ratio = max(least[large] - least[small], SHORTEST_S) / awaited_s
+        self._probes[link] = (ratio, 0)
         for _ in range(2):
-            tracker.add(max(least[large] - least[small], SHORTEST_S) / awaited_s, BIG_WINDOW_S)
+            tracker.add(ratio, BIG_WINDOW_S)
 
     def rate(self, link: Link) -> float:
         """Bytes per second of a link as believed."""
@@ -149,37 +167,62 @@ class Estimator:
             return Drift(big, conditions=sure or any(tracker.moved for tracker in trackers))
         return Drift(big=True, conditions=True, leap=True) if self._leaps() else None
 
+    @property
+    def slower(self) -> bool:
+        """Whether the newest step took longer than usual."""
+        return self._step.newest > STEP_BAND
+
     def _leaps(self) -> dict[str | Link, float]:
         """What has leapt in the newest step, which took far longer or shorter itself, with the ratio.
 
         A device counts if all of its compute has, a link if its way back has: of a hiccup that is not so.
+        For both directions between two sites a step that is out of the band is enough, by messages or probes.
         """
-        if self._step.leap is None:
-            return {}
         found: dict[str | Link, float] = {}
-        for device, tracker in self._devices.items():
+        for device, tracker in self._devices.items() if self._step.leap is not None else ():
             if tracker.leap is not None and device in self._even:
                 found[device] = tracker.leap
-        for link, tracker in self._links.items():
-            back = self._links.get((link[1], link[0]))
-            if link in self._shown and self._between_sites(link) and back is not None:
-                there, again = tracker.leap, back.leap
-                if there is not None and again is not None and _alike(there, again):
-                    found[link] = there
+        if not _out(self._step.newest, STEP_BAND):
+            return found
+        ways = {k: t.leap for k, t in self._links.items() if k in self._shown and self._between_sites(k)}
+        for link, there in (ways | self._probed).items():
+            back = (ways | self._probed).get((link[1], link[0]))
+            if there is None or back is None or not _alike(there, back) or not _out(there, BIG):
+                continue
+            if link not in self._probed:
+                found[link] = there
+                continue
+            found |= {other: there for other in self._links if self.pipe(other) == self.pipe(link)}
         return found
 
+    @property
+    def _probed(self) -> dict[Link, float]:
+        """Ratios by probes that are news."""
+        return {link: ratio for link, (ratio, _) in self._probes.items()}
+
     def _sure_device(self, device: str) -> bool:
-        """It has been faster for long: what is slower and makes no step longer is of no concern."""
+        """It had slowed down and has been faster for long.
+
+        What is slower and makes no step longer is of no concern. What seems faster than at first, by steps
+        under another plan that were slow to begin with, is not so without steps that say it too.
+        """
         tracker = self._devices.get(device)
-        return tracker is not None and tracker.lasting and tracker.ratio < 1
+        if tracker is None or not tracker.lasting or tracker.ratio >= 1:
+            return False
+        now, first = (
+            next((e.factor for e in profile.devices if e.device == device), 1.0)
+            for profile in (self.profile, self._first)
+        )
+        return now > DEVICE_BAND * first
 
     def _sure_link(self, link: Link) -> bool:
         """A probe shows it, or messages of both directions between two sites have been faster for long."""
         tracker, back = self._links.get(link), self._links.get((link[1], link[0]))
         if tracker is None or not tracker.moved:
             return False
-        if link not in self._shown:
-            return True
+        if link not in self._shown:  # where messages pass as well, a probe may have met them: then it was slow
+            used = self.shown_pipes.union(map(self.pipe, self.expected.rates))
+            return tracker.ratio < 1 or self.pipe(link) not in used
         if back is None or not self._between_sites(link) or not (tracker.lasting and back.lasting):
             return False
         return max(tracker.ratio, back.ratio) < 1 and _alike(tracker.ratio, back.ratio)
@@ -189,6 +232,8 @@ class Estimator:
 
     def causes(self, fitted: Profile) -> list[Cause]:
         """What is out of the band in a fitted profile, one device or pair of sites apart from the other.
+
+        Of two sites between which a probe has just found all as believed nothing counts.
 
         Links inside a site only if both directions have moved alike: what a device takes in when its next
         portion of processor comes makes one direction look 20 times slower or faster.
@@ -209,9 +254,12 @@ class Estimator:
             if _out(ratio := entry.bandwidth_bytes_per_s / self.rate(link), LINK_BAND):
                 ends = tuple(sorted(_names(self.pipe(link))))
                 pairs.setdefault(ends, []).append((entry, ratio))
+        calm = {self.ends(link) for link, ratio in self._probed.items() if not _out(ratio, LINK_BAND)}
         for links in pairs.values():
             ways = [(entry.source, entry.target) for entry, _ in links]
             sure, rates = any(map(self._sure_link, ways)), [ratio for _, ratio in links]
+            if self.ends(ways[0]) is not None and self.ends(ways[0]) in calm:
+                continue
             if not (sure or self._between_sites(ways[0]) or (len(rates) == 2 and _alike(*rates))):
                 continue
             turned = any(way in self._links and self._links[way].turned for way in ways)
@@ -279,7 +327,7 @@ class Estimator:
             span = (1 if drift.leap else BIG_WINDOW, BIG_WINDOW_S)
         recent = [(step_s, (step_s, observed)) for step_s, observed in self._recent]
         usual = dict.fromkeys(self._usual, 1.0) | self.usual  # those unknown yet are not waited for again
-        estimator = Estimator(profile, self._cluster, expected, usual)
+        estimator = Estimator(profile, self._cluster, expected, usual, first=self._first)
         for step_s, observed in newest(recent, *span) or self._recent:
             estimator.add(step_s, observed)
         return estimator

@@ -1,4 +1,8 @@
-"""What has slowed down and is not used any more shows nothing: when to look at it again."""
+"""What a run's own messages do not show: links that it no longer uses, and why steps get longer.
+
+When a step is longer than usual, the links between sites that the plan uses are probed: messages of the run
+tell of a link only if somebody waits for them, and a probe has no compute in it.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +52,31 @@ class Explorer:
         self._patience_s: dict[str, float] = {}
 
     def look(self, estimator: Estimator, now_s: float) -> tuple[Look, ...]:
-        """What to probe now: a link, and its way back if that has slowed down too; pipes take turns."""
-        if now_s - self._looked_s < PROBE_EVERY_S or not estimator.profile.links:
+        """What to probe now: a pair of devices, both ways or one; pipes between sites take turns."""
+        if now_s - self._looked_s < PROBE_EVERY_S:
             return ()
-        self._looked_s = now_s
+        found = (self._suspected(estimator) if estimator.slower else ()) or self._idle(estimator)
+        if found:
+            self._looked_s = now_s
+        return found
+
+    def _suspected(self, estimator: Estimator) -> tuple[Look, ...]:
+        """Two sites that the plan has messages between, by the pair of their devices that is fastest now."""
+        factors = {entry.device: entry.factor for entry in estimator.profile.devices}
+        used = {estimator.ends(link) for link in estimator.expected.rates}
+        pairs: dict[tuple[str, str], Link] = {}
+        for link in sorted(self._rates, key=lambda link: factors[link[0]] + factors[link[1]]):
+            ends = estimator.ends(link)
+            if ends in used and ends is not None and (link[1], link[0]) in self._rates:
+                pairs.setdefault(ends, link)
+        if not pairs:
+            return ()
+        self._turn += 1
+        a, b = tuple(pairs.values())[self._turn % len(pairs)]
+        return Look((a, b), self._sizes((a, b))), Look((b, a), self._sizes((b, a)))
+
+    def _idle(self, estimator: Estimator) -> tuple[Look, ...]:
+        """A link that slowed down and carries nothing, and its way back if that is so of it too."""
         due: dict[str, Link] = {}
         shown = estimator.shown_pipes
         for link, first in self._rates.items():

@@ -7,11 +7,14 @@ abstracts; the search over sets of devices instead of one device order is our ow
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
+from spanwise.planner.asteroid import asteroid
 from spanwise.planner.build import warmup
 from spanwise.planner.data_parallel import weighted_outlines
-from spanwise.planner.finish import at_both_depths
+from spanwise.planner.finish import at_both_depths, halved, segmented
 from spanwise.planner.outline import Outline
 from spanwise.planner.outlines import refined_outlines
 from spanwise.planner.pipeline import pipeline, pipeline_outlines
@@ -19,6 +22,7 @@ from spanwise.planner.problem import Problem
 from spanwise.planner.trial import priced, timeline
 
 FINALISTS = 16
+MOST_IN_ORDER = 12  # devices: with more, Asteroid's programme takes longer than all the rest
 
 
 def hpp(problem: Problem) -> Plan:
@@ -37,18 +41,19 @@ def hpp(problem: Problem) -> Plan:
     if not problem.first_is_fixed:
         outlines += weighted_outlines(problem, 1)[:4] + pipeline_outlines(problem)[:FINALISTS]
     found = at_both_depths(problem, "hpp", sorted(outlines, key=lambda o: o.price_s), FINALISTS)
-    rival = _pipeline(problem)
-    if rival is None or timeline(problem, found).step_time_s <= timeline(problem, rival).step_time_s:
-        return found
-    return rival.model_copy(update={"strategy": "hpp"})
+    plans = [found, *_rivals(problem)]
+    best = min(plans, key=lambda plan: timeline(problem, plan).step_time_s)
+    return best.model_copy(update={"strategy": "hpp"})
 
 
-def _pipeline(problem: Problem) -> Plan | None:
-    """What the search over single devices comes to: it is the narrower one, and so at times the luckier."""
-    try:
-        return pipeline(problem)
-    except InfeasibleError:
-        return None
+def _rivals(problem: Problem) -> Iterator[Plan]:
+    """What narrower searches come to, which are luckier at times: over single devices, and Asteroid's."""
+    for planner in (pipeline, asteroid) if len(problem.kinds) <= MOST_IN_ORDER else (pipeline,):
+        try:
+            found = planner(problem)
+        except InfeasibleError:
+            continue
+        yield found if planner is pipeline else segmented(problem, halved(problem, [found]))
 
 
 def _memory_binds(problem: Problem, outlines: list[Outline]) -> bool:

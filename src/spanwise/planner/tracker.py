@@ -96,6 +96,11 @@ class Tracker:
         return math.exp(median(self._short if self.big else self._long))
 
     @property
+    def newest(self) -> float:
+        """The ratio of the newest step."""
+        return math.exp(self._last[-1][1]) if self._last else 1.0
+
+    @property
     def _short(self) -> list[float]:
         return newest(self._last, BIG_WINDOW, BIG_WINDOW_S)
 
