@@ -129,6 +129,7 @@ def measured(found: Prepared, plan: Plan, times: Profile, cluster: Cluster, step
     tensors = {k: v.detach() for k, v in found.traced.parameters.items()} | dict(found.traced.buffers)
     with Arena(cluster, [], huge_pages=plan.sparse) as arena:
         idle = {d: psutil.Process(pid).memory_info().rss for d, pid in arena.pool.process_ids.items()}
+        started = {d: arena.lab.peak_memory_bytes(d) for d in cluster.ids}
         with arena.lab.eased():
             session = ProcessSession(arena.pool, assignment, tensors, found.train)
             if plan.sparse:  # as ``train`` does
@@ -147,6 +148,7 @@ def measured(found: Prepared, plan: Plan, times: Profile, cluster: Cluster, step
         "aggregation_s": min((statistics.median(w) for w in waits if w), default=0.0),
         "sent_bytes": {d: (after[d] - before[d]) / (steps + 1) for d in cluster.ids},
         "peak_bytes": {d: peaks[d] - idle[d] for d in cluster.ids},
+        "worker_bytes": {d: {"started": started[d], "peak": peaks[d]} for d in cluster.ids},
     }
 
 

@@ -18,7 +18,8 @@ Cell = Mapping[str, Any]
 def tables(data: Mapping[str, Any]) -> list[str]:
     """Lines of Markdown: per plan, per device, accuracy."""
     lab = [_without_overhead(cell, data.get("overhead", {})) for cell in data["lab"]]
-    return [*_plans(lab), "", *_devices(lab), "", *_accuracy(data["accuracy"])]
+    whole = _workers(data["lab"], data.get("overhead", {}))
+    return [*_plans(lab), "", *_devices(lab), "", *whole, "", *_accuracy(data["accuracy"])]
 
 
 def _without_overhead(cell: Cell, overhead: Mapping[str, float]) -> Cell:
@@ -66,6 +67,24 @@ def _devices(cells: Sequence[Cell]) -> list[str]:
             guess, seen = (found[name][k][device] for k in ("predicted_bytes", "peak_bytes"))
             row.append(f"{guess / MIB:.1f} | {seen / MIB:.1f} | {100 * (guess / seen - 1):+.1f} %")
         out.append(f"| {device} | " + " | ".join(row) + " |")
+    return out
+
+
+def _workers(cells: Sequence[Cell], overhead: Mapping[str, float]) -> list[str]:
+    """Predicted and measured bytes of whole workers, interpreter and libraries included, by plan.
+
+    What a started worker holds and what training takes besides tensors is measured, once for all plans;
+    tensors are predicted.
+    """
+    out = ["| plan | whole worker, MiB predicted | measured | off, by device |", "|---|---|---|---|"]
+    for cell in [c for c in cells if "worker_bytes" in c]:
+        pairs = [
+            (own["started"] + overhead.get(d, 0.0) + cell["predicted_bytes"][d], own["peak"])
+            for d, own in cell["worker_bytes"].items()
+        ]
+        guess, seen = (statistics.fmean(values) / MIB for values in zip(*pairs, strict=True))
+        off = ", ".join(f"{100 * (a / b - 1):+.1f}" for a, b in pairs)
+        out.append(f"| {cell['lab']} | {guess:.0f} | {seen:.0f} | {off} % |")
     return out
 
 

@@ -13,7 +13,7 @@ from spanwise.core.observed import MOST_LARGE, MOST_SMALL, Arrival, Departure, D
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.planner import Problem
-from spanwise.planner.estimate import Estimator
+from spanwise.planner.estimate import PROBE_LASTS, Estimator
 from spanwise.planner.ratios import Expected
 from spanwise.planner.tracker import Tracker, Usual
 
@@ -98,16 +98,19 @@ def test_pairs_that_carry_nothing_follow_their_pipe() -> None:
     assert ("n1", "n2") not in {(x.source, x.target) for x in fitted.links}
 
 
-def test_inside_a_site_one_direction_alone_is_no_cause() -> None:
+@pytest.mark.parametrize("link", [("s1", "s2"), ("n1", "s1")], ids=["inside-a-site", "between-sites"])
+def test_a_link_is_a_cause_by_a_probe_only_and_for_as_long_as_that_is_news(link: tuple[str, str]) -> None:
     task = problem()
     estimator = follow(task, [task.profile] * 4)
-    there, back = ("s1", "s2"), ("s2", "s1")
-
-    def found(ways: list[tuple[str, str]]) -> int:
-        return len(estimator.causes(thinner(task.profile, CLUSTER, ways, 8.0)))
-
-    assert (found([there]), found([back]), found([there, back])) == (0, 0, 1)
-    assert found([("n1", "s1")]) == 1  # a pipe between sites may well have a direction of its own
+    rate = CLUSTER.route(*link).bandwidth_bytes_per_s
+    odd = thinner(task.profile, CLUSTER, [link], 8.0)
+    assert estimator.causes(odd) == []
+    for factor, count in ((1.0, 0), (8.0, 1)):
+        estimator.probed(link, [(n, 0.01 + factor * n / rate) for n in (1_000, 100_000)])
+        assert len(estimator.causes(odd)) == count
+    for _ in range(PROBE_LASTS + 1):
+        estimator.add(*shown(task, two_sites(task), task.profile))
+    assert estimator.causes(odd) == []
 
 
 def test_noise_and_one_odd_step_are_no_drift() -> None:

@@ -42,7 +42,7 @@ from spanwise.runtime.processes import Meeting, ProcessSession, WorkerPool
 from spanwise.runtime.session import Session
 from spanwise.runtime.threads import ThreadSession
 from spanwise.runtime.training import Evaluation as Examination
-from spanwise.runtime.training import Progress, Silent, Trained, total_steps, train
+from spanwise.runtime.training import Progress, Silent, Trained, train
 
 if TYPE_CHECKING:
     from spanwise.lab import Lab

@@ -20,7 +20,6 @@ from spanwise.runtime.device_run import Assignment
 from spanwise.runtime.session import Probe, StepReport, Switched
 from spanwise.runtime.training import total_steps
 
-
 GROUND_UP = "hpp"  # makes new plans for a run that ``auto`` has planned: it covers what the others find
 
 

@@ -95,7 +95,7 @@ class Estimator:
         self._devices: dict[str, Tracker] = {}
         self._links: dict[Link, Tracker] = {}
         self._shown: set[Link] = set()  # by messages of the run, not by probes
-        self._probes: dict[Link, tuple[float, int]] = {}  # ratio, and steps since
+        self._probes: dict[Link, tuple[float, int]] = {}  # bytes per second, and steps since
         self._even: frozenset[str] = frozenset()  # devices of whose last step all compute has moved alike
         self._usual_step = Usual(OWN_DEVICE, usual_step)
         self._usual: dict[str | Link, Usual] = {
@@ -138,10 +138,10 @@ class Estimator:
             if self.pipe(other) == self.pipe(link):
                 del self._links[other]  # an earlier probe: this one is newer
         tracker = self._links.setdefault(link, Tracker(LINK_BAND))
-        ratio = max(least[large] - least[small], SHORTEST_S) / awaited_s
-        self._probes[link] = (ratio, 0)
+        found_s = max(least[large] - least[small], SHORTEST_S)
+        self._probes[link] = ((large - small) / found_s, 0)
         for _ in range(2):
-            tracker.add(ratio, BIG_WINDOW_S)
+            tracker.add(found_s / awaited_s, BIG_WINDOW_S)
 
     def rate(self, link: Link) -> float:
         """Bytes per second of a link as believed."""
@@ -168,9 +168,14 @@ class Estimator:
         return Drift(big=True, conditions=True, leap=True) if self._leaps() else None
 
     @property
-    def slower(self) -> bool:
-        """Whether the newest step took longer than usual."""
-        return self._step.newest > STEP_BAND
+    def odd(self) -> bool:
+        """Whether the newest step took another time than usual."""
+        return _out(self._step.newest, STEP_BAND)
+
+    @property
+    def suspects(self) -> list[Link]:
+        """Links inside a site that seem to have moved, by messages."""
+        return [k for k, t in self._links.items() if t.moved and not self._between_sites(k)]
 
     def _leaps(self) -> dict[str | Link, float]:
         """What has leapt in the newest step, which took far longer or shorter itself, with the ratio.
@@ -182,7 +187,7 @@ class Estimator:
         for device, tracker in self._devices.items() if self._step.leap is not None else ():
             if tracker.leap is not None and device in self._even:
                 found[device] = tracker.leap
-        if not _out(self._step.newest, STEP_BAND):
+        if not self.odd:
             return found
         ways = {k: t.leap for k, t in self._links.items() if k in self._shown and self._between_sites(k)}
         for link, there in (ways | self._probed).items():
@@ -197,8 +202,8 @@ class Estimator:
 
     @property
     def _probed(self) -> dict[Link, float]:
-        """Ratios by probes that are news."""
-        return {link: ratio for link, (ratio, _) in self._probes.items()}
+        """Ratios by probes that are news: believed over found rate."""
+        return {link: self.rate(link) / found for link, (found, _) in self._probes.items()}
 
     def _sure_device(self, device: str) -> bool:
         """It had slowed down and has been faster for long.
@@ -220,7 +225,8 @@ class Estimator:
         tracker, back = self._links.get(link), self._links.get((link[1], link[0]))
         if tracker is None or not tracker.moved:
             return False
-        if link not in self._shown:  # where messages pass as well, a probe may have met them: then it was slow
+        if link not in self._shown:
+            # Where messages of the run pass as well, a probe may have met them, and was the slower for it.
             used = self.shown_pipes.union(map(self.pipe, self.expected.rates))
             return tracker.ratio < 1 or self.pipe(link) not in used
         if back is None or not self._between_sites(link) or not (tracker.lasting and back.lasting):
@@ -233,10 +239,8 @@ class Estimator:
     def causes(self, fitted: Profile) -> list[Cause]:
         """What is out of the band in a fitted profile, one device or pair of sites apart from the other.
 
-        Of two sites between which a probe has just found all as believed nothing counts.
-
-        Links inside a site only if both directions have moved alike: what a device takes in when its next
-        portion of processor comes makes one direction look 20 times slower or faster.
+        A link only if it is sure, has leapt, or a probe has just found it so: of single messages that a
+        device takes in when its next portion of processor comes, a link looks 20 times slower or faster.
         """
         old = {entry.device: entry.factor for entry in self.profile.devices}
         leaps = self._leaps()
@@ -254,21 +258,15 @@ class Estimator:
             if _out(ratio := entry.bandwidth_bytes_per_s / self.rate(link), LINK_BAND):
                 ends = tuple(sorted(_names(self.pipe(link))))
                 pairs.setdefault(ends, []).append((entry, ratio))
-        calm = {self.ends(link) for link, ratio in self._probed.items() if not _out(ratio, LINK_BAND)}
+        probed = {self.pipe(link) for link, ratio in self._probed.items() if _out(ratio, LINK_BAND)}
         for links in pairs.values():
             ways = [(entry.source, entry.target) for entry, _ in links]
-            sure, rates = any(map(self._sure_link, ways)), [ratio for _, ratio in links]
-            if self.ends(ways[0]) is not None and self.ends(ways[0]) in calm:
-                continue
-            if not (sure or self._between_sites(ways[0]) or (len(rates) == 2 and _alike(*rates))):
-                continue
-            turned = any(way in self._links and self._links[way].turned for way in ways)
-            found.append(
-                Cause(
-                    (), tuple(entry for entry, _ in links), sure,
-                    max(abs(math.log(ratio)) for ratio in rates), turned, any(way in leaps for way in ways),
-                )
-            )  # fmt: skip
+            sure, leapt = any(map(self._sure_link, ways)), any(way in leaps for way in ways)
+            shown = probed.intersection(map(self.pipe, ways))
+            if sure or leapt or shown:
+                turned = bool(shown) or any(way in self._links and self._links[way].turned for way in ways)
+                far = max(abs(math.log(ratio)) for _, ratio in links)
+                found.append(Cause((), tuple(entry for entry, _ in links), sure, far, turned, leapt))
         return found
 
     def under(self, causes: Sequence[Cause]) -> Profile:
@@ -330,13 +328,14 @@ class Estimator:
         estimator = Estimator(profile, self._cluster, expected, usual, first=self._first)
         for step_s, observed in newest(recent, *span) or self._recent:
             estimator.add(step_s, observed)
+        estimator._probes = self._probes
         return estimator
 
     def fitted(self) -> Profile:
         """The profile with devices and links as they showed themselves.
 
         A pair that was not seen has the rate of the fastest one that shares its pipe between sites: so much
-        the pipe carries. Other pairs stay as they were.
+        the pipe carries. Other pairs stay as they were. What has just been probed has the rate of the probe.
         """
         drift = self.drift()
         leaps = self._leaps() if drift is not None and drift.leap else {}
@@ -351,11 +350,12 @@ class Estimator:
         pipes: dict[str, float] = {}
         for link, rate in shown.items():
             pipes[self.pipe(link)] = max(pipes.get(self.pipe(link), 0.0), rate)
+        probed = {self.pipe(link): found for link, (found, _) in self._probes.items()}
         links = {(entry.source, entry.target): entry for entry in self.profile.links}
         for a, b in self.latency_s:
-            rate = shown.get((a, b))
-            if rate is None and self.pipe((a, b)) in pipes:
-                rate = min(pipes[self.pipe((a, b))], self._beside_pipe((a, b)))
+            rate, pipe = shown.get((a, b)), self.pipe((a, b))
+            if pipe in probed or (rate is None and pipe in pipes):
+                rate = min(probed.get(pipe, pipes.get(pipe, 0.0)), self._beside_pipe((a, b)))
             if rate is not None:
                 links[a, b] = LinkTimes(
                     source=a, target=b, latency_s=self.latency_s[a, b], bandwidth_bytes_per_s=rate

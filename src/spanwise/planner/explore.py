@@ -55,13 +55,16 @@ class Explorer:
         """What to probe now: a pair of devices, both ways or one; pipes between sites take turns."""
         if now_s - self._looked_s < PROBE_EVERY_S:
             return ()
-        found = (self._suspected(estimator) if estimator.slower else ()) or self._idle(estimator)
+        found = (self._suspected(estimator) if estimator.odd else ()) or self._idle(estimator)
         if found:
             self._looked_s = now_s
         return found
 
     def _suspected(self, estimator: Estimator) -> tuple[Look, ...]:
-        """Two sites that the plan has messages between, by the pair of their devices that is fastest now."""
+        """Two sites that the plan has messages between, by the pair of their devices that is fastest now.
+
+        And two devices inside a site between which messages seem to have another speed.
+        """
         factors = {entry.device: entry.factor for entry in estimator.profile.devices}
         used = {estimator.ends(link) for link in estimator.expected.rates}
         pairs: dict[tuple[str, str], Link] = {}
@@ -69,11 +72,11 @@ class Explorer:
             ends = estimator.ends(link)
             if ends in used and ends is not None and (link[1], link[0]) in self._rates:
                 pairs.setdefault(ends, link)
-        if not pairs:
-            return ()
+        inside = sorted({(min(link), max(link)) for link in estimator.suspects})
         self._turn += 1
-        a, b = tuple(pairs.values())[self._turn % len(pairs)]
-        return Look((a, b), self._sizes((a, b))), Look((b, a), self._sizes((b, a)))
+        due = [found[self._turn % len(found)] for found in (tuple(pairs.values()), inside) if found]
+        ways = [way for a, b in due for way in ((a, b), (b, a)) if way in self._rates]
+        return tuple(Look(way, self._sizes(way)) for way in ways)
 
     def _idle(self, estimator: Estimator) -> tuple[Look, ...]:
         """A link that slowed down and carries nothing, and its way back if that is so of it too."""

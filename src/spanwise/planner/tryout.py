@@ -33,7 +33,7 @@ PUBLISHED = (asteroid, dapple, pipedream, hetpipe)  # weighed too: other searche
 
 
 def finalists(problem: Problem, plan: Plan, most: int) -> tuple[Candidate, ...]:
-    """The best of what was simulated for a problem as changes of a plan that is to run, this plan not among them.
+    """The best of what was simulated for a problem, as changes of a plan that is to run.
 
     Args:
         problem: as it was planned for: it remembers every plan that was simulated.
