@@ -37,11 +37,13 @@ from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.lab import Lab
 from spanwise.lowering import lower
+from spanwise.planner.tryout import SETTLE_STEPS, TIMED_STEPS, Tryout
 from spanwise.runtime.device_run import Assignment
 from spanwise.runtime.measure import step_times
 from spanwise.runtime.processes import ProcessSession, WorkerPool
 
 CLUSTERS = Path(__file__).resolve().parents[1] / "clusters"
+ENDLESS_S = 1e6  # a step of a plan that failed
 _MIB = 2**20
 
 
@@ -165,6 +167,16 @@ class Arena:
             return self.plan(prepared, plan, steps=steps, warmup=warmup)
         except SpanwiseError as error:
             return failed(f"{type(error).__name__}: {error}")
+
+    def tried(self, prepared: Prepared, plans: Sequence[Plan]) -> Tryout:
+        """Plans by turns until one has won, as ``train --tries`` does; one that fails loses."""
+        tryout = Tryout(plans)
+        while not tryout.over:
+            steps = self.attempt(prepared, tryout.running, steps=TIMED_STEPS, warmup=SETTLE_STEPS).step_s
+            found = steps[:TIMED_STEPS] or (ENDLESS_S,) * TIMED_STEPS
+            for seconds in (*found[:1] * tryout.settling, *found):
+                tryout.observe(seconds)
+        return tryout
 
     def _reading(self, pid: Any) -> dict[str, Any]:
         for device in self.cluster.ids:

@@ -21,12 +21,11 @@ from models import RECIPES
 from pictures import OURS, PLAIN, canvas
 
 from spanwise.api.planning import choose_for
-from spanwise.api.prepare import Prepared
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.planner import Problem
-from spanwise.planner.tryout import SETTLE_STEPS, TIMED_STEPS, Tryout, finalists
+from spanwise.planner.tryout import finalists
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = ("spantrain-7-env1", "spantrain-7-env2", "two-site-wan")
@@ -34,7 +33,6 @@ RIVALS = ("asteroid", "pipedream", "dapple", "hetpipe", "gpipe")
 AUTO, TRIED = "auto", "tried"
 NAMES = (AUTO, TRIED, *RIVALS)
 TRIES = 4
-ENDLESS_S = 1e6  # of a plan that failed
 ENOUGH_S = 8.0  # longer steps are timed once a round
 
 
@@ -68,7 +66,7 @@ def cell(arena: Arena, model: str, args: argparse.Namespace) -> dict[str, Any]:
     trial: list[dict[str, Any]] = []
     if TRIED in args.planners:
         others = finalists(problem, plans[AUTO], TRIES - 1)
-        tryout = tried(arena, prepared, (plans[AUTO], *(change.plan for change in others)))
+        tryout = arena.tried(prepared, (plans[AUTO], *(change.plan for change in others)))
         plans[TRIED] = tryout.best
         trial = [{"plan": p.to_data(), "step_s": tryout.seconds(p)} for p in tryout.plans]
     expected = {n: predicted_s(prepared, plan, times, arena.cluster) for n, plan in plans.items()}
@@ -88,17 +86,6 @@ def cell(arena: Arena, model: str, args: argparse.Namespace) -> dict[str, Any]:
                   for n, p in plans.items()},
         "rounds": {name: [one.data() for one in found] for name, found in runs.items()},
     }  # fmt: skip
-
-
-def tried(arena: Arena, prepared: Prepared, plans: tuple[Plan, ...]) -> Tryout:
-    """Plans by turns until one has won, as a run does; one that fails loses."""
-    tryout = Tryout(plans)
-    while not tryout.over:
-        steps = arena.attempt(prepared, tryout.running, steps=TIMED_STEPS, warmup=SETTLE_STEPS).step_s
-        found = steps[:TIMED_STEPS] or (ENDLESS_S,) * TIMED_STEPS
-        for seconds in (*found[:1] * tryout.settling, *found):
-            tryout.observe(seconds)
-    return tryout
 
 
 def measured_s(cell: dict[str, Any], name: str) -> float | None:

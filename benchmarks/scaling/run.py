@@ -2,6 +2,7 @@
 
 Each cluster file of the series (2, 4, 8, 12, 16 devices) becomes a lab; the cores here hold all of them.
 Efficiency is throughput over what the devices would do if compute were all, by the best rate of a core.
+Beyond that the largest cluster two and four times over is simulated, with `data_parallel` in place of DDP.
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ from harness import Cells, cache_of, keep, need_lab, parser, redrawn
 from pictures import OURS, PLAIN, canvas
 
 from spanwise.api.planning import choose
+from spanwise.api.prepare import Prepared
 from spanwise.core.cluster import Cluster
+from spanwise.core.errors import InfeasibleError
+from spanwise.core.profile import Profile
 
 HERE = Path(__file__).resolve().parent
 SIZES = (2, 4, 8, 12, 16)
 STRATEGIES = ("auto", "pipeline")
 MODELS = ("mobilenet_v2", "vit")
+BEYOND = (2, 4)  # times the largest cluster, by simulation
+SIMULATED = (*STRATEGIES, "data_parallel")
 LONG_S = 8.0
 
 
@@ -62,12 +68,47 @@ def cell(arena: Arena, model: str, args: argparse.Namespace) -> dict[str, Any]:
     for name in rounds:
         predicted = f", predicted {expected[name]:.3f} s" if name in expected else ""
         print(f"{cluster.name} {model}: {name}: {_step_s(rounds[name]):.3f} s{predicted}", flush=True)
+    largest = not args.short and len(cluster.ids) == max(args.sizes)
     return {
         "cluster": cluster.name, "devices": len(cluster.ids), "model": model, "batch": args.batch,
         "cores": sum(d.speed for d in cluster.devices) * cluster.core_share,
         "single_cores": max(d.speed for d in cluster.devices) * cluster.core_share,
         "predicted_s": expected, "plans": {n: p.to_data() for n, p in plans.items()}, "rounds": rounds,
+        "beyond": beyond(prepared, cluster, times) if largest else [],
     }  # fmt: skip
+
+
+def larger(cluster: Cluster, times: Profile, copies: int) -> tuple[Cluster, Profile]:
+    """Every device so many times, in its site, as fast as the first."""
+    data = cluster.to_data()
+    devices = [
+        {**d, "id": f"{d['id']}-{n}" if n else d["id"]} for n in range(copies) for d in data["devices"]
+    ]
+    more = Cluster.parse({**data, "name": f"{cluster.name} x {copies}", "devices": devices})
+    entries = tuple(
+        entry.model_copy(update={"device": f"{entry.device}-{n}" if n else entry.device})
+        for n in range(copies)
+        for entry in times.devices
+    )
+    return more, times.model_copy(update={"devices": entries})
+
+
+def beyond(prepared: Prepared, cluster: Cluster, times: Profile) -> list[dict[str, Any]]:
+    """Predicted seconds of a step on this cluster and on several times as many devices."""
+    out: list[dict[str, Any]] = []
+    for copies in (1, *BEYOND):
+        more, known = larger(cluster, times, copies)
+        seconds: dict[str, float | None] = {}
+        for name in SIMULATED:
+            try:
+                plan, _ = choose(prepared.job, more, prepared.traced.graph, known, name)
+                seconds[name] = predicted_s(prepared, plan, known, more)
+            except InfeasibleError:
+                seconds[name] = None
+        cores = sum(d.speed for d in more.devices) * more.core_share
+        out.append({"devices": len(more.ids), "cores": cores, "predicted_s": seconds})
+        print(f"{more.name}: {seconds}", flush=True)
+    return out
 
 
 def _step_s(rounds: list[dict[str, Any]]) -> float:
@@ -91,6 +132,20 @@ def efficiency(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
+def simulated(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same of what was only simulated."""
+    out: list[dict[str, Any]] = []
+    for found in cells:
+        mine = [c for c in cells if c["model"] == found["model"]]
+        core = max(c["batch"] / _step_s(c["rounds"]["single"]) / c["single_cores"] for c in mine)
+        for more in found.get("beyond", ()):
+            rates = {n: found["batch"] / s for n, s in more["predicted_s"].items() if s}
+            share = {n: r / (core * more["cores"]) for n, r in rates.items()}
+            out.append({"model": found["model"], "devices": more["devices"], "samples_per_s": rates,
+                        "of_bound": share})  # fmt: skip
+    return out
+
+
 def draw(data: dict[str, Any], path: Path) -> None:
     """Efficiency over devices, one panel a model."""
     rows = efficiency(data["cells"])
@@ -104,7 +159,16 @@ def draw(data: dict[str, Any], path: Path) -> None:
                     [row["devices"] for row in mine], [100 * row["of_bound"][name] for row in mine],
                     color=color, marker=mark, label={"ddp": "PyTorch DDP"}.get(name, name),
                 )  # fmt: skip
-            axis.set(xlabel="devices", ylim=(0, 100), xticks=[row["devices"] for row in mine])
+            more = [row for row in simulated(data["cells"]) if row["model"] == model]
+            for name, key in (("auto", "auto"), ("pipeline", "pipeline"), ("ddp", "data_parallel")):
+                known = [row for row in more if key in row["of_bound"]]
+                axis.plot(
+                    [row["devices"] for row in known], [100 * row["of_bound"][key] for row in known],
+                    color=looks[name][0], marker=looks[name][1], ls=":", mfc="none",
+                )  # fmt: skip
+            ticks = sorted({row["devices"] for row in (*mine, *more)})
+            axis.set_xscale("log", base=2)
+            axis.set(xlabel="devices (dotted: simulated)", ylim=(0, 100), xticks=ticks, xticklabels=ticks)
             axis.set_title(model, loc="left", fontsize=10)
         axes[0].set_ylabel("of the compute bound, %")
         axes[0].legend(frameon=False, fontsize=8)
@@ -130,6 +194,12 @@ def main() -> None:
             f"{row['samples_per_s'][n]:.1f} ({row['of_bound'][n]:.0%})" for n in ("auto", "pipeline", "ddp")
         )
         print(f"| {row['model']} | {row['devices']} | {' | '.join(texts)} |")
+    for row in simulated(cells):
+        texts = (
+            f"{row['samples_per_s'][n]:.1f} ({row['of_bound'][n]:.0%})" if n in row["of_bound"] else "-"
+            for n in SIMULATED
+        )
+        print(f"| {row['model']} | {row['devices']}, simulated | {' | '.join(texts)} |")
     keep(args, HERE, "scaling", {"cells": cells}, quiet=True, draw=draw)
 
 

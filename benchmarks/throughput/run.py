@@ -1,7 +1,8 @@
 """Samples per second in the lab: spanwise against PyTorch's own engines, on the same devices.
 
 Every cell is one cluster, model and global batch. Its contestants take turns in rounds, so slow drift of the
-machine meets all of them; the median step of all rounds counts. `auto` is what spanwise would run.
+machine meets all of them; the median step of all rounds counts. `auto` is what spanwise would run: the plan
+that `train --tries` settles on. What it has seen until then counts for nothing.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from losses import losses
 from models import RECIPES
 from table import draw, summarize
 
-from spanwise.api.planning import choose
+from spanwise.api.planning import choose, choose_for
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import SpanwiseError
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
+from spanwise.planner import Problem
+from spanwise.planner.tryout import finalists
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = ("spantrain-7-env1", "spantrain-7-env2", "two-site-wan")
@@ -43,13 +46,14 @@ def options() -> argparse.Namespace:
     parser.add_argument("--models", nargs="*", default=list(RECIPES))
     parser.add_argument("--batches", nargs="*", type=int, default=list(BATCHES))
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--tries", type=int, default=3, help="plans that spanwise tries first")
     parser.add_argument("--peers", nargs="*", default=None, help="only these; default: all")
     parser.add_argument("--also", nargs="*", default=[], help="further strategies, with the smallest batch")
     parser.add_argument("--cache", type=Path, default=None, help="folder of profiles")
     args = parser.parse_args()
     if args.short:
         args.environments, args.models, args.batches, args.rounds = ["home"], ["gpt"], [32], 1
-        args.peers = ["ddp", "1f1b", "single"]
+        args.peers, args.tries = ["ddp", "1f1b", "single"], 1
     return args
 
 
@@ -78,7 +82,11 @@ def cell(
     """All contestants on one cluster, model and batch; ``earlier`` is the cell of the smaller batch."""
     prepared = prepared_job(model, batch)
     times = arena.profile(prepared, cache_of(args))
-    plan, evaluations = choose(prepared.job, arena.cluster, prepared.traced.graph, times, "auto")
+    problem = Problem(prepared.traced.graph, times, arena.cluster, prepared.job)
+    first, evaluations = choose_for(problem, "auto")
+    others = finalists(problem, first, args.tries - 1) if args.tries > 1 else ()
+    tryout = arena.tried(prepared, (first, *(change.plan for change in others)))
+    plan = tryout.running
     expected = predicted_s(prepared, plan, times, arena.cluster)
     expects = {e.strategy: e.timeline.step_time_s for e in evaluations if e.timeline}
     found: dict[str, list[Measurement]] = {}
@@ -112,6 +120,7 @@ def cell(
         "predicted_step_time_s": expected,
         "losses_s": losses(prepared, plan, times, arena.cluster),
         "plan": plan.to_data(),
+        "tried": [{"plan": p.to_data(), "step_s": tryout.seconds(p)} for p in tryout.plans if others],
         "predictions": expects,
         "plans": _others(arena, prepared, times, plan, args.also if batch == min(args.batches) else ()),
         "rounds": {name: [m.data() for m in rounds] for name, rounds in found.items()},

@@ -142,7 +142,7 @@ def test_what_no_step_time_bears_out_starts_no_search() -> None:
     usual_s, _ = shown(task, adapter.plan, task.profile)
     _, seen = shown(task, adapter.plan, odd)
     assert [adapter.observe(step + i, usual_s, seen, float(step + i)) for i in range(10)] == [None] * 10
-    # Not faster than at first either: first steps under a plan are slow at times, and all later ones seem fast.
+    # Not faster than at first either: first steps under a plan are slow at times, all later ones seem fast.
     assert [adapter.observe(step + i, usual_s, seen, float(step + i)) for i in range(10, 40)] == [None] * 30
     for factor, expected in ((4.0, False), (0.25, True)):
         adapter = start(task)

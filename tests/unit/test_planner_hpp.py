@@ -3,6 +3,7 @@ from __future__ import annotations
 from statistics import mean
 
 import pytest
+from test_planner_estimate import problem as two_sites_task
 
 from planner_cases import fastest_of_all, make_cluster, make_graph, make_job, make_problem, make_profile
 from spanwise.core.cluster import Cluster
@@ -49,6 +50,20 @@ def test_auto_is_no_slower_than_any_strategy(seed: int) -> None:
         if evaluation.timeline is not None:
             assert auto <= evaluation.timeline.step_time_s
     assert seconds(problem, "hpp") <= 1.0001 * min(seconds(problem, s) for s in ("single", "pipeline"))
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_hpp_is_no_slower_than_the_plan_of_asteroid(seed: int) -> None:
+    """By simulation: that plan takes part."""
+    problem = make_problem(4, 8, seed)
+    assert seconds(problem, "hpp") <= seconds(problem, "asteroid")
+
+
+def test_a_plan_that_waits_most_may_be_the_best_in_halves() -> None:
+    """`asteroid`'s plan is 13 % slower than the best of single devices as it is, and 6 % faster in halves."""
+    task = two_sites_task()
+    assert seconds(task, "asteroid") > seconds(task, "pipeline")
+    assert seconds(task, "hpp") < 0.95 * seconds(task, "pipeline")
 
 
 def test_uneven_rows_follow_speed() -> None:

@@ -50,7 +50,7 @@ def run(tryout: Tryout, seconds: dict[str, float], first_s: float = 9.0, steps: 
 
 def test_by_turns_and_the_fastest_is_kept() -> None:
     tryout = Tryout(named("A", "B", "C"))
-    assert run(tryout, {"A": 1.02, "B": 1.0, "C": 1.03}) == "ABCBAB"
+    assert run(tryout, {"A": 1.02, "B": 1.0, "C": 1.03}) == "ABCBABCB"
     assert tryout.over
     assert tryout.running is tryout.best
     assert tryout.best.strategy == "B"
@@ -58,12 +58,13 @@ def test_by_turns_and_the_fastest_is_kept() -> None:
 
 
 def test_nothing_changes_where_the_first_is_the_fastest_of_the_last_turn() -> None:
-    assert run(Tryout(named("A", "B")), {"A": 1.0, "B": 1.01}) == "ABA"
+    assert run(Tryout(named("A", "B")), {"A": 1.01, "B": 1.0}) == "ABAB"
 
 
 def test_what_is_clearly_slower_has_one_turn() -> None:
     slower = 1.0 + 2 * WORSE
-    assert run(Tryout(named("A", "B", "C")), {"A": 1.0, "B": slower, "C": 1.01}) == "ABCA"
+    assert run(Tryout(named("A", "B", "C")), {"A": 1.0, "B": slower, "C": 1.01}) == "ABCACA"
+    assert run(Tryout(named("A", "B")), {"A": 1.0, "B": 1.0 + 0.7 * WORSE}) == "ABA"  # no third turn
     assert run(Tryout(named("A", "B", "C")), {"A": 1.0, "B": slower, "C": slower}) == "ABCA"
     assert run(Tryout(named("A", "B"), turns=1), {"A": 1.0, "B": 0.99}) == "AB"
 
@@ -76,7 +77,7 @@ def test_one_plan_is_no_tryout() -> None:
 
 def test_a_drift_in_the_first_turn_hits_all_alike() -> None:
     """Steps take a tenth longer from the second plan on: by one turn alone the first would win."""
-    tryout = Tryout(named("A", "B"))
+    tryout = Tryout(named("A", "B"), turns=2)
     steps = 0
     while not tryout.over:
         tryout.observe((1.0 if tryout.running.strategy == "A" else 0.97) * (1.06 if steps >= A_TRY else 1.0))
@@ -112,7 +113,7 @@ def test_only_what_a_run_has_the_time_for() -> None:
     _, plan = planned()
     cheap, dear = Candidate(plan, "plan", 1.0, 0, 0.0), Candidate(plan, "plan", 1.0, 10**8, 50.0)
     assert affordable([cheap] * 3, 1.0, 20) == ()
-    assert affordable([cheap] * 3, 1.0, 60) == (cheap,)
+    assert affordable([cheap] * 3, 1.0, 100) == (cheap,)
     assert affordable([cheap] * 3, 1.0, 1000) == (cheap,) * 3
     assert affordable([cheap, dear, cheap], 1.0, 1000) == (cheap,)
-    assert affordable([dear], 1.0, 10_000) == (dear,)
+    assert affordable([dear], 1.0, 10_000) == (dear,)  # 300 s of 10,000

@@ -149,6 +149,8 @@ class Trying:
             kept = plan is self._tryout.best
             self._own[place] = replace(record, realised_gain=self._measured_gain(plan), undone=not kept)
             self._folder.append_metric({"event": "adaptation", **self._own[place].to_data()})
+        if self._change is None and self._then is not None:
+            self._then.begin(self._assignment)
 
     def _reason(self, plan: Plan) -> str:
         if not self._tryout.over:

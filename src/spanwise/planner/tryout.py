@@ -20,15 +20,17 @@ from spanwise.planner.hetpipe import hetpipe
 from spanwise.planner.pipedream import pipedream
 from spanwise.planner.problem import Problem
 from spanwise.planner.replan import Candidate, candidate, same_rows
+from spanwise.planner.trial import timeline
 
 NEAR = 0.12  # simulated longer than the best by more of it, a plan is hardly faster on the wire
 SETTLE_STEPS = 2  # under a plan: first passes grow heaps and connections
 TIMED_STEPS = 4
-TURNS = 2  # the second in the other order, so that what drifts hits all alike
-WORSE = 0.08  # longer than the best by more after the first turn, a plan has no second
+TURNS = 3  # each in the other order than the one before, so that what drifts hits all alike
+WORSE = 0.08  # longer than the best by more after the first turn, a plan has no second; half of it for a third
 SETUP_S = 0.3  # of a change of plan, besides what it moves
 CHANGES_SHARE = 0.05  # most of a run's time that changing plans to try them may take
 STEPS_SHARE = 0.2  # most of its steps that may be run under plans that turn out slower
+MOST_DEVICES = 16  # with more, what the published planners do takes long
 PUBLISHED = (asteroid, dapple, pipedream, hetpipe)  # weighed too: other searches, other plans
 
 
@@ -41,24 +43,25 @@ def finalists(problem: Problem, plan: Plan, most: int) -> tuple[Candidate, ...]:
         most: as many at most.
 
     Returns:
-        Of plans with equal stages on equal devices, micro-batches and schedule only the fastest. Those of
-        the published planners take part.
+        Of plans with equal stages on equal devices, micro-batches and schedule only the fastest. The best of
+        the published planners takes part as it is, and all with halves and segments of ours.
     """
-    if not plan.servers:
-        _simulate_published(problem)
-    best_s = min((seconds for _, seconds in _simulated(problem)), default=0.0)
+    first: list[tuple[Plan, float]] = []
+    if not plan.servers and len(problem.kinds) <= MOST_DEVICES:
+        first = sorted(_published(problem), key=lambda entry: entry[1])[:1]
+    ranked = sorted(_simulated(problem), key=lambda entry: entry[1])
     found: list[Candidate] = []
     taken = {_kind(problem, plan)}
-    for other, seconds in sorted(_simulated(problem), key=lambda entry: entry[1]):
-        if len(found) >= most or seconds > (1 + NEAR) * best_s:
-            break
-        if _kind(problem, other) in taken or not same_rows(problem, plan, other):
+    for other, seconds in (*first, *ranked):
+        kind = _kind(problem, other)
+        far = seconds > (1 + NEAR) * ranked[0][1]
+        if len(found) >= most or far or kind in taken or not same_rows(problem, plan, other):
             continue
-        taken.add(_kind(problem, other))
+        taken.add(kind)
         change = candidate(problem, plan, other.model_copy(update={"strategy": plan.strategy}))
         if change is not None:
             found.append(change)
-    return tuple(found)
+    return tuple(sorted(found, key=lambda change: change.step_s))
 
 
 def affordable(
@@ -76,11 +79,12 @@ def affordable(
     return tuple(out)
 
 
-def _simulate_published(problem: Problem) -> None:
-    """Plans of others as they are and with halves and segments of ours."""
+def _published(problem: Problem) -> Iterator[tuple[Plan, float]]:
+    """Plans of others as they are; what they take with halves and segments of ours is remembered."""
     for planner in PUBLISHED:
         try:
             found = planner(problem)
+            yield found, timeline(problem, found).step_time_s
             segmented(problem, halved(problem, [found]))
         except InfeasibleError:
             continue
@@ -105,7 +109,7 @@ class Tryout:
     def __init__(self, plans: Sequence[Plan], *, turns: int = TURNS) -> None:
         self.plans, self.running = tuple(plans), plans[0]
         self.over = len(self.plans) < 2
-        self._turns_left = turns - 1
+        self._turns, self._turn = turns, 1
         self._queue = list(self.plans)  # of this turn, the one that runs first
         self._times: dict[Plan, list[float]] = {plan: [] for plan in self.plans}
         self.settling = SETTLE_STEPS  # steps that do not count yet
@@ -140,10 +144,11 @@ class Tryout:
 
     def _next_turn(self) -> list[Plan]:
         """Those that may still win, in the other order, if there are two."""
-        self._turns_left -= 1
-        most = (1 + WORSE) * self.seconds(self.best)
-        left = [plan for plan in reversed(self.plans) if self.seconds(plan) <= most]
-        return left if self._turns_left >= 0 and len(left) > 1 else []
+        most = (1 + WORSE / self._turn) * self.seconds(self.best)
+        order = self.plans if self._turn % 2 == 0 else reversed(self.plans)
+        left = [plan for plan in order if self.seconds(plan) <= most]
+        self._turn += 1
+        return left if self._turn <= self._turns and len(left) > 1 else []
 
     @property
     def best(self) -> Plan:
