@@ -26,7 +26,9 @@ NEAR = 0.12  # simulated longer than the best by more of it, a plan is hardly fa
 SETTLE_STEPS = 2  # under a plan: first passes grow heaps and connections
 TIMED_STEPS = 4
 TURNS = 3  # each in the other order than the one before, so that what drifts hits all alike
-WORSE = 0.08  # longer than the best by more after the first turn, a plan has no second; half of it for a third
+WORSE = (
+    0.08  # longer than the best by more after the first turn, a plan has no second; half of it for a third
+)
 SETUP_S = 0.3  # of a change of plan, besides what it moves
 CHANGES_SHARE = 0.05  # most of a run's time that changing plans to try them may take
 STEPS_SHARE = 0.2  # most of its steps that may be run under plans that turn out slower
