@@ -14,7 +14,7 @@ from spanwise.planner import Problem
 from spanwise.planner.adaptation import Adaptation
 from spanwise.planner.problem import Memo
 from spanwise.planner.replan import kind_of
-from spanwise.planner.trial import timeline
+from spanwise.planner.trial import unbounded_timeline
 from spanwise.planner.tryout import Tryout, affordable, finalists
 from spanwise.runtime.device_run import Assignment
 from spanwise.runtime.session import Probe, StepReport, Switched
@@ -28,8 +28,10 @@ def steering_of(
     adapt: bool, on_stage: Callable[[str], None], on_change: OnChange,
 ) -> Adapting | Trying | None:  # fmt: skip
     """Who may change the plan of a run; nobody if it neither tries nor adapts."""
+    if tries < 2 and not adapt:
+        return None
     last, then = total_steps(assignment), None
-    step_s = timeline(problem, assignment.plan).step_time_s
+    step_s = unbounded_timeline(problem, assignment.plan).step_time_s
     tryout = Tryout((assignment.plan,))
     if tries > 1:
         on_stage("looking for plans to try")
@@ -161,8 +163,8 @@ class Trying:
 
     def _gain(self, plan: Plan, before: Plan) -> float:
         """By simulation."""
-        was_s = timeline(self._problem, before).step_time_s
-        return 1 - timeline(self._problem, plan).step_time_s / was_s if was_s else 0.0
+        was_s, is_s = (unbounded_timeline(self._problem, p).step_time_s for p in (before, plan))
+        return 1 - is_s / was_s if was_s else 0.0
 
     def _measured_gain(self, plan: Plan) -> float:
         """Over the plan that the run began with."""
