@@ -23,6 +23,7 @@ from spanwise.planner import Problem, make_plan
 from spanwise.planner.adaptation import Change, Search, found_in, known_in
 from spanwise.planner.adapter import BAN_STEPS, HOLD_STEPS, JUDGED_STEPS, SETTLE_STEPS, Adapter
 from spanwise.planner.explore import FORGET_S, Explorer, Look
+from spanwise.planner.problem import Memo
 from spanwise.planner.replan import Candidate, candidates, kind_of, replan, same_rows
 from spanwise.planner.tracker import BIG, BIG_WINDOW_S
 from spanwise.planner.trial import timeline
@@ -476,6 +477,29 @@ def test_plans_for_what_may_come_are_at_hand_when_it_comes() -> None:
     assert later.reason == wanted.reason
     assert adapter.records[0].realised_gain == pytest.approx(change.predicted_gain, abs=0.1)
     assert first in later.known  # for when the link is back
+
+
+def test_what_hurts_most_is_thought_of_first_and_its_plan_is_the_first_at_hand() -> None:
+    task = problem()
+    adapter = start(task)
+    step = drive(adapter, task, task.profile, 0, 8)
+    hurts: list[float] = []
+    made: dict[str, Plan] = {}
+    while (search := adapter.foresee()) is not None:
+        then = replace(task, profile=search.problem.profile, memo=Memo())
+        hurts.append(timeline(then, planned()).step_time_s)
+        found = [candidate for group in found_in(search) for candidate in group]
+        adapter.foreseen(search, found)
+        made[search.reason] = min(found, key=lambda c: c.step_s).plan
+    assert hurts == sorted(hurts, reverse=True)
+    assert len(made) > 4
+    device = next(reason.split()[0] for reason in made if "takes 3.00" in reason)
+    slow = slower(task.profile, device, 2.8)
+    wanted = None
+    while not isinstance(wanted, Search):
+        wanted = adapter.observe(step, *shown(task, adapter.plan, slow), float(step))
+        step += 1
+    assert wanted.known[0] == made[f"{device} takes 3.00 times as long"]
 
 
 def test_a_condition_that_was_thought_of_needs_no_search() -> None:

@@ -143,7 +143,9 @@ class Adapter:
 
     def _search_on(self, profile: Profile, reason: str) -> Search:
         problem = replace(self._problem, profile=profile, memo=Memo())
-        return Search(problem, self.plan, self._strategy, reason, tuple(self._known.values()))
+        first = self._foresight.plans(self._estimator, profile)
+        known = tuple(dict.fromkeys((*first, *reversed(self._known.values()))))
+        return Search(problem, self.plan, self._strategy, reason, known)
 
     @property
     def searching(self) -> bool:
@@ -152,19 +154,20 @@ class Adapter:
 
     def foresee(self) -> Search | None:
         """The next condition to have a plan for before it comes; ``foreseen`` takes what was found."""
-        while (found := self._foresight.next(self._estimator, self.plan)) is not None:
-            reason, profile = found
-            if self._expected(profile).step_s * (1 - LEAST_GAIN) > self._predicted_s:
-                return replace(self._search_on(profile, reason), known=(), ahead=True)
-        return None
+        found = self._foresight.next(self._estimator, self.plan, lambda p: self._expected(p).step_s)
+        if found is None or found[0] * (1 - LEAST_GAIN) <= self._predicted_s:
+            return None  # and what is left hurts less
+        _, reason, profile = found
+        return replace(self._search_on(profile, reason), known=(), ahead=True)
 
     def foreseen(self, search: Search, found: Sequence[Candidate]) -> None:
         """Keeps the best plan for a condition that may come, if it is better then than what runs."""
-        self._foresight.answered(search.problem.profile)
         best = min(found, key=lambda entry: entry.step_s, default=None)
         most_s = (1 - LEAST_GAIN) * self._expected(search.problem.profile).step_s
-        if best is not None and best.step_s < most_s:
-            self._remember(best.plan)
+        plan = best.plan if best is not None and best.step_s < most_s else None
+        self._foresight.answered(search.problem.profile, plan)
+        if plan is not None:
+            self._remember(plan)
 
     def _remember(self, plan: Plan) -> None:
         self._known.pop(shape(plan), None)

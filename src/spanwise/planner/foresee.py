@@ -8,7 +8,7 @@ when one of them comes, or one like it, its plan only has to be simulated.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from spanwise.core.plan import Plan
 from spanwise.core.profile import LinkTimes, Profile
@@ -17,33 +17,39 @@ from spanwise.planner.estimate import Cause, Estimator
 THINNER, SLOWER = (4.0, 2.0), (3.0, 1.5)  # how much, of links and devices; what hurts more comes first
 NEAR = 1.5  # numbers as much apart want much the same plan
 MOST_FORESEEN = 24  # conditions of a run
-MOST_KNOWN = 12  # plans kept, the newest of those that ran and those made ahead
+MOST_KNOWN = 32  # plans kept, the newest of those that ran and those made ahead
 
 
 class Foresight:
-    """Knows which conditions have been thought of, each once in a run."""
+    """Knows which conditions are to be thought of and which have been, each once in a run."""
 
     def __init__(self) -> None:
-        self._thought: set[str] = set()
-        self._answered: list[Profile] = []
+        self._left: list[tuple[float, str, Profile]] | None = None
+        self._answered: list[tuple[Profile, Plan | None]] = []
 
-    def next(self, estimator: Estimator, plan: Plan) -> tuple[str, Profile] | None:
-        """What to think of now that this plan runs: in words, and the numbers that it brings."""
-        if len(self._thought) >= MOST_FORESEEN:
-            return None
-        for name, profile in _conditions(estimator, plan):
-            if name not in self._thought:
-                self._thought.add(name)
-                return name, profile
-        return None
+    def next(
+        self, estimator: Estimator, plan: Plan, step_s: Callable[[Profile], float]
+    ) -> tuple[float, str, Profile] | None:
+        """What to think of now that this plan runs: how long its steps are then, in words, and the numbers.
 
-    def answered(self, profile: Profile) -> None:
-        """For these numbers the best plan that there is was looked for."""
-        self._answered.append(profile)
+        ``step_s``: of the plan that runs, by simulation. What hurts most comes first, as time may not last.
+        """
+        if self._left is None:
+            found = ((step_s(profile), name, profile) for name, profile in _conditions(estimator, plan))
+            self._left = sorted(found, key=lambda entry: -entry[0])[:MOST_FORESEEN]
+        return self._left.pop(0) if self._left else None
+
+    def answered(self, profile: Profile, plan: Plan | None) -> None:
+        """For these numbers the best plan that there is was looked for; it may be the one that runs."""
+        self._answered.append((profile, plan))
+
+    def plans(self, estimator: Estimator, profile: Profile) -> list[Plan]:
+        """Those that were made for numbers like these."""
+        return [p for seen, p in self._answered if p is not None and estimator.near(profile, seen, NEAR)]
 
     def covers(self, estimator: Estimator, profile: Profile) -> bool:
         """Whether a plan for numbers like these was looked for, so that looking again would give little."""
-        return any(estimator.near(profile, found, NEAR) for found in self._answered)
+        return any(estimator.near(profile, seen, NEAR) for seen, _ in self._answered)
 
 
 def _conditions(estimator: Estimator, plan: Plan) -> Iterator[tuple[str, Profile]]:
