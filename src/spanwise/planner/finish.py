@@ -24,7 +24,6 @@ MOST_PACED = 5  # times as many plans as are simulated, at most
 SEGMENTS = (2, 4)
 MOST_HALVED = 6  # of all of these, so many are simulated, of large ones as many as have this effort together
 MOST_HALVED_EFFORT = 3 * MOST_EFFORT
-MOST_WAITS = 1.35  # times the pace of the fastest, of a plan that may gain by halves what it waits
 # By which part such variants of a plan must be faster: more actions cost what the simulator does not show.
 LEAST_GAIN = 0.005
 
@@ -42,23 +41,10 @@ def at_both_depths(problem: Problem, strategy: str, outlines: Sequence[Outline],
     ranked = simulated(problem, likely, 3 * limit)
     winner = shifted(problem, ranked[0], limit)
     winner = recomputed(problem, list(dict.fromkeys((winner, *ranked[: max(2, limit // 4)]))))
-    winner = halved(problem, list(dict.fromkeys((winner, *ranked, *_with_long_waits(likely, limit)))))
+    winner = halved(problem, list(dict.fromkeys((winner, *ranked))))
     if winner.schedule == "zero_bubble":
         winner = shifted(problem, winner, limit // 2)
     return segmented(problem, winner)
-
-
-def _with_long_waits(likely: Sequence[Priced], limit: int) -> list[Plan]:
-    """Of every number of stages and of micro-batches the likeliest plan, though it is slow as a whole.
-
-    Halves fill waits, so a plan with many stages may gain far more by them than one that hardly waits.
-    """
-    out: dict[tuple[int, int], Priced] = {}
-    for entry in sorted(likely, key=lambda entry: entry.price_s):
-        key = len(entry.plan.stages), entry.plan.micro_batches
-        if entry.kind[1] == 0 and entry.price_s <= MOST_WAITS * likely[0].price_s:
-            out.setdefault(key, entry)
-    return [entry.plan for entry in out.values()][:limit]
 
 
 def paced(problem: Problem, candidates: Sequence[Priced], limit: int) -> list[Priced]:
