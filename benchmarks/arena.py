@@ -37,7 +37,8 @@ from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.lab import Lab
 from spanwise.lowering import lower
-from spanwise.planner.tryout import SETTLE_STEPS, TIMED_STEPS, Tryout
+from spanwise.planner import Problem
+from spanwise.planner.tryout import SETTLE_STEPS, TIMED_STEPS, Tryout, finalists
 from spanwise.runtime.device_run import Assignment
 from spanwise.runtime.measure import step_times
 from spanwise.runtime.processes import ProcessSession, WorkerPool
@@ -168,9 +169,10 @@ class Arena:
         except SpanwiseError as error:
             return failed(f"{type(error).__name__}: {error}")
 
-    def tried(self, prepared: Prepared, plans: Sequence[Plan]) -> Tryout:
+    def tried(self, prepared: Prepared, problem: Problem, first: Plan, tries: int) -> Tryout:
         """Plans by turns until one has won, as ``train --tries`` does; one that fails loses."""
-        tryout = Tryout(plans)
+        others = finalists(problem, first, tries - 1) if tries > 1 else ()
+        tryout = Tryout((first, *(change.plan for change in others)))
         while not tryout.over:
             steps = self.attempt(prepared, tryout.running, steps=TIMED_STEPS, warmup=SETTLE_STEPS).step_s
             found = steps[:TIMED_STEPS] or (ENDLESS_S,) * TIMED_STEPS
@@ -221,6 +223,13 @@ def predicted_s(prepared: Prepared, plan: Plan, times: Profile, cluster: Cluster
 def shape(plan: Plan) -> str:
     """Equal for plans that do the same, whoever made them."""
     return plan.model_copy(update={"strategy": ""}).digest
+
+
+def trials(tryout: Tryout) -> list[dict[str, Any]]:
+    """For the raw file: what each plan showed of itself; nothing where there was no choice."""
+    if len(tryout.plans) < 2:
+        return []
+    return [{"plan": plan.to_data(), "step_s": tryout.seconds(plan)} for plan in tryout.plans]
 
 
 def prepared_job(model: str, batch: int) -> Prepared:

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arena import CLUSTERS, Arena, Measurement, middle, predicted_s, prepared_job, shape, step_s
+from arena import CLUSTERS, Arena, Measurement, middle, predicted_s, prepared_job, shape, step_s, trials
 from harness import Cells, cache_of, keep, need_lab, parser, redrawn
 from measured import plan_words
 from models import RECIPES
@@ -25,7 +25,6 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.planner import Problem
-from spanwise.planner.tryout import finalists
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = ("spantrain-7-env1", "spantrain-7-env2", "two-site-wan")
@@ -65,10 +64,8 @@ def cell(arena: Arena, model: str, args: argparse.Namespace) -> dict[str, Any]:
             without[name] = str(error)
     trial: list[dict[str, Any]] = []
     if TRIED in args.planners:
-        others = finalists(problem, plans[AUTO], TRIES - 1)
-        tryout = arena.tried(prepared, (plans[AUTO], *(change.plan for change in others)))
-        plans[TRIED] = tryout.best
-        trial = [{"plan": p.to_data(), "step_s": tryout.seconds(p)} for p in tryout.plans]
+        tryout = arena.tried(prepared, problem, plans[AUTO], TRIES)
+        plans[TRIED], trial = tryout.running, trials(tryout)
     expected = {n: predicted_s(prepared, plan, times, arena.cluster) for n, plan in plans.items()}
     first = {shape(plan): name for name, plan in reversed(plans.items())}  # who stands for equal plans
     runs: dict[str, list[Measurement]] = {name: [] for name in plans if name in first.values()}

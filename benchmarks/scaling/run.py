@@ -115,12 +115,17 @@ def _step_s(rounds: list[dict[str, Any]]) -> float:
     return step_s(rounds) or float("nan")
 
 
+def _core_rate(cells: list[dict[str, Any]], model: str) -> float:
+    """The best rate of one core in any cell of a model."""
+    mine = [c for c in cells if c["model"] == model]
+    return max(c["batch"] / _step_s(c["rounds"]["single"]) / c["single_cores"] for c in mine)
+
+
 def efficiency(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per cell and system: samples per second, and these over the bound of its devices' cores."""
     out: list[dict[str, Any]] = []
     for found in cells:
-        mine = [c for c in cells if c["model"] == found["model"]]
-        core = max(c["batch"] / _step_s(c["rounds"]["single"]) / c["single_cores"] for c in mine)
+        core = _core_rate(cells, found["model"])
         rates = {n: found["batch"] / _step_s(r) for n, r in found["rounds"].items()}
         out.append(
             {
@@ -136,8 +141,7 @@ def simulated(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same of what was only simulated."""
     out: list[dict[str, Any]] = []
     for found in cells:
-        mine = [c for c in cells if c["model"] == found["model"]]
-        core = max(c["batch"] / _step_s(c["rounds"]["single"]) / c["single_cores"] for c in mine)
+        core = _core_rate(cells, found["model"])
         for more in found.get("beyond", ()):
             rates = {n: found["batch"] / s for n, s in more["predicted_s"].items() if s}
             share = {n: r / (core * more["cores"]) for n, r in rates.items()}

@@ -16,7 +16,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arena import CLUSTERS, Arena, Measurement, failed, middle, predicted_s, prepared_job, shape, step_s
+from arena import (
+    CLUSTERS,
+    Arena,
+    Measurement,
+    failed,
+    middle,
+    predicted_s,
+    prepared_job,
+    shape,
+    step_s,
+    trials,
+)
 from harness import Cells, cache_of, keep, need_lab
 from losses import losses
 from models import RECIPES
@@ -28,7 +39,6 @@ from spanwise.core.errors import SpanwiseError
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.planner import Problem
-from spanwise.planner.tryout import finalists
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = ("spantrain-7-env1", "spantrain-7-env2", "two-site-wan")
@@ -84,8 +94,7 @@ def cell(
     times = arena.profile(prepared, cache_of(args))
     problem = Problem(prepared.traced.graph, times, arena.cluster, prepared.job)
     first, evaluations = choose_for(problem, "auto")
-    others = finalists(problem, first, args.tries - 1) if args.tries > 1 else ()
-    tryout = arena.tried(prepared, (first, *(change.plan for change in others)))
+    tryout = arena.tried(prepared, problem, first, args.tries)
     plan = tryout.running
     expected = predicted_s(prepared, plan, times, arena.cluster)
     expects = {e.strategy: e.timeline.step_time_s for e in evaluations if e.timeline}
@@ -120,7 +129,7 @@ def cell(
         "predicted_step_time_s": expected,
         "losses_s": losses(prepared, plan, times, arena.cluster),
         "plan": plan.to_data(),
-        "tried": [{"plan": p.to_data(), "step_s": tryout.seconds(p)} for p in tryout.plans if others],
+        "tried": trials(tryout),
         "predictions": expects,
         "plans": _others(arena, prepared, times, plan, args.also if batch == min(args.batches) else ()),
         "rounds": {name: [m.data() for m in rounds] for name, rounds in found.items()},

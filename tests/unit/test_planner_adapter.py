@@ -400,19 +400,16 @@ def test_a_link_that_nobody_uses_any_more_is_probed_and_used_again_when_it_is_ba
 
 
 @pytest.mark.parametrize(
-    ("there", "back", "steps_longer", "found"),
-    [
-        (4.0, 4.0, True, True), (1.0, 1.0, True, False), (4.0, 4.0, False, False), (30.0, 30.0, True, False),
-    ],
+    ("factor", "steps_longer", "found"),
+    [(4.0, True, True), (1.0, True, False), (4.0, False, False), (30.0, True, False)],
     ids=["slow", "as-believed", "steps-as-usual", "more-than-steps-say"],
-)  # fmt: skip
+)
 def test_a_longer_step_has_pipes_probed_of_which_messages_say_nothing(
-    there: float, back: float, *, steps_longer: bool, found: bool
+    factor: float, *, steps_longer: bool, found: bool
 ) -> None:
     """Of messages that nobody waits for nothing is known; one probe both ways and one step are enough."""
     task = problem()
     adapter = start(task)
-    rate = CLUSTER.route("n1", "s1").bandwidth_bytes_per_s
     usual_s, seen = shown(task, adapter.plan, task.profile)
     seen = tuple(replace(device, sent=(), received=()) for device in seen)
     for step in range(8):
@@ -423,8 +420,7 @@ def test_a_longer_step_has_pipes_probed_of_which_messages_say_nothing(
     looks = adapter.look(8.0)
     assert {look.link for look in looks} == {("n1", "s1"), ("s1", "n1")}
     for look in looks:
-        factor = there if look.link[0] == "n1" else back
-        adapter.looked(look.link, [(n, 0.01 + factor * n / rate) for n in look.sizes])
+        adapter.looked(look.link, probe(thinner(task.profile, CLUSTER, BOTH_WAYS, factor), look))
     wanted = adapter.observe(9, slow_s if steps_longer else usual_s, seen, 9.0)
     assert isinstance(wanted, Search) == found
     if isinstance(wanted, Search):

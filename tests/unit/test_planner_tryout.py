@@ -76,7 +76,7 @@ def test_one_plan_is_no_tryout() -> None:
 
 
 def test_a_drift_in_the_first_turn_hits_all_alike() -> None:
-    """Steps take a tenth longer from the second plan on: by one turn alone the first would win."""
+    """Steps take 6 % longer from the second plan on: by one turn alone the first would win."""
     tryout = Tryout(named("A", "B"), turns=2)
     steps = 0
     while not tryout.over:

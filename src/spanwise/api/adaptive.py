@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 from spanwise.api.searcher import Searcher
 from spanwise.core.profile import Profile
 from spanwise.core.run_folder import RunFolder
-from spanwise.lowering import lower
 from spanwise.planner import Problem
 from spanwise.planner.adaptation import Adaptation, Change, Search, known_in
 from spanwise.planner.adapter import Adapter
@@ -122,11 +120,7 @@ class Adapting:
 
     def next_assignment(self) -> Assignment | None:
         """The run under the plan to go over to."""
-        if self._change is None:
-            return None
-        plan, graph = self._change.plan, self._assignment.graph
-        program = lower(plan, graph, clip=self._assignment.job.clip_norm is not None)
-        return replace(self._assignment, plan=plan, program=program)
+        return None if self._change is None else self._assignment.under(self._change.plan)
 
     def switched(self, assignment: Assignment, step: int, cost: Switched) -> None:
         """Notes what the change took."""
@@ -150,11 +144,16 @@ class Adapting:
             self._change = self.adapter.consider(self._found, step, now_s, last=True)
 
     def _write(self) -> None:
-        """Appends records that are new or have changed; of one step the last line counts."""
+        """Appends records that are new or have changed."""
         for record in self.adapter.records:
             if self._written.get(record.step) != record:
                 self._written[record.step] = record
-                self._folder.append_metric({"event": "adaptation", **record.to_data()})
+                note(self._folder, record)
+
+
+def note(folder: RunFolder, record: Adaptation) -> None:
+    """A line of ``metrics.jsonl``; of one step the last counts."""
+    folder.append_metric({"event": "adaptation", **record.to_data()})
 
 
 def _within(found: Iterator[Candidate], seconds: float) -> Iterator[Candidate]:

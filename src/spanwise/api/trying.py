@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from spanwise.api.adaptive import Adapting, OnChange
+from spanwise.api.adaptive import Adapting, OnChange, note
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.core.run_folder import RunFolder
-from spanwise.lowering import lower
 from spanwise.planner import Problem
 from spanwise.planner.adaptation import Adaptation
 from spanwise.planner.problem import Memo
@@ -32,12 +31,12 @@ def steering_of(
         return None
     last, then = total_steps(assignment), None
     step_s = unbounded_timeline(problem, assignment.plan).step_time_s
-    tryout = Tryout((assignment.plan,))
+    plans = [(assignment.plan, step_s)]
     if tries > 1:
         on_stage("looking for plans to try")
         others = finalists(problem, assignment.plan, tries - 1)
         found = affordable(others, step_s, last - start)
-        tryout = Tryout((assignment.plan, *(change.plan for change in found)))
+        plans += [(change.plan, change.step_s) for change in found]
     if adapt:
         on_stage("planning for what may come")
         then = Adapting(
@@ -49,19 +48,22 @@ def steering_of(
         except BaseException:
             then.close()
             raise
-    if tryout.over:
+    if len(plans) < 2:
         return then
-    return Trying(problem, tryout, assignment, folder, then=then, on_change=on_change)
+    return Trying(problem.profile, dict(plans), assignment, folder, then=then, on_change=on_change)
 
 
 class Trying:
     """Steers a run (``runtime.training.Steering``) until a Tryout is over; ``then`` does afterwards."""
 
     def __init__(
-        self, problem: Problem, tryout: Tryout, assignment: Assignment, folder: RunFolder, *,
-        then: Adapting | None = None, on_change: OnChange = lambda _, __: None,
+        self, profile: Profile, predicted_s: Mapping[Plan, float], assignment: Assignment, folder: RunFolder,
+        *, then: Adapting | None = None, on_change: OnChange = lambda _, __: None,
     ) -> None:  # fmt: skip
-        self._problem, self._tryout, self._assignment, self._folder = problem, tryout, assignment, folder
+        """``predicted_s``: a step by simulation of each plan to try, the first of them that which runs."""
+        self._profile, self._predicted_s = profile, predicted_s
+        self._assignment, self._folder = assignment, folder
+        self._tryout = Tryout(tuple(predicted_s))
         self._then, self._on_change = then, on_change
         self._own: list[Adaptation] = []
         self._change: Plan | None = None
@@ -75,7 +77,7 @@ class Trying:
     @property
     def profile(self) -> Profile:
         """The numbers believed now."""
-        return self._problem.profile if self._then is None else self._then.profile
+        return self._profile if self._then is None else self._then.profile
 
     def observe(self, report: StepReport, step_time_s: float) -> None:
         """Takes a step in."""
@@ -106,9 +108,7 @@ class Trying:
         """The run under the plan to go over to."""
         if self._change is None:
             return None if self._next is None else self._next.next_assignment()
-        a = self._assignment
-        program = lower(self._change, a.graph, clip=a.job.clip_norm is not None)
-        return replace(a, plan=self._change, program=program)
+        return self._assignment.under(self._change)
 
     def switched(self, assignment: Assignment, step: int, cost: Switched) -> None:
         """Notes what the change took."""
@@ -142,15 +142,15 @@ class Trying:
 
     def _add(self, record: Adaptation) -> None:
         self._own.append(record)
-        self._folder.append_metric({"event": "adaptation", **record.to_data()})
+        note(self._folder, record)
 
     def _conclude(self) -> None:
-        """What each plan gave goes into its records; of one step the last line counts."""
+        """What each plan gave goes into its records."""
         for place, record in enumerate(self._own):
             plan = self._tried[record.step]
-            kept = plan is self._tryout.best
+            kept = plan is self._tryout.running
             self._own[place] = replace(record, realised_gain=self._measured_gain(plan), undone=not kept)
-            self._folder.append_metric({"event": "adaptation", **self._own[place].to_data()})
+            note(self._folder, self._own[place])
         if self._change is None and self._then is not None:
             self._then.begin(self._assignment)
 
@@ -163,8 +163,8 @@ class Trying:
 
     def _gain(self, plan: Plan, before: Plan) -> float:
         """By simulation."""
-        was_s, is_s = (unbounded_timeline(self._problem, p).step_time_s for p in (before, plan))
-        return 1 - is_s / was_s if was_s else 0.0
+        was_s = self._predicted_s[before]
+        return 1 - self._predicted_s[plan] / was_s if was_s else 0.0
 
     def _measured_gain(self, plan: Plan) -> float:
         """Over the plan that the run began with."""

@@ -189,15 +189,17 @@ class Estimator:
                 found[device] = tracker.leap
         if not self.odd:
             return found
+        probed = self._probed
         ways = {k: t.leap for k, t in self._links.items() if k in self._shown and self._between_sites(k)}
-        for link, there in (ways | self._probed).items():
-            back = (ways | self._probed).get((link[1], link[0]))
+        ways |= probed
+        for link, there in ways.items():
+            back = ways.get((link[1], link[0]))
             if there is None or back is None or not _alike(there, back) or not _out(there, BIG):
                 continue
-            if link not in self._probed:
+            if link in probed:
+                found |= {other: there for other in self._links if self.pipe(other) == self.pipe(link)}
+            else:
                 found[link] = there
-                continue
-            found |= {other: there for other in self._links if self.pipe(other) == self.pipe(link)}
         return found
 
     @property
@@ -214,11 +216,7 @@ class Estimator:
         tracker = self._devices.get(device)
         if tracker is None or not tracker.lasting or tracker.ratio >= 1:
             return False
-        now, first = (
-            next((e.factor for e in profile.devices if e.device == device), 1.0)
-            for profile in (self.profile, self._first)
-        )
-        return now > DEVICE_BAND * first
+        return self.profile.table(device)[1] > DEVICE_BAND * self._first.table(device)[1]
 
     def _sure_link(self, link: Link) -> bool:
         """A probe shows it, or messages of both directions between two sites have been faster for long."""

@@ -14,7 +14,7 @@ from spanwise.core.plan import Plan
 from spanwise.core.profile import LinkTimes, Profile
 from spanwise.planner.estimate import Cause, Estimator
 
-THINNER, SLOWER = (4.0, 2.0), (3.0, 1.5)  # how much, of links and devices; what hurts more comes first
+THINNER, SLOWER = (4.0, 2.0), (3.0, 1.5)  # how much, of links and devices
 NEAR = 1.5  # numbers as much apart want much the same plan
 MOST_FORESEEN = 24  # conditions of a run
 MOST_KNOWN = 32  # plans kept, the newest of those that ran and those made ahead

@@ -26,9 +26,7 @@ NEAR = 0.12  # simulated longer than the best by more of it, a plan is hardly fa
 SETTLE_STEPS = 2  # under a plan: first passes grow heaps and connections
 TIMED_STEPS = 4
 TURNS = 3  # each in the other order than the one before, so that what drifts hits all alike
-WORSE = (
-    0.08  # longer than the best by more after the first turn, a plan has no second; half of it for a third
-)
+WORSE = 0.08  # longer than the best by more, a plan has no second turn; by half of it, no third
 SETUP_S = 0.3  # of a change of plan, besides what it moves
 CHANGES_SHARE = 0.05  # most of a run's time that changing plans to try them may take
 STEPS_SHARE = 0.2  # most of its steps that may be run under plans that turn out slower
@@ -66,15 +64,13 @@ def finalists(problem: Problem, plan: Plan, most: int) -> tuple[Candidate, ...]:
     return tuple(sorted(found, key=lambda change: change.step_s))
 
 
-def affordable(
-    changes: Sequence[Candidate], step_s: float, steps: int, *, turns: int = TURNS
-) -> tuple[Candidate, ...]:
+def affordable(changes: Sequence[Candidate], step_s: float, steps: int) -> tuple[Candidate, ...]:
     """The first of the changes that a run of so many steps has the time to try."""
     left_s, left_steps = CHANGES_SHARE * steps * step_s, STEPS_SHARE * steps
     out: list[Candidate] = []
     for change in changes:
-        left_s -= turns * (2 * change.move_s + SETUP_S)
-        left_steps -= turns * (SETTLE_STEPS + TIMED_STEPS)
+        left_s -= TURNS * (2 * change.move_s + SETUP_S)
+        left_steps -= TURNS * (SETTLE_STEPS + TIMED_STEPS)
         if left_s < 0 or left_steps < 0:
             break
         out.append(change)

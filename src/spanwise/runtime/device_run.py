@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -20,6 +20,7 @@ from spanwise.core.observed import ComputeTime, DeviceStep
 from spanwise.core.plan import Plan
 from spanwise.core.profile import StageTimes
 from spanwise.core.program import Action, Program
+from spanwise.lowering import lower
 from spanwise.ops.opgraph import OpGraph
 from spanwise.ops.stage_module import StageModule
 from spanwise.runtime import optimize
@@ -52,6 +53,11 @@ class Assignment:
     emulate: bool = False
     observe: bool = False
     faults: tuple[Fault, ...] = ()
+
+    def under(self, plan: Plan) -> Assignment:
+        """The same run by another plan."""
+        program = lower(plan, self.graph, clip=self.job.clip_norm is not None)
+        return replace(self, plan=plan, program=program)
 
     @property
     def shares(self) -> tuple[DataShare, ...]:
