@@ -71,6 +71,18 @@ def drive(
     return first + count
 
 
+def searched(
+    adapter: Adapter, first: int, step_s: float, seen: Sequence[DeviceStep], most: int = 60
+) -> tuple[Search, int]:
+    """The search that steps like this one lead to, and the step after."""
+    for step in range(first, first + most):
+        wanted = adapter.observe(step, step_s, seen, float(step))
+        assert not isinstance(wanted, Change)
+        if wanted is not None:
+            return wanted, step + 1
+    raise AssertionError(f"no search in {most} steps")
+
+
 def test_nothing_drifts_nothing_changes() -> None:
     task = problem()
     adapter = start(task)
@@ -183,11 +195,7 @@ def test_of_what_seems_to_have_moved_as_little_counts_as_explains_the_step() -> 
     step = drive(adapter, task, task.profile, 0, 8)
     step_s, _ = shown(task, adapter.plan, slower(task.profile, slow, 2.5))
     _, seen = shown(task, adapter.plan, slower(slower(task.profile, slow, 2.5), other, 0.5))
-    wanted = None
-    while wanted is None:
-        wanted = adapter.observe(step, step_s, seen, float(step))
-        step += 1
-    assert isinstance(wanted, Search)
+    wanted, _ = searched(adapter, step, step_s, seen)
     before = {entry.device: entry.factor for entry in task.profile.devices}
     now = {entry.device: entry.factor / before[entry.device] for entry in wanted.problem.profile.devices}
     assert now.pop(slow) == pytest.approx(2.5, rel=0.1)
@@ -451,10 +459,7 @@ def test_plans_for_what_may_come_are_at_hand_when_it_comes() -> None:
         adapter.foreseen(search, [candidate for group in found_in(search) for candidate in group])
     assert "north<>south has 0.25 of its rate" in thought
     slow = thinner(task.profile, CLUSTER, BOTH_WAYS, 7.0)
-    wanted = None
-    while not isinstance(wanted, Search):
-        wanted = adapter.observe(step, *shown(task, adapter.plan, slow), float(step))
-        step += 1
+    wanted, step = searched(adapter, step, *shown(task, adapter.plan, slow))
     truth = Problem(task.graph, slow, CLUSTER, task.job)
     assert not adapter.covered(wanted)
     known = list(known_in(wanted))
@@ -465,11 +470,7 @@ def test_plans_for_what_may_come_are_at_hand_when_it_comes() -> None:
     adapter.changed(change, step + 1, 0, 0.1)
     assert not adapter.searching
     # There may be a better one still: looked for once this one has shown its worth.
-    later = None
-    while later is None:
-        step += 1
-        later = adapter.observe(step, *shown(task, adapter.plan, slow), float(step))
-    assert isinstance(later, Search)
+    later, _ = searched(adapter, step + 1, *shown(task, adapter.plan, slow))
     assert later.reason == wanted.reason
     assert adapter.records[0].realised_gain == pytest.approx(change.predicted_gain, abs=0.1)
     assert first in later.known  # for when the link is back
@@ -491,10 +492,7 @@ def test_what_hurts_most_is_thought_of_first_and_its_plan_is_the_first_at_hand()
     assert len(made) > 4
     device = next(reason.split()[0] for reason in made if "takes 3.00" in reason)
     slow = slower(task.profile, device, 2.8)
-    wanted = None
-    while not isinstance(wanted, Search):
-        wanted = adapter.observe(step, *shown(task, adapter.plan, slow), float(step))
-        step += 1
+    wanted, step = searched(adapter, step, *shown(task, adapter.plan, slow))
     assert wanted.known[0] == made[f"{device} takes 3.00 times as long"]
 
 
@@ -506,10 +504,7 @@ def test_a_condition_that_was_thought_of_needs_no_search() -> None:
     while (search := adapter.foresee()) is not None:
         adapter.foreseen(search, [candidate for group in found_in(search) for candidate in group])
     slow = thinner(task.profile, CLUSTER, BOTH_WAYS, 3.8)
-    wanted = None
-    while not isinstance(wanted, Search):
-        wanted = adapter.observe(step, *shown(task, adapter.plan, slow), float(step))
-        step += 1
+    wanted, step = searched(adapter, step, *shown(task, adapter.plan, slow))
     assert adapter.covered(wanted)
     change = adapter.consider(list(known_in(wanted)), step, float(step), last=True)
     assert change is not None
@@ -523,10 +518,7 @@ def test_steps_during_a_search_say_nothing() -> None:
     adapter = start(task)
     step = drive(adapter, task, task.profile, 0, 8)
     slow = thinner(task.profile, CLUSTER, BOTH_WAYS, 4.0)
-    wanted = None
-    while not isinstance(wanted, Search):
-        wanted = adapter.observe(step, *shown(task, adapter.plan, slow), float(step))
-        step += 1
+    wanted, step = searched(adapter, step, *shown(task, adapter.plan, slow))
     step_s, seen = shown(task, adapter.plan, slow)
     for _ in range(5):
         assert adapter.observe(step, 3 * step_s, seen, float(step)) is None

@@ -149,8 +149,7 @@ class Searcher:
 def main() -> None:
     """The process: searches until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run that started it ends it
-    if hasattr(os, "nice"):
-        os.nice(LEAST_PRIORITY)
+    _give_way()
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     sys.stdout = sys.stderr  # nothing else may get between the lines
     try:
@@ -159,6 +158,20 @@ def main() -> None:
             _answer(_search(json.loads(line), problem), out)
     except BrokenPipeError:
         pass
+
+
+def _give_way() -> None:
+    """Runs only when nothing else wants the processor, from now on.
+
+    A process that is merely the least important keeps it until its slice ends, and a device that wakes up
+    meanwhile is late by some milliseconds.
+    """
+    if hasattr(os, "SCHED_IDLE"):
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+            return
+    if hasattr(os, "nice"):
+        os.nice(LEAST_PRIORITY)
 
 
 def _answer(search: Search, out: IO[bytes]) -> None:
