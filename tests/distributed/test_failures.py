@@ -80,6 +80,13 @@ def test_a_lost_worker_ends_the_run_everywhere(
     assert not survivor.is_running() or survivor.status() == psutil.STATUS_ZOMBIE
 
 
+def test_a_probe_that_times_out_names_the_link_and_the_way_out(own_pool: WorkerPool) -> None:
+    """The other end never takes part, as if nothing came through."""
+    own_pool.coordinator.tell("a", "probe", peer="b", first=True, sizes=(1000,), timeout_s=0.5)
+    with pytest.raises(PeerError, match=r"link with 'b': .*nothing within 0\.5 s; .* the cluster file"):
+        own_pool.coordinator.gather("probed", ("a",), 30.0)
+
+
 def test_a_message_that_never_comes_names_device_and_action() -> None:
     @dataclass
     class Lossy:

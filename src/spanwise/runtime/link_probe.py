@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from spanwise.core.errors import PeerError
 from spanwise.runtime.transport import Transport
 
 PROBE_SIZES = (1_000, 1_000, 1_000, 1_000, 1_000, 1_000_000, 1_000_000, 1_000_000)
@@ -25,7 +26,23 @@ def probe_link(
 
     A round trip holds one latency each way; the caller takes half of the small ones as latency. The
     second device returns an empty list.
+
+    Raises:
+        PeerError: nothing came within ``timeout_s``, or the peer is gone.
     """
+    try:
+        return _probed(transport, peer, first, sizes, timeout_s)
+    except PeerError as error:
+        raise PeerError(
+            f"probe of the link with '{peer}': {error}; if nothing gets through there, take the link or the "
+            "device out of the cluster file",
+            device=error.device,
+        ) from None
+
+
+def _probed(
+    transport: Transport, peer: str, first: bool, sizes: tuple[int, ...], timeout_s: float
+) -> list[tuple[int, float]]:
     samples: list[tuple[int, float]] = []
     answer = torch.zeros(1, dtype=torch.uint8)
     for index, size in enumerate(sizes):
