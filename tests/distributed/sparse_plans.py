@@ -58,7 +58,7 @@ def trains(graph: ModelGraph, rng: random.Random, start: int, stop: int) -> tupl
     return tuple(out)
 
 
-def sparse_plan(graph: ModelGraph, seed: int, layout: Layout) -> Plan:
+def sparse_plan(graph: ModelGraph, seed: int, layout: Layout, *, stored: bool = True) -> Plan:
     rng = random.Random(seed)
     stages: list[Stage] = []
     for start, stop, devices in layout:
@@ -74,7 +74,7 @@ def sparse_plan(graph: ModelGraph, seed: int, layout: Layout) -> Plan:
     plan = Plan(
         strategy="test", graph_digest=graph.digest, micro_batches=2, micro_batch_rows=6,
         sources=tuple(Replica(device=r.device, rows=r.rows) for r in stages[0].replicas),
-        stages=tuple(stages), rankings=tuple(rankings), stored_statistics=True,
+        stages=tuple(stages), rankings=tuple(rankings), stored_statistics=stored or None,
     )  # fmt: skip
     syncs = (*natural_syncs(plan.stages, graph), *group_syncs(plan, graph))
     return Plan.parse(plan.model_copy(update={"syncs": syncs}).to_data())

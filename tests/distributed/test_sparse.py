@@ -30,6 +30,7 @@ from planner_cases import make_profile
 from spanwise.api.planning import predict
 from spanwise.api.prepare import prepare_live
 from spanwise.api.run import TrainOptions, run_job
+from spanwise.api.scores import scores
 from spanwise.core.errors import InputError, PeerError, PlanError
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan, Trained
@@ -63,12 +64,8 @@ def oracle(model: nn.Module, work: Assignment, steps: int) -> dict[str, Tensor]:
             own = {p.name for p in graph.parameters_of(stage.start, stage.stop)}
             mine = [u for u in units if u.parameter in own]
             for device, a, b in stage.row_ranges():
-                found = gradients(
-                    model,
-                    values,
-                    buffers,
-                    [(data.tensors[0][i[a:b]], data.tensors[1][i[a:b]]) for i in indices],
-                )
+                rows_of = [(data.tensors[0][i[a:b]], data.tensors[1][i[a:b]]) for i in indices]
+                found = gradients(model, values, buffers, rows_of, stored=bool(plan.stored_statistics))
                 for unit in mine:
                     if device not in unit.trainers:
                         continue
@@ -96,15 +93,16 @@ def place(plan: Plan, graph: ModelGraph, text: str, like: Tensor) -> Tensor:
 
 
 def gradients(
-    model: nn.Module, values: dict[str, Tensor], buffers: dict[str, Tensor], rows: list[tuple[Tensor, Tensor]]
-) -> dict[str, Tensor]:
-    """Of the sum of mean losses of some slices, by stored statistics."""
+    model: nn.Module, values: dict[str, Tensor], buffers: dict[str, Tensor],
+    rows: list[tuple[Tensor, Tensor]], *, stored: bool,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Of the sum of mean losses of some slices, by stored statistics or by those of each slice."""
     leaves = {k: v.clone().requires_grad_() for k, v in values.items()}
-    model.eval()
-    loss = sum(
-        F.cross_entropy(torch.func.functional_call(model, {**leaves, **buffers}, (x.double(),)), y)
-        for x, y in rows
-    )
+    model.train(not stored)
+    loss = torch.zeros((), dtype=torch.float64)
+    for x, y in rows:
+        own = {**leaves, **{k: v.clone() for k, v in buffers.items()}}
+        loss = loss + F.cross_entropy(torch.func.functional_call(model, own, (x.double(),)), y)
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
 
@@ -116,6 +114,19 @@ def run(plan: Plan, steps: int, **changes: object) -> tuple[ThreadSession, Assig
     session = ThreadSession(work, tensors, CASE.data())
     list(session.run(0, steps))
     return session, work
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_batch_statistics_are_those_of_each_device_s_rows(way: str) -> None:
+    model, traced = equality.of(CASE)
+    plan = with_groups(
+        sparse_plan(traced.graph, 3, layout_of("replicas", traced.graph), stored=False), WAYS[way]
+    )
+    session, work = run(plan, STEPS)
+    expected = oracle(model, work, STEPS)
+    for name, value in session.snapshot().parameters.items():
+        assert torch.allclose(value, expected[name], rtol=0, atol=1e-12), name
+    session.close()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -343,7 +354,19 @@ def test_timing_its_stages_leaves_no_gradients_behind() -> None:
     session.close()
 
 
-def test_a_run_from_the_job_to_the_report(tmp_path: Path) -> None:
+def test_stored_statistics_of_a_model_that_was_never_trained_are_refused() -> None:
+    train, _ = synthetic_images(rows=64, shape=(3, 6, 6), classes=4, seed=0)
+    job = CASE.job(batch=12, statistics="stored", dtype="float32")
+    prepared = prepare_live(job, Net(), nn.CrossEntropyLoss(), train, None)
+    with pytest.raises(InputError, match=r'never trained and has none; .* statistics = "batch"'):
+        scores(prepared, "dsparse")
+    fresh = scores(replace(prepared, job=CASE.job(batch=12, dtype="float32")), "dsparse")
+    assert fresh is not None
+    assert fresh.from_scratch
+
+
+@pytest.mark.parametrize("statistics", ["batch", "stored"])
+def test_a_run_from_the_job_to_the_report(tmp_path: Path, statistics: str) -> None:
     """Scores by a probe, a plan under unequal budgets, training, and a page that says who trains what."""
     torch.manual_seed(0)
     train, test = synthetic_images(rows=64, test_rows=16, shape=(3, 6, 6), classes=4, seed=0)
@@ -351,7 +374,7 @@ def test_a_run_from_the_job_to_the_report(tmp_path: Path) -> None:
     with torch.no_grad():
         model(train.tensors[0])  # statistics: as if it had been trained before
     machines = unequal({"a": 40_000, "b": 24_000, "c": 19_000})
-    job = CASE.job(batch=12, steps=3, dtype="float32")
+    job = CASE.job(batch=12, steps=3, dtype="float32", statistics=statistics)
     prepared = prepare_live(job, model, nn.CrossEntropyLoss(), train, test)
     before = {k: v.detach().clone() for k, v in model.state_dict().items()}
     times = make_profile(prepared.traced.graph, machines)
@@ -361,12 +384,13 @@ def test_a_run_from_the_job_to_the_report(tmp_path: Path) -> None:
     outcome = run_job(job, machines, options)
     plan = outcome.plan
     assert plan.strategy == "dsparse"
-    assert plan.stored_statistics
+    assert bool(plan.stored_statistics) == (statistics == "stored")
     assert plan.groups
     trained = {u.parameter for u in units_of(plan, prepared.traced.graph) if u.trainers}
     after = outcome.model.state_dict()
     moved = {k for k, v in before.items() if not torch.equal(after[k], v)}
-    assert moved == trained
+    counted = set() if statistics == "stored" else {k for k, _ in model.named_buffers()}
+    assert moved == trained | counted
     assert outcome.folder.report.exists()
     timed = Profile.load(outcome.folder.profile)
     assert {(t.device, t.plan) for t in timed.stages or ()} == {(d, plan.digest) for d in plan.devices}

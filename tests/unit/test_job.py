@@ -51,6 +51,7 @@ def test_objects_that_were_handed_over() -> None:
         ({"model": "mlp"}, "'mlp' must name a factory"),
         ({"data": "a:b:c"}, "'a:b:c' must name a factory"),
         ({"dtype": "int8"}, "'int8' must be float32, float64 or bfloat16"),
+        ({"statistics": "none"}, "must be 'batch' or 'stored'"),
         ({"scheduler_every": "day"}, "must be 'epoch' or 'step'"),
         ({"batch": 0}, "batch"),
         ({"clip_norm": 0}, "clip_norm"),

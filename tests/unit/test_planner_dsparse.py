@@ -100,10 +100,11 @@ SHARES = (0.9, 0.6, 0.4, 0.2)  # of the way from what nothing needs to what ever
 
 
 def problem(
-    seed: int = 1, shares: tuple[float, ...] = SHARES, *, stored: bool = True, **options: object
-) -> Problem:
+    seed: int = 1, shares: tuple[float, ...] = SHARES, *, stored: bool = True, scratch: bool = False,
+    **options: object,
+) -> Problem:  # fmt: skip
     graph = conv_chain(6, seed, width=24)
-    importance = scores(graph, seed, stored=stored)
+    importance = scores(graph, seed, stored=stored).model_copy(update={"from_scratch": scratch})
     job = make_job(4 * len(shares), **options)
     whole = Selectable(graph, importance, 4, optimizer_copies(job.optimizer), stored)
     least, most = (
@@ -159,8 +160,14 @@ def test_a_budget_below_what_nothing_needs_says_by_how_many_bytes() -> None:
 
 def test_from_scratch_layers_that_nobody_trains_are_warned_of() -> None:
     with pytest.warns(UserWarning, match="nobody trains"):
-        plan = make_plan(problem(shares=(0.1, 0.1), stored=False), "dsparse")
+        plan = make_plan(problem(shares=(0.1, 0.1), stored=False, scratch=True), "dsparse")
     assert plan.stored_statistics is None
+
+
+def test_of_a_trained_model_layers_may_stay_as_they_are() -> None:
+    for stored in (True, False):  # warnings are errors
+        plan = make_plan(problem(shares=(0.1, 0.1), stored=stored), "dsparse")
+        assert plan.stored_statistics == (stored or None)
 
 
 def test_each_group_goes_the_way_that_its_links_make_cheapest() -> None:

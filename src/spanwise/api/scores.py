@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from spanwise.core.errors import InputError
 from spanwise.core.importance import Importance
 from spanwise.planner import SPARSE_STRATEGIES
 
@@ -26,18 +27,29 @@ def needs_scores(strategy: str) -> bool:
 def scores(prepared: Prepared, strategy: str) -> Importance | None:
     """What a strategy needs to know of the parameters; None if it trains everything.
 
-    Rows are the first of the training set. BatchNorm uses stored statistics if there are any, that is if the
-    model was trained before.
+    Rows are the first of the training set.
+
+    Raises:
+        InputError: stored statistics are to be used, and the model has none.
     """
     if not needs_scores(strategy):
         return None
+    scratch, stored = _never_trained(prepared.traced.buffers), prepared.job.statistics == "stored"
+    if scratch and stored:
+        raise InputError(
+            "job: statistics are to be the 'stored' ones, but the model was never trained and has none; "
+            'give a trained model or set statistics = "batch"'
+        )
+    return _probed(prepared, strategy, stored).model_copy(update={"from_scratch": scratch})
+
+
+def _probed(prepared: Prepared, strategy: str, stored: bool) -> Importance:
     import torch
 
     from spanwise.profiler.importance import importance, magnitude
     from spanwise.runtime.feed import read_rows
     from spanwise.runtime.optimize import make_optimizer
 
-    stored = has_statistics(prepared.traced.buffers)
     if strategy == "dsparse_magnitude":
         return magnitude(prepared.traced, stored_statistics=stored)
     rows = min(prepared.job.batch, MOST_ROWS, len(prepared.train))
@@ -53,7 +65,7 @@ def scores(prepared: Prepared, strategy: str) -> Importance | None:
     )  # fmt: skip
 
 
-def has_statistics(buffers: Mapping[str, Tensor]) -> bool:
-    """Whether running statistics are of some batches, not as they were initialised."""
+def _never_trained(buffers: Mapping[str, Tensor]) -> bool:
+    """Whether the model has running statistics, and they are as they were initialised."""
     counters = [tensor for name, tensor in buffers.items() if name.endswith(_COUNTER)]
-    return all(int(counter) > 0 for counter in counters)
+    return any(int(counter) == 0 for counter in counters)

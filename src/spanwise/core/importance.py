@@ -27,12 +27,13 @@ class Importance(Noun):
 
     ``method``: ``first_order`` by one step of the optimizer, ``magnitude`` by the size of the weights,
     ``contribution`` by training each alone. ``stored_statistics``: whether BatchNorm used its stored
-    statistics, as in adapting a trained model; from scratch they mean nothing.
+    statistics, and will. ``from_scratch``: whether the model was never trained before.
     """
 
     graph_digest: str
     method: Method = "first_order"
     stored_statistics: bool = True
+    from_scratch: bool = False
     scores: tuple[ParameterScore, ...]
 
     @cached_property

@@ -40,6 +40,8 @@ class Job(Noun):
         batch: rows of a global batch, G; one optimizer step each.
         optimizer, scheduler: a class of ``torch.optim`` / ``torch.optim.lr_scheduler`` by name; the
             scheduler steps once per epoch, or per optimizer step with ``scheduler_every = "step"``.
+        statistics: what BatchNorm normalises by where devices train a part of their layers: its
+            ``"batch"``, as everywhere else, or what is ``"stored"`` in a trained model: less memory.
         clip_norm: greatest global gradient norm, over all stages.
         epochs, steps: how long; the first limit that is reached ends the run; one epoch if none is set.
         private: raw samples never leave the device that holds them.
@@ -57,6 +59,7 @@ class Job(Noun):
     optimizer: Recipe = Recipe(name="SGD", args={"lr": 0.1})
     scheduler: Recipe | None = None
     scheduler_every: str = "epoch"
+    statistics: str = "batch"
     clip_norm: float | None = Field(default=None, gt=0)
     epochs: int | None = Field(default=None, ge=1)
     steps: int | None = Field(default=None, ge=1)
@@ -84,6 +87,13 @@ class Job(Noun):
         if dtype not in ("float32", "float64", "bfloat16"):
             raise InputError(f"job: dtype '{dtype}' must be float32, float64 or bfloat16")
         return dtype
+
+    @field_validator("statistics")
+    @classmethod
+    def _known_statistics(cls, statistics: str) -> str:
+        if statistics not in ("batch", "stored"):
+            raise InputError(f"job: statistics '{statistics}' must be 'batch' or 'stored'")
+        return statistics
 
     @field_validator("scheduler_every")
     @classmethod

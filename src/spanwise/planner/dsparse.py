@@ -119,7 +119,7 @@ def sparse_plan(problem: Problem, strategy: str, how: Sparsity) -> Plan:
     planner = _Planner(problem, strategy, how)
     plan = planner.plan()
     lacking = never_trained(problem, plan)
-    if lacking and not plan.stored_statistics:
+    if lacking and problem.importance.from_scratch:
         warnings.warn(
             f"{strategy}: from scratch, nobody trains {len(lacking)} parameters ({lacking[0]} first): they "
             "stay as they were initialised; raise the memory of a device, or start from a trained model",
