@@ -89,14 +89,17 @@ def pretrained(scale: Scale, seed: int, epochs: int, cache: Path | None) -> nn.M
     return model
 
 
-def job(batch: int, seed: int, lr: float, epochs: int) -> Job:
+def job(
+    batch: int, seed: int, lr: float, epochs: int, *, stored: bool = False, trained_share: float = 1.0
+) -> Job:
     """Momentum and weight decay, so that what is frozen would move if it were only masked."""
     live: dict[str, Any] = {"model": "live", "data": "live", "loss": "live"}
     return Job.parse(
         {
             **live, "name": "digits", "batch": batch, "seed": seed, "epochs": epochs, "checkpoint_every": 0,
             "optimizer": {"name": "SGD", "lr": lr, "momentum": 0.9, "weight_decay": 5e-4},
-            "transfer_timeout_s": 300.0,
+            "transfer_timeout_s": 300.0, "statistics": "stored" if stored else "batch",
+            "trained_share": trained_share,
         }
     )  # fmt: skip
 

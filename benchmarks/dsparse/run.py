@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 import torch
 from arena import CLUSTERS, Arena
-from contestants import CONTESTANTS, DENSE, SUBJECT, with_room
+from contestants import CONTESTANTS, DENSE, SUBJECT, TRAINED_SHARE, Contestant, with_room
 from digits import PRETRAINED_EPOCHS, Scale, data, job, prepared, pretrained
 from harness import Cells, keep, parser
 from tables import main as show
@@ -32,6 +33,7 @@ from spanwise.api.scores import scores
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import SpanwiseError
 from spanwise.core.importance import Importance
+from spanwise.core.job import Job
 from spanwise.core.plan import Plan
 from spanwise.core.profile import DeviceTimes, Profile
 from spanwise.lab import reason_against
@@ -46,19 +48,19 @@ from spanwise.runtime.threads import ThreadSession
 from spanwise.runtime.training import load_into
 
 HERE = Path(__file__).resolve().parent
-ROWS = 32  # of each device in a step
+ROWS, DEVICES = 32, 7  # of each device in a step
 COLLECTIVES = ("reduce", "average", "broadcast")
 FEW_ROWS = 2
 OVERHEAD = "overhead"  # a cell: what a worker holds besides tensors, once it has trained
 LAB = (
-    DENSE, "dense_by_tensor", "dense_micro_batch", "dense_recompute", SUBJECT, "dsparse_union",
-    "dsparse_lazy", "dsparse_grouped", "dsparse_masked", "same_for_all", "last_k",
+    DENSE, "dense_by_tensor", "dense_micro_batch", "dense_recompute", SUBJECT, "dsparse_wide",
+    "dsparse_stored", "dsparse_lazy", "dsparse_grouped", "dsparse_masked", "same_for_all", "last_k",
 )  # fmt: skip
 ACCURACY = {
-    "pretrained": (DENSE, "dense_stored", SUBJECT, "dsparse_union", "dsparse_lazy", "same_for_all", "last_k",
+    "pretrained": (DENSE, SUBJECT, "dsparse_stored", "dsparse_wide", "dsparse_lazy", "same_for_all", "last_k",
                    "shifts_only", "random"),
-    "skewed": (DENSE, SUBJECT, "dsparse_union", "last_k"),
-    "scratch": (DENSE, SUBJECT),
+    "skewed": (DENSE, SUBJECT, "dsparse_wide", "last_k"),
+    "scratch": (DENSE, "dsparse_wide"),
 }  # fmt: skip
 
 
@@ -66,14 +68,18 @@ def options() -> argparse.Namespace:
     found = parser(__doc__ or "")
     found.add_argument("--lab", nargs="*", choices=list(CONTESTANTS), default=list(LAB))
     found.add_argument("--settings", nargs="*", choices=list(ACCURACY), default=list(ACCURACY))
+    found.add_argument("--plans", nargs="*", choices=list(CONTESTANTS), help="only these in trainings")
     found.add_argument("--seeds", type=int, default=3)
     found.add_argument("--epochs", type=int, default=10)
     found.add_argument("--lr", type=float, default=0.02)
+    found.add_argument("--stored-lr", type=float, default=0.005, help="with stored statistics")
     found.add_argument("--pretrained-epochs", type=int, default=PRETRAINED_EPOCHS)
     found.add_argument("--steps", type=int, default=4, help="timed steps of a plan")
     found.add_argument("--cache", type=Path, default=None, help="folder of profiles and trained models")
     args = found.parse_args()
-    args.scale, args.contestants = Scale(), dict(ACCURACY)
+    wanted = args.plans or list(CONTESTANTS)
+    args.scale = Scale()
+    args.contestants = {k: tuple(n for n in names if n in wanted) for k, names in ACCURACY.items()}
     if args.short:
         args.scale, args.pretrained_epochs, args.epochs, args.seeds = Scale(0.25, 16), 2, 1, 1
         args.lab, args.settings, args.steps = [SUBJECT], ["pretrained"], 1
@@ -88,6 +94,12 @@ def cluster_of(args: argparse.Namespace) -> Cluster:
         return cluster
     devices = tuple(d.model_copy(update={"memory_bytes": d.memory_bytes // 12}) for d in cluster.devices)
     return cluster.model_copy(update={"devices": devices})
+
+
+def job_of(args: argparse.Namespace, one: Contestant, rows: int, seed: int, epochs: int) -> Job:
+    """Rows a device; stored statistics take a smaller step, or training diverges."""
+    lr = args.stored_lr if one.stored else args.lr
+    return job(rows * DEVICES, seed, lr, epochs, stored=one.stored, trained_share=TRAINED_SHARE)
 
 
 def problem_of(found: Prepared, times: Profile, cluster: Cluster, importance: Importance | None) -> Problem:
@@ -160,9 +172,10 @@ def overhead_bytes(
     Kernels that are compiled, connections, orders, what the allocator cannot use. All layers are trained on
     few rows; from the peak goes what was predicted.
     """
-    few = prepared(model, job(FEW_ROWS * len(cluster.devices), 0, args.lr, 1), data(args.scale, turned=True))
+    one = CONTESTANTS["dsparse_wide"]
+    few = prepared(model, job_of(args, one, FEW_ROWS, 0, 1), data(args.scale, turned=True))
     times = analytic(few, cluster)
-    plan = CONTESTANTS[SUBJECT].make(problem_of(few, times, cluster, importance))
+    plan = one.make(problem_of(few, times, cluster, importance))
     cell = measured(few, plan, times, cluster, 1)
     return {d: cell["peak_bytes"][d] - cell["predicted_bytes"][d] for d in cluster.ids}
 
@@ -188,7 +201,8 @@ def lab_cells(args: argparse.Namespace, kept: Cells) -> None:
         return
     cluster = cluster_of(args)
     model = pretrained(args.scale, 0, args.pretrained_epochs, args.cache)
-    found = prepared(model, job(ROWS * len(cluster.devices), 0, args.lr, 1), data(args.scale, turned=True))
+    sets = data(args.scale, turned=True)
+    found = prepared(model, job_of(args, CONTESTANTS[SUBJECT], ROWS, 0, 1), sets)
     times = analytic(found, cluster) if args.short else profile(args, kept, found, with_room(cluster))
     importance = scores(found, SUBJECT)
     if not args.short and not any(OVERHEAD in c for c in kept.found):
@@ -197,8 +211,10 @@ def lab_cells(args: argparse.Namespace, kept: Cells) -> None:
         began, one = time.monotonic(), CONTESTANTS[name]
         where = with_room(cluster) if one.roomy else cluster
         try:
-            plan = one.make(problem_of(found, times, where, importance))
-            cell = measured(found, plan, times, where, args.steps) | {"plan": plan.digest}
+            own = replace(found, job=job_of(args, one, ROWS, 0, 1))
+            known = scores(own, SUBJECT) if one.stored else importance
+            plan = one.make(problem_of(own, times, where, known))
+            cell = measured(own, plan, times, where, args.steps) | {"plan": plan.digest}
         except SpanwiseError as error:
             cell = {"error": f"{type(error).__name__}: {error}"}
         kept.add({"lab": name, **cell})
@@ -245,8 +261,8 @@ def accuracy_cells(args: argparse.Namespace, kept: Cells) -> None:
     done = {(c["setting"], c["seed"], c["name"]) for c in kept.found if "setting" in c}
     torch.set_num_threads(1)
     for setting in args.settings:
-        for seed in range(args.seeds):
-            for name in args.contestants[setting]:
+        for name in args.contestants[setting]:
+            for seed in range(args.seeds):
                 if (setting, seed, name) not in done:
                     began = time.monotonic()
                     cell = accuracy(args, setting, seed, name)
@@ -270,8 +286,8 @@ def accuracy(args: argparse.Namespace, setting: str, seed: int, name: str) -> di
     sets = data(
         args.scale, turned=not scratch, skewed_over=len(cluster.devices) if setting == "skewed" else 0
     )
-    found = prepared(model, job(ROWS * len(cluster.devices), seed, args.lr, epochs), sets)
     one = CONTESTANTS[name]
+    found = prepared(model, job_of(args, one, ROWS, seed, epochs), sets)
     try:
         start = evaluate(found.model, found.loss, sets[1], found.traced.graph).accuracy
         importance = (

@@ -66,7 +66,7 @@ factories = recipes.map(lambda recipe: recipe.model_copy(update={"name": "module
 jobs = st.builds(
     Job, name=texts, model=factories, data=factories, loss=texts, batch=st.integers(1, 10**6),
     optimizer=recipes, scheduler=st.none() | recipes, scheduler_every=st.sampled_from(["epoch", "step"]),
-    statistics=st.sampled_from(["batch", "stored"]),
+    statistics=st.sampled_from(["batch", "stored"]), trained_share=st.sampled_from([0.25, 1.0]),
     clip_norm=st.none() | positive, epochs=st.none() | st.integers(1, 9), steps=st.none() | st.integers(1, 9),
     seed=st.integers(-9, 9), dtype=st.sampled_from(["float32", "float64", "bfloat16"]), private=st.booleans(),
     share_labels=st.booleans(), data_devices=tuples(texts), checkpoint_every=counts,

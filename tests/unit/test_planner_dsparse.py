@@ -164,6 +164,16 @@ def test_from_scratch_layers_that_nobody_trains_are_warned_of() -> None:
     assert plan.stored_statistics is None
 
 
+def test_the_job_limits_what_is_trained_anywhere() -> None:
+    for share in (0.2, 0.6):
+        found = problem(trained_share=share)
+        plan = make_plan(found, "dsparse")
+        trained = sum(u.nbytes for u in units_of(plan, found.graph) if u.trainers)
+        assert 0 < trained <= share * found.graph.parameter_bytes
+    free = make_plan(problem(), "dsparse")
+    assert sum(u.nbytes for u in units_of(free, found.graph) if u.trainers) > trained
+
+
 def test_of_a_trained_model_layers_may_stay_as_they_are() -> None:
     for stored in (True, False):  # warnings are errors
         plan = make_plan(problem(shares=(0.1, 0.1), stored=stored), "dsparse")

@@ -42,6 +42,8 @@ class Job(Noun):
             scheduler steps once per epoch, or per optimizer step with ``scheduler_every = "step"``.
         statistics: what BatchNorm normalises by where devices train a part of their layers: its
             ``"batch"``, as everywhere else, or what is ``"stored"`` in a trained model: less memory.
+        trained_share: of the model's bytes, at most so much is trained anywhere where devices train a part of
+            their layers, as all of it travels in every step.
         clip_norm: greatest global gradient norm, over all stages.
         epochs, steps: how long; the first limit that is reached ends the run; one epoch if none is set.
         private: raw samples never leave the device that holds them.
@@ -60,6 +62,7 @@ class Job(Noun):
     scheduler: Recipe | None = None
     scheduler_every: str = "epoch"
     statistics: str = "batch"
+    trained_share: float = Field(default=1.0, gt=0, le=1)
     clip_norm: float | None = Field(default=None, gt=0)
     epochs: int | None = Field(default=None, ge=1)
     steps: int | None = Field(default=None, ge=1)

@@ -39,7 +39,8 @@ class Sparsity:
     Attributes:
         micro_batches: that a device's rows of a step are cut into.
         nested: a device may only train what those with larger budgets train, which keeps groups few.
-        most_union: greatest share of the model's bytes that anyone trains, as all of it travels.
+        most_union: greatest share of the model's bytes that anyone trains; None: the job's
+            ``trained_share``. Rules do not look at it.
         refresh_every: devices that do not train a unit get its values every so many steps.
         ways: how values may be passed on.
         ratios: shares of a weight's channels that may train.
@@ -48,7 +49,7 @@ class Sparsity:
 
     micro_batches: int = 1
     nested: bool = True
-    most_union: float = 1.0
+    most_union: float | None = None
     refresh_every: int = 1
     ways: tuple[str, ...] = ("grouped", "masked")
     ratios: tuple[float, ...] = RATIOS
@@ -202,9 +203,9 @@ class _Planner:
         if self.how.rule is not None:
             select(model, budget, most=[0] * len(model.parts))  # below the floor this says so
             return self.how.rule(model, budget)
-        limit = round(self.how.most_union * model.graph.parameter_bytes)
-        if most is None and self.how.most_union < 1:
-            return within_bytes(model, budget, limit)
+        share = self.how.most_union or self.problem.job.trained_share
+        if most is None and share < 1:
+            return within_bytes(model, budget, round(share * model.graph.parameter_bytes))
         return select(model, budget, most=most)
 
     def _built(self, choices: dict[str, dict[str, int | None]]) -> Plan:
