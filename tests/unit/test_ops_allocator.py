@@ -8,14 +8,20 @@ import sys
 import pytest
 
 CODE = """
-import resource, sys, torch
+import resource, sys, threading, torch
 from spanwise.ops.allocator import keep_freed_memory
 torch.set_num_threads(1)
-if sys.argv[1] == "keep":
+if "keep" in sys.argv[1]:
     assert keep_freed_memory()
-def work():
+def allocate():
     kept = [torch.ones(1_000_000) for _ in range(20)]
     return sum(float(t[0]) for t in kept)
+def work():
+    if "thread" not in sys.argv[1]:
+        return allocate()
+    threads = [threading.Thread(target=allocate) for _ in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 work(); work()
@@ -58,7 +64,8 @@ def test_freed_tensors_leave_no_holes_where_they_are_given_back() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt belongs to glibc")
-def test_the_same_work_faults_nothing_in_again() -> None:
-    kept, default = faults("keep"), faults("default")
+@pytest.mark.parametrize("where", ["", " in threads"])
+def test_the_same_work_faults_nothing_in_again(where: str) -> None:
+    kept, default = faults("keep" + where), faults("default" + where)
     # Huge pages make faults few, so only the ratio tells; the second number is the negative control.
     assert 3 * kept < default, (kept, default)
