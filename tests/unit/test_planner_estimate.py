@@ -113,6 +113,19 @@ def test_a_link_is_a_cause_by_a_probe_only_and_for_as_long_as_that_is_news(link:
     assert estimator.causes(odd) == []
 
 
+@pytest.mark.parametrize("late", [("n1", "s1"), ("n1", "s1", "n2", "s2")])
+def test_one_pair_that_is_late_both_ways_is_not_the_pipe_that_others_share(late: tuple[str, ...]) -> None:
+    task = problem()
+    thin = thinner(task.profile, CLUSTER, [*PIPE, *((b, a) for a, b in PIPE)], 12.0)
+    estimator = follow(task, [task.profile] * 4)
+    _, calm = shown(task, two_sites(task), task.profile)
+    step_s, slow = shown(task, two_sites(task), thin)
+    pairs = zip(calm, slow, strict=True)
+    estimator.add(step_s, tuple(b if b.device in late else a for a, b in pairs))
+    drift = estimator.drift()
+    assert (drift is not None and drift.leap) == (len(late) == 4)
+
+
 def test_noise_and_one_odd_step_are_no_drift() -> None:
     task = problem()
     calm = [task.profile] * 12

@@ -198,8 +198,8 @@ class Estimator:
                 continue
             if link in probed:
                 found |= {other: there for other in self._links if self.pipe(other) == self.pipe(link)}
-            else:
-                found[link] = there
+            elif all(_alike(there, ways[k] or 1.0) for k in ways if self.pipe(k) == self.pipe(link)):
+                found[link] = there  # with all that share its pipe, or it is not the pipe
         return found
 
     @property
