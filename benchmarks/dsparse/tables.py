@@ -73,14 +73,16 @@ def _devices(cells: Sequence[Cell]) -> list[str]:
 def _workers(cells: Sequence[Cell], overhead: Mapping[str, float]) -> list[str]:
     """Predicted and measured bytes of whole workers, interpreter and libraries included, by plan.
 
-    What a started worker holds and what training takes besides tensors is measured, once for all plans;
-    tensors are predicted.
+    What a started worker holds and what training takes besides tensors is measured, the latter once for all
+    plans; tensors are predicted.
     """
     out = ["| plan | whole worker, MiB predicted | measured | off, by device |", "|---|---|---|---|"]
     for cell in [c for c in cells if "worker_bytes" in c]:
+        peaks = {d: own["peak"] for d, own in cell["worker_bytes"].items()}
+        # Peaks are kept as what they are above the worker before training, so the rest is what it held then.
+        held = {d: peak - cell["peak_bytes"][d] for d, peak in peaks.items()}
         pairs = [
-            (own["started"] + overhead.get(d, 0.0) + cell["predicted_bytes"][d], own["peak"])
-            for d, own in cell["worker_bytes"].items()
+            (held[d] + overhead.get(d, 0.0) + cell["predicted_bytes"][d], peak) for d, peak in peaks.items()
         ]
         guess, seen = (statistics.fmean(values) / MIB for values in zip(*pairs, strict=True))
         off = ", ".join(f"{100 * (a / b - 1):+.1f}" for a, b in pairs)

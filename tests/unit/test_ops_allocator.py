@@ -9,10 +9,10 @@ import pytest
 
 CODE = """
 import resource, sys, threading, torch
-from spanwise.ops.allocator import keep_freed_memory
+from spanwise.ops.allocator import keep_freed_memory, keep_freed_memory_of_threads
 torch.set_num_threads(1)
 if "keep" in sys.argv[1]:
-    assert keep_freed_memory()
+    assert (keep_freed_memory_of_threads if "thread" in sys.argv[1] else keep_freed_memory)()
 def allocate():
     kept = [torch.ones(1_000_000) for _ in range(20)]
     return sum(float(t[0]) for t in kept)

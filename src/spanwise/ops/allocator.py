@@ -23,12 +23,20 @@ def keep_freed_memory() -> bool:
 
     By default large tensors are mapped and unmapped, and the top of the heap is trimmed, so the same pages
     are zeroed again in every forward: on one core that was 5 to 30 % of MobileNetV2's time, and it varied
-    with what the process had allocated before. Threads share one heap, as heaps of their own are unmapped
-    when they are empty: seven threads that train on two cores took 5.1 s, with one heap 2.9 s. Memory is not
-    returned until the process ends, and where small tensors are kept between large ones, as masks are, holes
-    add up. Returns whether it worked; other C libraries are left as they are.
+    with what the process had allocated before. It is not returned until the process ends, and where small
+    tensors are kept between large ones, as masks are, holes add up. Returns whether it worked; other C
+    libraries are left as they are.
     """
-    return _set({_MMAP_THRESHOLD: _LARGEST_MMAP_THRESHOLD, _TRIM_THRESHOLD: _NEVER_TRIM, _ARENA_MAX: 1})
+    return _set({_MMAP_THRESHOLD: _LARGEST_MMAP_THRESHOLD, _TRIM_THRESHOLD: _NEVER_TRIM})
+
+
+def keep_freed_memory_of_threads() -> bool:
+    """The same where threads train: they share one heap from now on.
+
+    Heaps of their own are unmapped as soon as they are empty: seven threads that train on two cores took
+    5.1 s, with one heap 2.9 s. Not for workers, where what a thread received would stay as a hole.
+    """
+    return _set({_ARENA_MAX: 1}) and keep_freed_memory()
 
 
 def give_freed_memory_back() -> bool:

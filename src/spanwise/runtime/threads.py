@@ -15,7 +15,7 @@ from spanwise.core.errors import PeerError, SpanwiseError
 from spanwise.core.observed import DeviceStep
 from spanwise.core.profile import StageTimes
 from spanwise.lowering import moves
-from spanwise.ops.allocator import keep_freed_memory
+from spanwise.ops.allocator import keep_freed_memory_of_threads
 from spanwise.runtime.device_run import Assignment, DeviceRun, Snapshot
 from spanwise.runtime.emulate import Ledger, PacedTransport, ledger_path
 from spanwise.runtime.executor import StepResult
@@ -52,7 +52,7 @@ class ThreadSession:
         wrap: Callable[[str, Transport], Transport] = lambda _, transport: transport,
     ) -> None:
         """Builds every device's part; ``wrap`` puts something around its transport, such as a recorder."""
-        keep_freed_memory()
+        keep_freed_memory_of_threads()
         self._assignment, self._data, self._wrap = assignment, data, wrap
         self._fabric = LocalFabric()
         self._ledger_path: Path | None = ledger_path() if assignment.emulate else None
