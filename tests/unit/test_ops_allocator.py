@@ -45,6 +45,18 @@ print((psutil.Process().memory_info().rss - before) // 2**20)
 """
 
 
+FREED = """
+import psutil, sys, torch
+from spanwise.ops import allocator
+allocator.keep_freed_memory()
+kept = [torch.ones(2_000) for _ in range(4_000)][::200]  # 32 MB, of which little stays here and there
+before = psutil.Process().memory_info().rss
+if sys.argv[1] == "back":
+    assert allocator.give_back_what_is_free()
+print((before - psutil.Process().memory_info().rss) // 2**20)
+"""
+
+
 def faults(mode: str) -> int:
     return run(CODE, mode)
 
@@ -61,6 +73,12 @@ def test_freed_tensors_leave_no_holes_where_they_are_given_back() -> None:
     given, kept = run(HOLES, "back"), run(HOLES, "keep")
     assert given < 12, "40 small tensors of 40 kB"
     assert kept > 4 * given, "negative control"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc_trim belongs to glibc")
+def test_what_is_free_goes_back_at_once_from_between_what_stays() -> None:
+    assert run(FREED, "back") > 20
+    assert run(FREED, "keep") == 0, "negative control"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt belongs to glibc")

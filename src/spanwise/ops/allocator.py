@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 #: Environment of a process that will hand freed memory back: torch asks the kernel for huge pages for tensors
 #: of 2 MiB and more, so that pages that come anew are of 2 MiB, where a tensor covers one, and not of 4 KiB.
@@ -49,11 +49,26 @@ def give_freed_memory_back() -> bool:
     return _set({_MMAP_THRESHOLD: _SMALL_MMAP_THRESHOLD, _TRIM_THRESHOLD: _TRIM_SOON})
 
 
+def give_back_what_is_free() -> bool:
+    """Hands back what is free now, also between what is not, as a state that came whole leaves it behind.
+
+    Returns whether anything went back; other C libraries are left as they are.
+    """
+    trim = _libc("malloc_trim")
+    return trim is not None and bool(trim(0))
+
+
 def _set(parameters: Mapping[int, int]) -> bool:
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
+    mallopt = _libc("mallopt")
+    if mallopt is None:
         return False
     return all(bool(mallopt(parameter, value)) for parameter, value in parameters.items())
+
+
+def _libc(name: str) -> Callable[..., int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError):
+        return None

@@ -25,7 +25,7 @@ from spanwise.core.errors import InputError, JoinError, PeerError, SpanwiseError
 from spanwise.core.job import LIVE, Job
 from spanwise.core.observed import DeviceStep
 from spanwise.core.plan import Plan
-from spanwise.ops.allocator import give_freed_memory_back, keep_freed_memory
+from spanwise.ops.allocator import give_back_what_is_free, give_freed_memory_back, keep_freed_memory
 from spanwise.runtime import orders
 from spanwise.runtime.control import HANDSHAKE_TIMEOUT_S, Channel, Frame, introduce, parse_endpoint
 from spanwise.runtime.device_run import Assignment, DeviceRun
@@ -311,7 +311,13 @@ class _Worker:
     def _on_calibrate(self, _: Frame) -> None:
         """Times this device's compute while the others rest."""
         assert self.run is not None
+        self._make_room()
         self.channel.send("calibrated", stages=[times.to_data() for times in self.run.stage_times()])
+
+    def _make_room(self) -> None:
+        """Under a plan for little memory, what was needed only to take the state in goes back."""
+        if self.assignment is not None and self.assignment.plan.sparse:
+            give_back_what_is_free()
 
     def _own_data(self, job: Job, plan: Plan) -> Rows | None:
         if self.device not in [source.device for source in plan.sources]:
@@ -331,6 +337,7 @@ class _Worker:
     def _on_run(self, frame: Frame) -> None:
         """Runs steps and reports each as it ends."""
         assert self.run is not None
+        self._make_room()
         self.run.run(int(frame.head["first"]), int(frame.head["count"]), self._on_step)
 
     def _on_step(self, result: StepResult, seen: DeviceStep | None) -> None:
