@@ -449,6 +449,18 @@ def test_a_slow_idle_device_gets_a_second_chance() -> None:
     assert explorer.forgotten(slow, ("n1",), 3 * FORGET_S + 3) == ("s2",)
 
 
+def test_a_far_longer_step_has_links_probed_though_they_just_were() -> None:
+    task = problem()
+    for longer, again in ((3.0, True), (1.3, False)):
+        adapter = start(task)
+        step = float(drive(adapter, task, task.profile, 0, 8))
+        usual_s, seen = shown(task, adapter.plan, task.profile)
+        adapter.observe(8, 1.3 * usual_s, seen, step)
+        assert adapter.look(step)
+        adapter.observe(9, longer * usual_s, seen, step + 0.5)
+        assert bool(adapter.look(step + 0.5)) == again
+
+
 def test_plans_for_what_may_come_are_at_hand_when_it_comes() -> None:
     task = problem()
     adapter = start(task)

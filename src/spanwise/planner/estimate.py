@@ -173,6 +173,11 @@ class Estimator:
         return _out(self._step.newest, STEP_BAND)
 
     @property
+    def far(self) -> bool:
+        """Whether it took a far longer or shorter one."""
+        return _out(self._step.newest, BIG)
+
+    @property
     def suspects(self) -> list[Link]:
         """Links inside a site that seem to have moved, by messages."""
         return [k for k, t in self._links.items() if t.moved and not self._between_sites(k)]

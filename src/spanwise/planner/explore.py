@@ -16,6 +16,7 @@ from spanwise.planner.estimate import DEVICE_BAND, LINK_BAND, Estimator
 from spanwise.planner.ratios import Link
 
 PROBE_EVERY_S = 1.5
+PROBE_SOON_S = 0.2  # after the last, where a step was far longer: an earlier one knows nothing of why
 PROBE_S = 0.01  # bytes of a probe: so long at the link's first rate
 LEAST_PROBE_BYTES, MOST_PROBE_BYTES = 16_384, 262_144
 SMALL_PROBE_BYTES = 1_000
@@ -53,7 +54,7 @@ class Explorer:
 
     def look(self, estimator: Estimator, now_s: float) -> tuple[Look, ...]:
         """What to probe now: a pair of devices, both ways or one; pipes between sites take turns."""
-        if now_s - self._looked_s < PROBE_EVERY_S:
+        if now_s - self._looked_s < (PROBE_SOON_S if estimator.far else PROBE_EVERY_S):
             return ()
         found = (self._suspected(estimator) if estimator.odd else ()) or self._idle(estimator)
         if found:
