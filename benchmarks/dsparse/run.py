@@ -48,7 +48,7 @@ from spanwise.runtime.threads import ThreadSession
 from spanwise.runtime.training import load_into
 
 HERE = Path(__file__).resolve().parent
-ROWS, DEVICES = 32, 7  # of each device in a step
+ROWS = 32  # of each device in a step
 COLLECTIVES = ("reduce", "average", "broadcast")
 FEW_ROWS = 2
 OVERHEAD = "overhead"  # a cell: what a worker holds besides tensors, once it has trained
@@ -99,7 +99,8 @@ def cluster_of(args: argparse.Namespace) -> Cluster:
 def job_of(args: argparse.Namespace, one: Contestant, rows: int, seed: int, epochs: int) -> Job:
     """Rows a device; stored statistics take a smaller step, or training diverges."""
     lr = args.stored_lr if one.stored else args.lr
-    return job(rows * DEVICES, seed, lr, epochs, stored=one.stored, trained_share=TRAINED_SHARE)
+    batch = rows * len(cluster_of(args).devices)
+    return job(batch, seed, lr, epochs, stored=one.stored, trained_share=TRAINED_SHARE)
 
 
 def problem_of(found: Prepared, times: Profile, cluster: Cluster, importance: Importance | None) -> Problem:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from spanwise.core.errors import InputError
 from spanwise.core.noun import Noun
@@ -27,6 +27,9 @@ class Recipe(Noun):
             flat = cast("dict[str, Any]", data)
             return {"name": flat["name"], "args": {k: v for k, v in flat.items() if k != "name"}}
         return cast("Any", data)
+
+
+_EITHER = {"scheduler_every": ("epoch", "step"), "statistics": ("batch", "stored")}
 
 
 class Job(Noun):
@@ -91,16 +94,11 @@ class Job(Noun):
             raise InputError(f"job: dtype '{dtype}' must be float32, float64 or bfloat16")
         return dtype
 
-    @field_validator("statistics")
+    @field_validator(*_EITHER)
     @classmethod
-    def _known_statistics(cls, statistics: str) -> str:
-        if statistics not in ("batch", "stored"):
-            raise InputError(f"job: statistics '{statistics}' must be 'batch' or 'stored'")
-        return statistics
-
-    @field_validator("scheduler_every")
-    @classmethod
-    def _known_period(cls, every: str) -> str:
-        if every not in ("epoch", "step"):
-            raise InputError(f"job: scheduler_every '{every}' must be 'epoch' or 'step'")
-        return every
+    def _one_or_the_other(cls, value: str, info: ValidationInfo) -> str:
+        name = str(info.field_name)
+        one, other = _EITHER[name]
+        if value not in (one, other):
+            raise InputError(f"job: {name} '{value}' must be '{one}' or '{other}'")
+        return value
