@@ -94,14 +94,18 @@ def summarize(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def where_the_rest_goes(cells: list[dict[str, Any]]) -> list[str]:
-    """A line a cell: what part of the predicted step is the bound, and what part each cause of more."""
+    """A line a cell: what part of the predicted step is the bound, and what part each cause of more.
+
+    Last, throughput over what the devices would give together under their quotas, if compute were all.
+    """
     lines: list[str] = []
     for cell in cells:
         parts = cell.get("losses_s")
         if parts:
             whole = sum(parts.values())
             shares = " | ".join(f"{parts[name] / whole:.0%}" for name in ("bound", *CAUSES))
-            lines.append(f"| {cell['cluster']} | {cell['model']} | {cell['batch']} | {shares} |")
+            own = (parts["bound"] + parts["quota"]) * throughput(cell).get("auto", 0.0) / cell["batch"]
+            lines.append(f"| {cell['cluster']} | {cell['model']} | {cell['batch']} | {shares} | {own:.0%} |")
     return lines
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from planner_cases import make_cluster, make_graph, make_job, make_profile
+from spanwise.api.planning import HOLES, HOLES_RUN_AGAIN, predict, tight_devices
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan, Replica, Stage
@@ -186,3 +187,27 @@ def test_the_shortest_device_is_named() -> None:
     with pytest.raises(InfeasibleError, match=r"data_parallel: small needs .* its budget is 1.0 MiB"):
         make_plan(found, "data_parallel")
     assert make_plan(found, "single").devices[0] == "big"
+
+
+def test_devices_without_room_for_holes_hand_freed_memory_back() -> None:
+    """Only these, as it costs time; where layers run again holes are larger."""
+    found = problem("1 GiB")
+    plan = make_plan(found, "data_parallel")
+    timeline = predict(plan, found.graph, found.profile, found.cluster, found.job)
+    uses = {use.device: use.peak_memory_bytes for use in timeline.devices}
+
+    def tight(plan: Plan, factor: float) -> set[str]:
+        data = found.cluster.to_data()
+        devices = [
+            {**d, "memory": f"{int(factor * uses[d['id']]) if d['id'] == 'd1' else 2**40} B"}
+            for d in data["devices"]
+        ]
+        cluster = Cluster.parse({**data, "devices": devices})
+        return set(tight_devices(plan, cluster, timeline))
+
+    assert len(uses) == 3
+    assert tight(plan, 0.9 * HOLES) == {"d1"}
+    assert tight(plan, 1.1 * HOLES) == set()
+    again = plan.model_copy(update={"stages": (plan.stages[0].model_copy(update={"recompute": ((0, 3),)}),)})
+    assert tight(again, 1.1 * HOLES) == {"d1"}
+    assert tight(again, 1.1 * HOLES_RUN_AGAIN) == set()

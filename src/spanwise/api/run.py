@@ -17,7 +17,7 @@ import torch
 import spanwise
 from spanwise.api.adaptive import Adapting
 from spanwise.api.in_lab import meet_in_lab, profile_in_lab
-from spanwise.api.planning import choose_for, predict
+from spanwise.api.planning import choose_for, predict, tight_devices
 from spanwise.api.prepare import Prepared, prepare
 from spanwise.api.scores import needs_scores, scores
 from spanwise.api.times import profile_devices, profile_prepared
@@ -176,7 +176,7 @@ class _Run:
                 "its plan; train without adapting and trying, or choose another strategy"
             )
         predicted = predict(plan, graph, times, self.cluster, self.job)
-        assignment = self._assignment(plan, graph)
+        assignment = self._assignment(plan, graph, predicted)
         self._write_inputs(assignment, times, predicted)
         self.watcher.on_plan(plan, graph, evaluations, predicted)
         start, snapshot = (0, None) if resume is None else resume
@@ -271,11 +271,12 @@ class _Run:
         check_plan(problem, given)
         return given, ()
 
-    def _assignment(self, plan: Plan, graph: ModelGraph) -> Assignment:
+    def _assignment(self, plan: Plan, graph: ModelGraph, predicted: Timeline) -> Assignment:
         program = lower(plan, graph, clip=self.job.clip_norm is not None)
         assignment = Assignment(
             self.job, self.cluster, graph, self.prepared.traced.ops, plan, program,
             len(self.prepared.train), self._emulates, self.options.adapt, self._faults(),
+            tight_devices(plan, self.cluster, predicted),
         )  # fmt: skip
         _ = assignment.sampler  # data too short for a batch: now, not on a worker
         return assignment

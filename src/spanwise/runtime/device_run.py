@@ -40,7 +40,8 @@ class Assignment:
     """Everything that a run is, the same for all devices.
 
     ``dataset_rows``: of the training set. ``observe``: devices tell of every step how long compute and
-    messages took. ``faults``: what an emulated cluster suffers; of the kind ``slow`` only.
+    messages took. ``faults``: what an emulated cluster suffers; of the kind ``slow`` only. ``tight``: devices
+    that hand freed memory back at once, as all do under a sparse plan; they do so under later plans, too.
     """
 
     job: Job
@@ -53,6 +54,7 @@ class Assignment:
     emulate: bool = False
     observe: bool = False
     faults: tuple[Fault, ...] = ()
+    tight: tuple[str, ...] = ()
 
     def under(self, plan: Plan) -> Assignment:
         """The same run by another plan."""

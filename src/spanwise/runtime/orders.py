@@ -34,6 +34,7 @@ def whole(assignment: Assignment) -> dict[str, Any]:
         "emulate": assignment.emulate,
         "observe": assignment.observe,
         "faults": [fault.to_data() for fault in assignment.faults],
+        "tight": list(assignment.tight),
     }
 
 
@@ -64,6 +65,7 @@ def read_whole(head: dict[str, Any]) -> Assignment:
         bool(head["emulate"]),
         bool(head["observe"]),
         tuple(Fault.parse(fault) for fault in head["faults"]),
+        tuple(str(device) for device in head["tight"]),
     )
 
 

@@ -296,8 +296,8 @@ class _Worker:
             self.run.close()
         self.run, self.data = None, None
         self.assignment = orders.read_whole(head)
-        # What a plan for little memory does not keep must not stay as holes between what it keeps.
-        (give_freed_memory_back if self.assignment.plan.sparse else keep_freed_memory)()
+        # What is not kept must not stay as holes between what is, where memory has no room for them.
+        (give_freed_memory_back if self._hands_back else keep_freed_memory)()
         self._take_data(self.assignment, data)
         return self.assignment
 
@@ -315,9 +315,15 @@ class _Worker:
         self.channel.send("calibrated", stages=[times.to_data() for times in self.run.stage_times()])
 
     def _make_room(self) -> None:
-        """Under a plan for little memory, what was needed only to take the state in goes back."""
-        if self.assignment is not None and self.assignment.plan.sparse:
+        """Where memory is tight, what was needed only to take the state in goes back."""
+        if self._hands_back:
             give_back_what_is_free()
+
+    @property
+    def _hands_back(self) -> bool:
+        """Whether freed memory goes back at once."""
+        a = self.assignment
+        return a is not None and (a.plan.sparse or self.device in a.tight)
 
     def _own_data(self, job: Job, plan: Plan) -> Rows | None:
         if self.device not in [source.device for source in plan.sources]:
