@@ -92,19 +92,21 @@ def _workers(cells: Sequence[Cell], overhead: Mapping[str, float]) -> list[str]:
 
 def _accuracy(cells: Sequence[Cell]) -> list[str]:
     out = [
-        "| start, shards | plan | accuracy, % (mean, least, most) | against dense, points |",
-        "|---|---|---|---|",
+        "| start, shards | plan | seeds | accuracy, % (mean, least, most) | against dense, points |",
+        "|---|---|---|---|---|",
     ]
     for setting in dict.fromkeys(c["setting"] for c in cells):
         own = [c for c in cells if c["setting"] == setting and c.get("curve")]
-        dense = [_last(c) for c in own if c["name"] == DENSE]
+        dense = {c["seed"]: _last(c) for c in own if c["name"] == DENSE}
         for name in dict.fromkeys(c["name"] for c in own):
-            found = [_last(c) for c in own if c["name"] == name]
-            gap = f"{statistics.fmean(found) - statistics.fmean(dense):+.2f}" if dense else "-"
+            by_seed = {c["seed"]: _last(c) for c in own if c["name"] == name}
+            gaps = [value - dense[seed] for seed, value in by_seed.items() if seed in dense]
+            gap = f"{statistics.fmean(gaps):+.2f}" if gaps else "-"  # each against the same seed's
+            found = by_seed.values()
             values = f"{statistics.fmean(found):.2f} ({min(found):.2f}, {max(found):.2f})"
-            out.append(f"| {setting} | {name} | {values} | {gap} |")
+            out.append(f"| {setting} | {name} | {len(found)} | {values} | {gap} |")
         out += [
-            f"| {setting} | {c['name']} | {c['error']} | - |"
+            f"| {setting} | {c['name']} | - | {c['error']} | - |"
             for c in cells
             if c["setting"] == setting and "error" in c
         ]
