@@ -55,7 +55,7 @@ def tasks(words: Path, cifar: Path | None) -> dict[str, Task]:
     """Those whose data is here or can be made."""
     found = {
         "digits": Task("digits", 10, 12, 20, 64, lambda seed: zoo.digits(test_fraction=0.3, seed=seed)),
-        "keywords": Task("keywords", 10, 8, 16, 64, lambda seed: spoken(words, seed)),
+        "keywords": Task("keywords", 10, 16, 16, 64, lambda seed: spoken(words, seed)),
     }
     if cifar is not None:
         found["cifar10"] = Task("cifar10", 10, 60, 60, 128, lambda _: zoo.cifar10(cifar))
