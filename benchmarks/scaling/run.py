@@ -1,6 +1,7 @@
 """Throughput over the number of devices: `auto`, `pipeline` and PyTorch DDP on SpanTrain's scaling series.
 
-Each cluster file of the series (2, 4, 8, 12, 16 devices) becomes a lab; the cores here hold all of them.
+Each cluster file of the series (2, 4, 8, 12, 16 devices) becomes a lab; the cores here hold all of them. The
+largest comes first: its layer times are those of all, as their devices are of the same kinds.
 Efficiency is throughput over what the devices would do if compute were all, by the best rate of a core.
 Beyond that the largest cluster two and four times over is simulated, with `data_parallel` in place of DDP.
 """
@@ -46,11 +47,11 @@ def options() -> argparse.Namespace:
     return args
 
 
-def cell(arena: Arena, model: str, args: argparse.Namespace) -> dict[str, Any]:
+def cell(arena: Arena, model: str, args: argparse.Namespace, kept: Cells) -> dict[str, Any]:
     """One number of devices: spanwise and DDP by turns, and the fastest device alone."""
     cluster = arena.cluster
     prepared = prepared_job(model, args.batch)
-    times = arena.profile(prepared, cache_of(args))
+    times = profile(arena, prepared, model, args, kept)
     graph = prepared.traced.graph
     plans = {s: choose(prepared.job, cluster, graph, times, s)[0] for s in STRATEGIES}
     expected = {s: predicted_s(prepared, plan, times, cluster) for s, plan in plans.items()}
@@ -76,6 +77,24 @@ def cell(arena: Arena, model: str, args: argparse.Namespace) -> dict[str, Any]:
         "predicted_s": expected, "plans": {n: p.to_data() for n, p in plans.items()}, "rounds": rounds,
         "beyond": beyond(prepared, cluster, times) if largest else [],
     }  # fmt: skip
+
+
+def profile(
+    arena: Arena, prepared: Prepared, model: str, args: argparse.Namespace, kept: Cells
+) -> Profile:  # fmt: skip
+    """Of this lab, or of a larger one that was measured before: devices of a speed take the same."""
+    before = next((c for c in kept.found if c.get("profiled") == model), None)
+    if before is None:
+        times = arena.profile(prepared, cache_of(args))
+        kept.add({"profiled": model, "cluster": arena.cluster.name, "profile": times.to_data()})
+        return times
+    times, there = Profile.parse(before["profile"]), Cluster.load(CLUSTERS / f"{before['cluster']}.toml")
+    known = {entry.device: entry for entry in times.devices}
+    by_speed = {device.speed: known[device.id] for device in there.devices}
+    devices = tuple(
+        by_speed[device.speed].model_copy(update={"device": device.id}) for device in arena.cluster.devices
+    )
+    return times.model_copy(update={"devices": devices, "links": ()})
 
 
 def larger(cluster: Cluster, times: Profile, copies: int) -> tuple[Cluster, Profile]:
@@ -184,18 +203,19 @@ def main() -> None:
         return
     need_lab(args)
     kept = Cells(args)
-    cells = kept.found
-    done = {(c["devices"], c["model"]) for c in cells}
-    for size in args.sizes:
+    done = {(c["devices"], c["model"]) for c in kept.found if "devices" in c}
+    for size in sorted(args.sizes, reverse=True):
         models = [m for m in args.models if (size, m) not in done]
         if not models:
             continue
         with Arena(Cluster.load(CLUSTERS / f"spantrain-{size}.toml"), models) as arena:
             for model in models:
-                kept.add(cell(arena, model, args))
+                kept.add(cell(arena, model, args, kept))
+    cells = sorted((c for c in kept.found if "devices" in c), key=lambda c: (c["model"], c["devices"]))
     for row in efficiency(cells):
         texts = (
-            f"{row['samples_per_s'][n]:.1f} ({row['of_bound'][n]:.0%})" for n in ("auto", "pipeline", "ddp")
+            f"{row['samples_per_s'][n]:.1f} ({row['of_bound'][n]:.0%})"
+            for n in ("auto", "pipeline", "ddp", "single")
         )
         print(f"| {row['model']} | {row['devices']} | {' | '.join(texts)} |")
     for row in simulated(cells):
