@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 _FEW_ROWS = 2
 _PACE_ROWS = 8  # about what a device gets of a micro-batch
-_SET_UP_S = 4.5  # until all devices have built the model
-_SET_UP_ALONE_S = 1.5
+_SOON_S = 1.0  # until all devices know when to begin
 _PACE_S = 3.0  # for each row count
 _PASSES = 3  # at least, in that time
 _TIMEOUT_S = 300.0
@@ -69,14 +68,13 @@ def profile_in_lab(
     usual = min(rows, key=lambda count: abs(count - _PACE_ROWS))
     head, payload = profile_request(prepared)
 
-    def slower(devices: tuple[str, ...], counts: list[int], set_up_s: float) -> dict[str, dict[int, float]]:
-        request = {**head, "name": "pace", "last_s": _PACE_S, "pace_rows": counts}
-        found = _passes_s(request, payload, lab, pool, devices, set_up_s)
+    def slower(devices: tuple[str, ...], counts: list[int]) -> dict[str, dict[int, float]]:
+        found = _passes_s({**head, "pace_rows": counts}, payload, lab, pool, devices)
         return {d: _slower(base.table(d)[0], counts, seconds) for d, seconds in found.items()}
 
-    together = slower(pool.devices, rows, _SET_UP_S)
+    together = slower(pool.devices, rows)
     alike = {lab.share(d): d for d in pool.devices}  # devices of one share stand for each other
-    alone = {share: slower((d,), [usual], _SET_UP_ALONE_S)[d][usual] for share, d in alike.items()}
+    alone = {share: slower((d,), [usual])[d][usual] for share, d in alike.items()}
     per_message = [
         (a / together[d][usual], b / together[d][usual]) for d, (a, b) in pool.message_cpu_s().items()
     ]
@@ -129,14 +127,19 @@ def _pace_rows(base: Profile, batch: int) -> list[int]:
 
 
 def _passes_s(
-    request: dict[str, Any], payload: bytes, lab: Lab, pool: WorkerPool, devices: tuple[str, ...],
-    set_up_s: float,
-) -> dict[str, list[float]]:  # fmt: skip
-    """Seconds of a pass of the whole model on these devices at once, under their quotas, by row counts."""
+    request: dict[str, Any], payload: bytes, lab: Lab, pool: WorkerPool, devices: tuple[str, ...]
+) -> dict[str, list[float]]:
+    """Seconds of a pass of the whole model on these devices at once, under their quotas, by row counts.
+
+    They build it without quotas: with a twentieth of a core that would take minutes.
+    """
+    coordinator = pool.coordinator
     with lab.eased():
-        begin_s = time.monotonic() + set_up_s
         for device in devices:
-            pool.coordinator.tell(device, "service", payload, begin_s=begin_s, **request)
-        time.sleep(max(0.0, begin_s - time.monotonic()))
-    frames = pool.coordinator.gather("served", devices, _TIMEOUT_S)
+            coordinator.tell(device, "service", payload, name="pace_set_up", **request)
+        coordinator.gather("served", devices, _TIMEOUT_S)
+    begin_s = time.monotonic() + _SOON_S
+    for device in devices:
+        coordinator.tell(device, "service", name="pace", begin_s=begin_s, last_s=_PACE_S)
+    frames = coordinator.gather("served", devices, _TIMEOUT_S)
     return {device: [float(s) for s in frame.head["passes_s"]] for device, frame in frames.items()}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from spanwise.core.errors import InputError
 from spanwise.core.model import ModelGraph
 from spanwise.core.profile import TimeTable
 from spanwise.profiler import known
 
 if TYPE_CHECKING:
     from spanwise.api.prepare import Prepared
+    from spanwise.profiler.compute import SustainedPasses
     from spanwise.profiler.trace import Traced
     from spanwise.runtime.worker import Service
 
@@ -48,19 +50,29 @@ def _profile(head: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], byte
     return {"table": table.to_data()}, b""
 
 
-def _pace(head: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
-    """What the whole model takes here while the other devices are at work too."""
-    import torch
+class _Pace:
+    """What the whole model takes here while the other devices are at work too: set up, then timed, once."""
 
-    from spanwise.profiler.compute import sustained_passes_s
+    def __init__(self) -> None:
+        self._passes: SustainedPasses | None = None
 
-    rows = [int(r) for r in head["pace_rows"]]
-    traced, sample = _arrived(head, payload, max(rows))
-    seconds = sustained_passes_s(
-        traced, rows=rows, sample=sample, threads=torch.get_num_threads(),
-        begin_s=float(head["begin_s"]), last_s=float(head["last_s"]),
-    )  # fmt: skip
-    return {"passes_s": seconds}, b""
+    def set_up(self, head: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
+        """Builds the model and runs it once; takes as long as it takes."""
+        import torch
+
+        from spanwise.profiler.compute import SustainedPasses
+
+        rows = [int(r) for r in head["pace_rows"]]
+        traced, sample = _arrived(head, payload, max(rows))
+        self._passes = SustainedPasses(traced, rows=rows, sample=sample, threads=torch.get_num_threads())
+        return {}, b""
+
+    def timed(self, head: dict[str, Any], _: bytes) -> tuple[dict[str, Any], bytes]:
+        """From a moment on that is the same for all devices."""
+        passes, self._passes = self._passes, None
+        if passes is None:
+            raise InputError("service 'pace': nothing is set up; ask for 'pace_set_up' first")
+        return {"passes_s": passes.seconds(float(head["begin_s"]), float(head["last_s"]))}, b""
 
 
 def _arrived(head: dict[str, Any], payload: bytes, rows: int) -> tuple[Traced, Any]:
@@ -96,4 +108,5 @@ def _generated(shape: tuple[int, ...], dtype: str, rows: int) -> Any:
 
 def services() -> dict[str, Service]:
     """By name, for ``runtime.worker.join``."""
-    return {"profile": _profile, "pace": _pace}
+    pace = _Pace()
+    return {"profile": _profile, "pace_set_up": pace.set_up, "pace": pace.timed}

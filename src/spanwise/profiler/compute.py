@@ -107,16 +107,8 @@ def measure_layers(
     )
 
 
-def sustained_passes_s(
-    traced: Traced,
-    *,
-    rows: Sequence[int],
-    sample: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
-    threads: int,
-    begin_s: float,
-    last_s: float,
-) -> list[float]:
-    """Seconds of a forward and backward of the model, as a device of a pipeline takes to them.
+class SustainedPasses:
+    """Forwards and backwards of a model, timed as a device of a pipeline takes to them.
 
     A device that has only a part of its processor, as others need the rest, comes back to cold caches in
     every portion that it gets, and so does one that has waited for its next rows: the same work takes more
@@ -127,23 +119,34 @@ def sustained_passes_s(
         rows: row counts of passes, one after the other.
         sample: inputs and labels of some rows.
         threads: torch intra-op threads.
-        begin_s: when to begin, by ``time.monotonic``; others on this machine begin then too.
-        last_s: how long to go on with each row count; three passes at least.
-
-    Returns:
-        The median pass with each row count, in processor seconds where one thread does it all.
     """
-    keep_freed_memory()
-    with _threads(threads), fixed_seed():
-        bench = LayerBench(traced, Sample(*sample), "cpu", threads)
-        parts = bench.parts(_PARTS)
-        batches = [bench.rows(count) for count in rows]
-        for data in batches:
-            bench.layer_pass(data, stages=parts)
-        time.sleep(max(0.0, begin_s - time.monotonic()))
-        return [
-            _sustained_s(bench, parts, data, begin_s + (i + 1) * last_s) for i, data in enumerate(batches)
-        ]
+
+    def __init__(
+        self, traced: Traced, *, rows: Sequence[int],
+        sample: tuple[tuple[Tensor, ...], tuple[Tensor, ...]], threads: int,
+    ) -> None:  # fmt: skip
+        keep_freed_memory()
+        self._threads = threads
+        with _threads(threads), fixed_seed():
+            self._bench = LayerBench(traced, Sample(*sample), "cpu", threads)
+            self._parts = self._bench.parts(_PARTS)
+            self._batches = [self._bench.rows(count) for count in rows]
+            for data in self._batches:
+                self._bench.layer_pass(data, stages=self._parts)
+
+    def seconds(self, begin_s: float, last_s: float) -> list[float]:
+        """The median pass with each row count, in processor seconds where one thread does it all.
+
+        Args:
+            begin_s: when to begin, by ``time.monotonic``; others on this machine begin then too.
+            last_s: how long to go on with each row count; three passes at least.
+        """
+        with _threads(self._threads), fixed_seed():
+            time.sleep(max(0.0, begin_s - time.monotonic()))
+            return [
+                _sustained_s(self._bench, self._parts, data, begin_s + (i + 1) * last_s)
+                for i, data in enumerate(self._batches)
+            ]
 
 
 def _sustained_s(bench: LayerBench, parts: Sequence[StageModule], data: Sample, end: float) -> float:
