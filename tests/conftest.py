@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Small tensors on many threads wait for each other, and the longer the busier the machine is. Before torch loads.
+# Small tensors on many threads wait for each other, the longer the busier the machine. Before torch loads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples in every run, and no limit on time: a busy machine must not fail a test.
