@@ -8,6 +8,7 @@ import pytest
 
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InputError
+from spanwise.lab import Lab
 from spanwise.lab.layout import Layout, Share, changed_cluster
 
 LINKS = [
@@ -119,3 +120,24 @@ def test_a_pair_with_a_link_of_its_own_leaves_the_bridge() -> None:
 def test_a_link_that_is_not_there_cannot_be_changed() -> None:
     with pytest.raises(InputError, match="no link x -> z to change"):
         changed_cluster(cluster(), "x", "z", bandwidth_bytes_per_s=1.0, latency_s=None)
+
+
+def test_shares_hold_again_after_the_last_of_nested_eased_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that start after others were eased would else take minutes with a twentieth of a core."""
+
+    class Groups:
+        shares: dict[str, Share | None] = {}
+
+        def set_share(self, device: str, share: Share | None) -> None:
+            self.shares[device] = share
+
+    lab, groups = Lab(cluster()), Groups()
+    monkeypatch.setattr(Lab, "groups", groups)
+    with lab.eased():
+        with lab.eased():
+            pass
+        assert groups.shares == dict.fromkeys("abcd")
+    assert groups.shares == {d: Share.of(lab.share(d)) for d in "abcd"}
+    with pytest.raises(ZeroDivisionError), lab.eased():
+        _ = 1 / 0
+    assert None not in groups.shares.values()

@@ -71,6 +71,7 @@ class Lab:
         self._cut: set[tuple[str, str]] = set()
         self._relay: subprocess.Popen[bytes] | None = None
         self._children: list[subprocess.Popen[Any]] = []
+        self._easing = 0  # blocks of ``eased`` under way
 
     @staticmethod
     def attach(lab: str) -> Lab:
@@ -78,7 +79,7 @@ class Lab:
         layout = state.LabFolder.of(lab).layout()
         found = Lab.__new__(Lab)
         found.id, found.keep, found.layout = lab, True, layout
-        found._cut, found._relay, found._children = set(), None, []
+        found._cut, found._relay, found._children, found._easing = set(), None, [], 0
         return found
 
     @property
@@ -238,13 +239,19 @@ class Lab:
 
     @contextmanager
     def eased(self) -> Generator[None]:
-        """Inside, no CPU share holds: for imports and set-up, which are not what is measured."""
+        """Inside, no CPU share holds: for imports and set-up, which are not what is measured.
+
+        One in another ends nothing: shares hold again after the last.
+        """
+        self._easing += 1
         for device in self.layout.cluster.ids:
             self.groups.set_share(device, None)
         try:
             yield
         finally:
-            self.enforce()
+            self._easing -= 1
+            if not self._easing:
+                self.enforce()
 
     def enforce(self) -> None:
         """Puts every device's CPU share in force."""
