@@ -23,7 +23,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 import fleet
-from awake import awake
 from measured import middle as middle
 from measured import step_s as step_s
 from models import RECIPES
@@ -98,7 +97,6 @@ class Arena:
         self.cluster = cluster
         self._stack = contextlib.ExitStack()
         try:
-            self._stack.enter_context(awake())
             self.lab = self._stack.enter_context(Lab(cluster))
             with self.lab.eased():
                 if models:

@@ -126,7 +126,8 @@ def test_shares_hold_again_after_the_last_of_nested_eased_blocks(monkeypatch: py
     """Workers that start after others were eased would else take minutes with a twentieth of a core."""
 
     class Groups:
-        shares: dict[str, Share | None] = {}
+        def __init__(self) -> None:
+            self.shares: dict[str, Share | None] = {}
 
         def set_share(self, device: str, share: Share | None) -> None:
             self.shares[device] = share
