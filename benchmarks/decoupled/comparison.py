@@ -124,6 +124,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
                     100 * whole - WANTED_POINTS, 100 * whole, color=GREY, label="central, 0.5 points"
                 )
             axis.set_title(f"{task}, {model}", fontsize=8, loc="left")
+            axis.set_xticks(sorted({cell["groups"] for cell in pick(own, way="apart")}))
             axis.set_xlabel("groups", fontsize=7)
             axis.set_ylabel("test accuracy, %", fontsize=7)
             axis.tick_params(labelsize=7)
