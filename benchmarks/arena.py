@@ -45,7 +45,6 @@ from spanwise.runtime.processes import ProcessSession, WorkerPool
 
 CLUSTERS = Path(__file__).resolve().parents[1] / "clusters"
 ENDLESS_S = 1e6  # a step of a plan that failed
-JOIN_S = 400.0  # all workers load torch at once, on the cores that there are
 _MIB = 2**20
 
 
@@ -104,7 +103,7 @@ class Arena:
                         fleet.Fleet(cluster.ids, self._start_rank, models=models, eased=self.lab.eased)
                     )
                 self.pool: WorkerPool = meet_in_lab(
-                    self.lab, cluster.ids, JOIN_S, lambda _: None, huge_pages=huge_pages
+                    self.lab, cluster.ids, 120.0, lambda _: None, huge_pages=huge_pages
                 )
                 self._stack.callback(self.pool.close)
         except BaseException:

@@ -79,9 +79,7 @@ def cell(arena: Arena, model: str, args: argparse.Namespace, kept: Cells) -> dic
     }  # fmt: skip
 
 
-def profile(
-    arena: Arena, prepared: Prepared, model: str, args: argparse.Namespace, kept: Cells
-) -> Profile:  # fmt: skip
+def profile(arena: Arena, prepared: Prepared, model: str, args: argparse.Namespace, kept: Cells) -> Profile:
     """Of this lab, or of a larger one that was measured before: devices of a speed take the same."""
     before = next((c for c in kept.found if c.get("profiled") == model), None)
     if before is None:
