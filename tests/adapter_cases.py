@@ -14,8 +14,8 @@ from spanwise.core.profile import LinkTimes, Profile
 from spanwise.core.program import Action
 from spanwise.core.timeline import Timeline
 from spanwise.lowering import lower
+from spanwise.planner.adapting.ratios import Expected
 from spanwise.planner.problem import Problem
-from spanwise.planner.ratios import Expected
 from spanwise.simulator import simulate
 
 

@@ -13,10 +13,10 @@ from planner_cases import make_graph, make_job
 from spanwise.core.cluster import Cluster, Route
 from spanwise.core.profile import DeviceTimes, LayerTimes, Profile, TimeTable
 from spanwise.planner import Problem
-from spanwise.planner.hiertrain_layout import Instance, Layout, Machine, Roles, Terms
-from spanwise.planner.hiertrain_model import Form
-from spanwise.planner.hiertrain_rows import Room
-from spanwise.planner.hiertrain_search import Bounds, Numbers, Rooms, all_cuts_of, bounds, roles_of
+from spanwise.planner.hiertrain.layout import Instance, Layout, Machine, Roles, Terms
+from spanwise.planner.hiertrain.model import Form
+from spanwise.planner.hiertrain.rows import Room
+from spanwise.planner.hiertrain.search import Bounds, Numbers, Rooms, all_cuts_of, bounds, roles_of
 
 IDS = ("end", "edge", "cloud")
 

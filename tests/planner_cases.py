@@ -13,9 +13,9 @@ from spanwise.core.model import Layer, ModelGraph, Parameter, TensorSpec
 from spanwise.core.plan import Plan
 from spanwise.core.profile import DeviceTimes, LayerTimes, Profile, TimeTable
 from spanwise.planner import Problem
-from spanwise.planner.build import Depth, build
 from spanwise.planner.outline import Outline, Span
-from spanwise.planner.trial import timeline
+from spanwise.planner.plans.build import Depth, build
+from spanwise.planner.plans.trial import timeline
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import combinations, permutations, product
 
-from spanwise.planner.duplex import DuplexCuts
-from spanwise.planner.segments import Chain, Cuts, Ends, Exchange
+from spanwise.planner.segments.chain import Chain, Cuts, Ends, Exchange
+from spanwise.planner.segments.duplex import DuplexCuts
 
 INFINITE = 10**18
 

@@ -10,7 +10,7 @@ from spanwise.core.model import Layer, ModelGraph, Parameter, TensorSpec
 from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.core.profile import DeviceTimes, LayerTimes, Profile, TimeTable
 from spanwise.core.syncs import ServerSync
-from spanwise.planner.segments import Cuts, Exchange
+from spanwise.planner.segments.chain import Cuts, Exchange
 
 NS = 1e-9
 

@@ -12,7 +12,7 @@ from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.core.trained import GroupSync
 from spanwise.lowering import natural_syncs
 from spanwise.planner import Problem
-from spanwise.planner.dsparse import (
+from spanwise.planner.dsparse.strategy import (
     Sparsity,
     dsparse_last_k,
     dsparse_magnitude,

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness import keep, parser
 from nets import NETS, read
 
-from spanwise.planner.duplex import duplex_bound_ns
-from spanwise.planner.duplex_search import duplex
-from spanwise.planner.segment_rules import SEGMENT_RULES
-from spanwise.planner.segments import Chain, Exchange, bound_ns, step_ns
+from spanwise.planner.segments.chain import Chain, Exchange, bound_ns, step_ns
+from spanwise.planner.segments.duplex import duplex_bound_ns
+from spanwise.planner.segments.duplex_search import duplex
+from spanwise.planner.segments.rules import SEGMENT_RULES
 
 HERE = Path(__file__).resolve().parent
 RATES_GBIT = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)

@@ -16,9 +16,9 @@ from spanwise.core.observed import Arrival, Departure, DeviceStep
 from spanwise.core.plan import Plan
 from spanwise.lowering import lower
 from spanwise.planner import Problem, make_plan
-from spanwise.planner.parameter_server import exchanges, star_of
-from spanwise.planner.resegment import Resegmenter
-from spanwise.planner.segments import best_segments
+from spanwise.planner.adapting.resegment import Resegmenter
+from spanwise.planner.segments.chain import best_segments
+from spanwise.planner.strategies.parameter_server import exchanges, star_of
 
 LAYERS, DEEP, REPEATS = 50, 152, 50
 OVERHEAD_S = 0.02  # that messages of the run show; it was planned with none

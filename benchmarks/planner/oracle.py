@@ -1,7 +1,7 @@
 """Exhaustive search over small clusters: every order of groups, every cut, every number of micro-batches.
 
 Independent of the planner's dynamic programme: nothing is dropped on the way. All plans are priced by the
-formula of ``planner/price.py`` at typical rows; the cheapest of every number of stages are built with their
+formula of ``plans.price`` at typical rows; the cheapest of every number of stages are built with their
 own rows and priced again; the best of those are simulated with both warm-up rules. Rows of a stage are
 those of ``min_max_rows``, which is exact against brute force (tests/unit/test_planner_rows.py).
 """
@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
-from spanwise.planner.build import Depth, build
-from spanwise.planner.groups import INFEASIBLE_S, Groups
 from spanwise.planner.outline import Outline, Span
-from spanwise.planner.price import price
+from spanwise.planner.plans.build import Depth, build
+from spanwise.planner.plans.price import price
+from spanwise.planner.plans.trial import timeline
 from spanwise.planner.problem import Problem
-from spanwise.planner.trial import timeline
+from spanwise.planner.search.groups import INFEASIBLE_S, Groups
 
 Group = tuple[int, ...]
 Floats = NDArray[np.float64]

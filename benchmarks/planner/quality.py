@@ -18,13 +18,13 @@ from oracle import exhaustive
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.planner import Problem
-from spanwise.planner.extensions import END, Extension
-from spanwise.planner.finish import at_both_depths
-from spanwise.planner.groups import Groups
-from spanwise.planner.hpp import FINALISTS, hpp
-from spanwise.planner.outlines import refined_outlines
-from spanwise.planner.search import Search
-from spanwise.planner.trial import priced, timeline
+from spanwise.planner.plans.finish import at_both_depths
+from spanwise.planner.plans.trial import priced, timeline
+from spanwise.planner.search.extensions import END, Extension
+from spanwise.planner.search.groups import Groups
+from spanwise.planner.search.outlines import refined_outlines
+from spanwise.planner.search.sets import Search
+from spanwise.planner.strategies.hpp import FINALISTS, hpp
 
 CLUSTERS = 200
 SIZES = (4, 5, 6)

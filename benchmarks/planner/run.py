@@ -16,7 +16,7 @@ from cases import large, unlike
 from harness import keep, options, summary
 
 from spanwise.planner import Problem, compare
-from spanwise.planner.hpp import hpp
+from spanwise.planner.strategies.hpp import hpp
 
 JOB = Path(__file__).resolve().parents[2] / "examples" / "digits.toml"
 LAYERS = 60

@@ -69,13 +69,11 @@ def cell(arena: Arena, model: str, args: argparse.Namespace, kept: Cells) -> dic
     for name in rounds:
         predicted = f", predicted {expected[name]:.3f} s" if name in expected else ""
         print(f"{cluster.name} {model}: {name}: {_step_s(rounds[name]):.3f} s{predicted}", flush=True)
-    largest = not args.short and len(cluster.ids) == max(args.sizes)
     return {
         "cluster": cluster.name, "devices": len(cluster.ids), "model": model, "batch": args.batch,
         "cores": sum(d.speed for d in cluster.devices) * cluster.core_share,
         "single_cores": max(d.speed for d in cluster.devices) * cluster.core_share,
         "predicted_s": expected, "plans": {n: p.to_data() for n, p in plans.items()}, "rounds": rounds,
-        "beyond": beyond(prepared, cluster, times) if largest else [],
     }  # fmt: skip
 
 
@@ -101,7 +99,7 @@ def larger(cluster: Cluster, times: Profile, copies: int) -> tuple[Cluster, Prof
     devices = [
         {**d, "id": f"{d['id']}-{n}" if n else d["id"]} for n in range(copies) for d in data["devices"]
     ]
-    more = Cluster.parse({**data, "name": f"{cluster.name} x {copies}", "devices": devices})
+    more = Cluster.parse({**data, "name": f"{cluster.name}-x{copies}", "devices": devices})
     entries = tuple(
         entry.model_copy(update={"device": f"{entry.device}-{n}" if n else entry.device})
         for n in range(copies)
@@ -110,8 +108,11 @@ def larger(cluster: Cluster, times: Profile, copies: int) -> tuple[Cluster, Prof
     return more, times.model_copy(update={"devices": entries})
 
 
-def beyond(prepared: Prepared, cluster: Cluster, times: Profile) -> list[dict[str, Any]]:
-    """Predicted seconds of a step on this cluster and on several times as many devices."""
+def beyond(model: str, args: argparse.Namespace, kept: Cells) -> list[dict[str, Any]]:
+    """Predicted seconds of a step on the profiled cluster and on several times as many devices."""
+    found = next(c for c in kept.found if c.get("profiled") == model)
+    times, cluster = Profile.parse(found["profile"]), Cluster.load(CLUSTERS / f"{found['cluster']}.toml")
+    prepared = prepared_job(model, args.batch)
     out: list[dict[str, Any]] = []
     for copies in (1, *BEYOND):
         more, known = larger(cluster, times, copies)
@@ -141,8 +142,9 @@ def _core_rate(cells: list[dict[str, Any]], model: str) -> float:
 def efficiency(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per cell and system: samples per second, and these over the bound of its devices' cores."""
     out: list[dict[str, Any]] = []
-    for found in cells:
-        core = _core_rate(cells, found["model"])
+    measured = [c for c in cells if "rounds" in c]
+    for found in measured:
+        core = _core_rate(measured, found["model"])
         rates = {n: found["batch"] / _step_s(r) for n, r in found["rounds"].items()}
         out.append(
             {
@@ -157,9 +159,10 @@ def efficiency(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def simulated(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same of what was only simulated."""
     out: list[dict[str, Any]] = []
-    for found in cells:
-        core = _core_rate(cells, found["model"])
-        for more in found.get("beyond", ()):
+    measured = [c for c in cells if "rounds" in c]
+    for found in (c for c in cells if "beyond" in c):
+        core = _core_rate(measured, found["model"])
+        for more in found["beyond"]:
             rates = {n: found["batch"] / s for n, s in more["predicted_s"].items() if s}
             share = {n: r / (core * more["cores"]) for n, r in rates.items()}
             out.append({"model": found["model"], "devices": more["devices"], "samples_per_s": rates,
@@ -210,6 +213,8 @@ def main() -> None:
             for model in models:
                 kept.add(cell(arena, model, args, kept))
     cells = sorted((c for c in kept.found if "devices" in c), key=lambda c: (c["model"], c["devices"]))
+    if not args.short:
+        cells += [{"model": model, "beyond": beyond(model, args, kept)} for model in args.models]
     for row in efficiency(cells):
         texts = (
             f"{row['samples_per_s'][n]:.1f} ({row['of_bound'][n]:.0%})"

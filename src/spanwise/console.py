@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from spanwise.core.profile import Profile
     from spanwise.core.timeline import Timeline
     from spanwise.planner import Evaluation, WhatIf
-    from spanwise.planner.adaptation import Adaptation
+    from spanwise.planner.adapting.adaptation import Adaptation
     from spanwise.runtime.evaluate import Score
     from spanwise.runtime.processes import WorkerPool
     from spanwise.runtime.session import StepReport

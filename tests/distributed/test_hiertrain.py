@@ -7,8 +7,8 @@ from cases import MLP
 from equality import assignment, largest_difference, of, plan_of, reference
 
 from spanwise.core.plan import Plan, Replica
-from spanwise.planner.hiertrain_layout import Layout, Roles
-from spanwise.planner.hiertrain_plan import stages_of
+from spanwise.planner.hiertrain.layout import Layout, Roles
+from spanwise.planner.hiertrain.plan import stages_of
 from spanwise.runtime.threads import ThreadSession
 
 STEPS = 3

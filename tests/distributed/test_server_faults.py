@@ -25,7 +25,7 @@ from spanwise.core.errors import PeerError
 from spanwise.core.plan import Plan, ServerSync
 from spanwise.core.profile import DeviceTimes, LayerTimes, Profile, TimeTable
 from spanwise.planner import Problem, make_plan
-from spanwise.planner.resegment import Recut, Resegmenter
+from spanwise.planner.adapting.resegment import Recut, Resegmenter
 from spanwise.runtime.device_run import Assignment
 from spanwise.runtime.processes import Meeting, ProcessSession, WorkerPool
 from spanwise.runtime.session import Probe

@@ -12,7 +12,7 @@ from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan
 from spanwise.core.program import parse_actions
 from spanwise.lowering import lower
-from spanwise.planner.segments import Cuts
+from spanwise.planner.segments.chain import Cuts
 
 
 def in_segments(found: Plan, count: int) -> Plan:

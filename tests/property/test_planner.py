@@ -20,9 +20,9 @@ from spanwise.planner import (
     lower_bound,
     make_plan,
 )
-from spanwise.planner.feasible import broken_rule, shortage
-from spanwise.planner.price import price
-from spanwise.planner.trial import timeline
+from spanwise.planner.plans.feasible import broken_rule, shortage
+from spanwise.planner.plans.price import price
+from spanwise.planner.plans.trial import timeline
 
 
 def random_problem(seed: int) -> Problem:

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segment_cases import simulated_duplex, simulated_pull, simulated_push
-from spanwise.planner.duplex import duplex_bound_ns
-from spanwise.planner.duplex_search import duplex
-from spanwise.planner.segment_rules import SEGMENT_RULES
-from spanwise.planner.segments import Chain, Exchange, best_segments, bound_ns, makespan_ns, step_ns
+from spanwise.planner.segments.chain import Chain, Exchange, best_segments, bound_ns, makespan_ns, step_ns
+from spanwise.planner.segments.duplex import duplex_bound_ns
+from spanwise.planner.segments.duplex_search import duplex
+from spanwise.planner.segments.rules import SEGMENT_RULES
 
 TIMES = st.one_of(st.just(0), st.integers(0, 20), st.integers(0, 10**10))
 

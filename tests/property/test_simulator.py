@@ -18,7 +18,7 @@ from spanwise.core.timeline import Timeline
 from spanwise.cost.halves import portions
 from spanwise.cost.training import again_s, kept_bytes, ring_edge_bytes, stage_bytes
 from spanwise.lowering import check, lower
-from spanwise.planner import feasible
+from spanwise.planner.plans import feasible
 from spanwise.simulator import simulate
 
 COPIES = 1

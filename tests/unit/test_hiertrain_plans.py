@@ -15,14 +15,14 @@ from spanwise.core.plan import Plan
 from spanwise.core.program import Action, Program
 from spanwise.lowering import check, lower
 from spanwise.planner import BASELINES, Problem, check_plan, make_plan
-from spanwise.planner.decided import exactly
-from spanwise.planner.feasible import memory_bytes
-from spanwise.planner.hiertrain import THREE_MACHINES, finalists
-from spanwise.planner.hiertrain_layout import Instance, Layout, Roles
-from spanwise.planner.hiertrain_model import step_time_s
-from spanwise.planner.hiertrain_plan import Arena, row_orders, stages_of
-from spanwise.planner.hiertrain_search import Candidate, Search
-from spanwise.planner.trial import timeline
+from spanwise.planner.hiertrain.layout import Instance, Layout, Roles
+from spanwise.planner.hiertrain.model import step_time_s
+from spanwise.planner.hiertrain.plan import Arena, row_orders, stages_of
+from spanwise.planner.hiertrain.search import Candidate, Search
+from spanwise.planner.hiertrain.strategy import THREE_MACHINES, finalists
+from spanwise.planner.plans.feasible import memory_bytes
+from spanwise.planner.plans.trial import timeline
+from spanwise.planner.published.decided import exactly
 from spanwise.simulator import simulate
 
 OURS = ("all_device", "all_edge", "all_cloud", "split_two", "two_tier")

@@ -20,13 +20,13 @@ from hiertrain_cases import (
 from planner_cases import make_cluster, make_graph, make_job, make_profile
 from spanwise.core.errors import InfeasibleError
 from spanwise.planner import BASELINES, Problem, check_plan, make_plan
-from spanwise.planner.hiertrain_layout import Instance, Layout, Terms
-from spanwise.planner.hiertrain_model import Form, step_time_s, terms
-from spanwise.planner.hiertrain_plan import Arena
-from spanwise.planner.hiertrain_relaxed import relaxed_rows, rounded_rows
-from spanwise.planner.hiertrain_rows import Room, best_rows
-from spanwise.planner.hiertrain_search import Search
-from spanwise.planner.trial import timeline
+from spanwise.planner.hiertrain.layout import Instance, Layout, Terms
+from spanwise.planner.hiertrain.model import Form, step_time_s, terms
+from spanwise.planner.hiertrain.plan import Arena
+from spanwise.planner.hiertrain.relaxed import relaxed_rows, rounded_rows
+from spanwise.planner.hiertrain.rows import Room, best_rows
+from spanwise.planner.hiertrain.search import Search
+from spanwise.planner.plans.trial import timeline
 
 FORMS: tuple[Form, ...] = ("event", "barrier")
 

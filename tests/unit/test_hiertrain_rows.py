@@ -20,11 +20,11 @@ from hiertrain_cases import (
     random_layout,
 )
 from spanwise.core.errors import InputError
-from spanwise.planner.hiertrain_grow import grown, widened
-from spanwise.planner.hiertrain_layout import Instance, Layout, Roles
-from spanwise.planner.hiertrain_model import Form, step_time_s, terms
-from spanwise.planner.hiertrain_rows import Room, best_rows
-from spanwise.planner.hiertrain_search import Candidate, Numbers, Search
+from spanwise.planner.hiertrain.grow import grown, widened
+from spanwise.planner.hiertrain.layout import Instance, Layout, Roles
+from spanwise.planner.hiertrain.model import Form, step_time_s, terms
+from spanwise.planner.hiertrain.rows import Room, best_rows
+from spanwise.planner.hiertrain.search import Candidate, Numbers, Search
 
 FORMS: tuple[Form, ...] = ("event", "barrier")
 

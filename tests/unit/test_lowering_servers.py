@@ -17,7 +17,7 @@ from spanwise.core.plan import Plan
 from spanwise.core.program import Action, Program
 from spanwise.core.syncs import ServerSync
 from spanwise.lowering import check, lower, moves
-from spanwise.planner.segments import Cuts
+from spanwise.planner.segments.chain import Cuts
 
 GRAPH, TIED = chain(4), chain(4, tied=(0, 3))
 ROWS = {"d0": 3, "d1": 5}

@@ -20,13 +20,13 @@ from spanwise.core.profile import Profile
 from spanwise.core.routes import Routes
 from spanwise.lowering import moves
 from spanwise.planner import Problem, make_plan
-from spanwise.planner.adaptation import Change, Search, found_in, known_in
-from spanwise.planner.adapter import BAN_STEPS, HOLD_STEPS, JUDGED_STEPS, SETTLE_STEPS, Adapter
-from spanwise.planner.explore import FORGET_S, Explorer, Look
+from spanwise.planner.adapting.adaptation import Change, Search, found_in, known_in
+from spanwise.planner.adapting.adapter import BAN_STEPS, HOLD_STEPS, JUDGED_STEPS, SETTLE_STEPS, Adapter
+from spanwise.planner.adapting.explore import FORGET_S, Explorer, Look
+from spanwise.planner.adapting.replan import Candidate, candidates, kind_of, replan, same_rows
+from spanwise.planner.adapting.tracker import BIG, BIG_WINDOW_S
+from spanwise.planner.plans.trial import timeline
 from spanwise.planner.problem import Memo
-from spanwise.planner.replan import Candidate, candidates, kind_of, replan, same_rows
-from spanwise.planner.tracker import BIG, BIG_WINDOW_S
-from spanwise.planner.trial import timeline
 
 BOTH_WAYS = [*PIPE, *((b, a) for a, b in PIPE)]
 

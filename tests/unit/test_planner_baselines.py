@@ -12,11 +12,11 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InfeasibleError, InputError
 from spanwise.core.plan import Plan
 from spanwise.planner import BASELINES, STRATEGIES, Problem, compare, compare_baselines, make_plan
-from spanwise.planner.dapple import placements
-from spanwise.planner.hetpipe import partition, virtual_workers
-from spanwise.planner.pipedream import balanced
-from spanwise.planner.rows import min_max_rows
-from spanwise.planner.two_phases import two_phase_rows
+from spanwise.planner.facts.rows import min_max_rows
+from spanwise.planner.published.dapple import placements
+from spanwise.planner.published.hetpipe import partition, virtual_workers
+from spanwise.planner.published.pipedream import balanced
+from spanwise.planner.published.two_phases import two_phase_rows
 
 
 def test_auto_does_not_consider_them() -> None:

@@ -8,7 +8,7 @@ from planner_cases import make_graph, make_job, make_problem, make_profile
 from spanwise.core.cluster import Cluster
 from spanwise.core.profile import LayerTimes
 from spanwise.planner import Problem, compare, compare_baselines, lower_bound, make_plan
-from spanwise.planner.trial import timeline
+from spanwise.planner.plans.trial import timeline
 
 
 def cluster_of(*names: str, bandwidth: str = "100 Gbit/s", latency: str = "0 ms", **more: object) -> Cluster:

@@ -10,12 +10,12 @@ from spanwise.core.order import joined
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.planner import Problem, make_plan
-from spanwise.planner.bubble import FIRST, likely_variants, zero_bubble_variants
-from spanwise.planner.feasible import kept, memory_bytes
-from spanwise.planner.finish import halved, segmented
 from spanwise.planner.outline import Outline, Span
-from spanwise.planner.pace import pace_s
-from spanwise.planner.trial import priced, timeline
+from spanwise.planner.plans.bubble import FIRST, likely_variants, zero_bubble_variants
+from spanwise.planner.plans.feasible import kept, memory_bytes
+from spanwise.planner.plans.finish import halved, segmented
+from spanwise.planner.plans.pace import pace_s
+from spanwise.planner.plans.trial import priced, timeline
 
 LAYERS = 12
 

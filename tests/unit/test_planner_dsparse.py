@@ -17,9 +17,8 @@ from spanwise.cost.sparse import chain_pieces, chain_s
 from spanwise.cost.training import optimizer_copies, ring_edge_bytes
 from spanwise.lowering import lower, units_of
 from spanwise.planner import SPARSE_STRATEGIES, STRATEGIES, Problem, check_plan, make_plan
-from spanwise.planner.dsparse import Sparsity, sparse_plan
-from spanwise.planner.dsparse_options import Selectable
-from spanwise.planner.dsparse_select import (
+from spanwise.planner.dsparse.options import Selectable
+from spanwise.planner.dsparse.select import (
     Choice,
     in_order,
     last_k,
@@ -28,6 +27,7 @@ from spanwise.planner.dsparse_select import (
     shifts_only,
     within_bytes,
 )
+from spanwise.planner.dsparse.strategy import Sparsity, sparse_plan
 from spanwise.reporting.text import describe_plan
 from spanwise.simulator import simulate
 from sparse_cases import conv_chain, scores, unequal

@@ -11,17 +11,17 @@ import pytest
 
 from segment_cases import FAMILIES, exchange, exhaustive_duplex, held, simulated_duplex
 from spanwise.core.errors import InputError, PlanError
-from spanwise.planner import duplex_search
-from spanwise.planner.duplex import (
+from spanwise.planner.segments import duplex_search
+from spanwise.planner.segments.chain import Chain, Cuts, Ends, Exchange, step_ns
+from spanwise.planner.segments.duplex import (
     DuplexCuts,
     duplex_bound_ns,
     duplex_step_ns,
     greatest_cycle_mean,
     pushed_ns,
 )
-from spanwise.planner.duplex_search import MOST_PRICED_FROM, duplex, duplex_from
-from spanwise.planner.segment_rules import dynacomm
-from spanwise.planner.segments import Chain, Cuts, Ends, Exchange, step_ns
+from spanwise.planner.segments.duplex_search import MOST_PRICED_FROM, duplex, duplex_from
+from spanwise.planner.segments.rules import dynacomm
 
 
 def tasks(count: int, most_layers: int, least_layers: int = 1) -> list[Exchange]:

@@ -13,9 +13,9 @@ from spanwise.core.observed import MOST_LARGE, MOST_SMALL, Arrival, Departure, D
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.planner import Problem
-from spanwise.planner.estimate import PROBE_LASTS, Estimator
-from spanwise.planner.ratios import Expected
-from spanwise.planner.tracker import Tracker, Usual
+from spanwise.planner.adapting.estimate import PROBE_LASTS, Estimator
+from spanwise.planner.adapting.ratios import Expected
+from spanwise.planner.adapting.tracker import Tracker, Usual
 
 CLUSTER = Cluster.parse(
     {

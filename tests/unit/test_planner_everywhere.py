@@ -13,10 +13,10 @@ from spanwise.core.errors import InfeasibleError, InputError, PlanError
 from spanwise.core.plan import Plan
 from spanwise.lowering import lower
 from spanwise.planner import STRATEGIES, Problem, check_plan, compare, fastest_of, make_plan
-from spanwise.planner.grid import all_cuts
-from spanwise.planner.outlines import best_outlines
-from spanwise.planner.price import price
-from spanwise.planner.trial import timeline
+from spanwise.planner.plans.price import price
+from spanwise.planner.plans.trial import timeline
+from spanwise.planner.search.grid import all_cuts
+from spanwise.planner.search.outlines import best_outlines
 
 
 def everywhere(cluster: Cluster | None = None) -> Cluster:

@@ -8,13 +8,13 @@ from test_planner_estimate import problem as two_sites_task
 from planner_cases import fastest_of_all, make_cluster, make_graph, make_job, make_problem, make_profile
 from spanwise.core.cluster import Cluster
 from spanwise.planner import STRATEGIES, Problem, compare, make_plan
-from spanwise.planner.extensions import Extension, all_subsets, along
-from spanwise.planner.groups import Groups
-from spanwise.planner.orders import link_clusters, starting_orders
-from spanwise.planner.outlines import best_outlines
-from spanwise.planner.search import Search
-from spanwise.planner.sequences import neighbours
-from spanwise.planner.trial import timeline
+from spanwise.planner.plans.trial import timeline
+from spanwise.planner.search.extensions import Extension, all_subsets, along
+from spanwise.planner.search.groups import Groups
+from spanwise.planner.search.orders import link_clusters, starting_orders
+from spanwise.planner.search.outlines import best_outlines
+from spanwise.planner.search.sequences import neighbours
+from spanwise.planner.search.sets import Search
 
 SEEDS = range(7)
 

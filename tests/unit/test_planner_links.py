@@ -12,9 +12,9 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.profile import LinkTimes, Profile
 from spanwise.lowering import lower
 from spanwise.planner import Problem, make_plan
-from spanwise.planner.bound import lower_bound
-from spanwise.planner.links import Links
-from spanwise.planner.trial import timeline
+from spanwise.planner.bounds.bound import lower_bound
+from spanwise.planner.facts.links import Links
+from spanwise.planner.plans.trial import timeline
 from spanwise.simulator.setup import Costs
 
 

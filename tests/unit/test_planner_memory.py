@@ -13,10 +13,10 @@ from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.core.units import parse_bytes
 from spanwise.cost.training import stage_bytes
 from spanwise.planner import STRATEGIES, Problem, compare, make_plan
-from spanwise.planner.build import build
-from spanwise.planner.feasible import memory_bytes, shortage
+from spanwise.planner.facts.tables import Tables
 from spanwise.planner.outline import Outline, Span
-from spanwise.planner.tables import Tables
+from spanwise.planner.plans.build import build
+from spanwise.planner.plans.feasible import memory_bytes, shortage
 
 
 def problem(memory: str, *, devices: int = 3, layers: int = 6, batch: int = 16) -> Problem:

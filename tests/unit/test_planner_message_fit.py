@@ -9,8 +9,8 @@ from statistics import median
 import pytest
 
 from spanwise.core.observed import Arrival, Departure, DeviceStep, least_large, noted
-from spanwise.planner.message_fit import KEPT_OF_SIZE, LinkMessages, MessageFit, fit_messages
-from spanwise.planner.ratios import Message, link_messages
+from spanwise.planner.adapting.message_fit import KEPT_OF_SIZE, LinkMessages, MessageFit, fit_messages
+from spanwise.planner.adapting.ratios import Message, link_messages
 
 OVERHEAD_S, RATE = 0.005, 125e6  # 1 Gbit/s
 SIZES = (20_000, 100_000, 1_000_000, 10_000_000)

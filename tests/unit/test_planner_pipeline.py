@@ -11,8 +11,8 @@ import pytest
 
 from planner_cases import make_cluster, make_graph, make_job, make_profile
 from spanwise.planner import Problem, make_plan
-from spanwise.planner.grid import all_cuts, coarse_cuts, fine_cuts
-from spanwise.planner.outlines import best_outlines
+from spanwise.planner.search.grid import all_cuts, coarse_cuts, fine_cuts
+from spanwise.planner.search.outlines import best_outlines
 
 
 def dominant_step_s(problem: Problem, order: tuple[str, ...], edges: tuple[int, ...], m: int) -> float:

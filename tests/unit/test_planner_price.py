@@ -9,10 +9,10 @@ import pytest
 from planner_cases import make_cluster, make_graph, make_job, make_profile
 from spanwise.core.cluster import Cluster
 from spanwise.planner import Problem
-from spanwise.planner.build import build
 from spanwise.planner.outline import Outline, Span
-from spanwise.planner.price import Step, dominant, price, round_s
-from spanwise.planner.trial import timeline
+from spanwise.planner.plans.build import build
+from spanwise.planner.plans.price import Step, dominant, price, round_s
+from spanwise.planner.plans.trial import timeline
 
 
 def published(steps: list[Step], m: int) -> float:

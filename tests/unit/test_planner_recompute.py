@@ -12,13 +12,14 @@ from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.cost.training import again_s, stage_bytes
 from spanwise.lowering import lower
-from spanwise.planner import STRATEGIES, Problem, build, compare, finish, make_plan
-from spanwise.planner.build import fitted
-from spanwise.planner.feasible import memory_bytes, shortage
+from spanwise.planner import STRATEGIES, Problem, compare, make_plan
+from spanwise.planner.facts.ways import equal_parts, ways
 from spanwise.planner.outline import Outline, Span
-from spanwise.planner.price import price
-from spanwise.planner.trial import timeline
-from spanwise.planner.ways import equal_parts, ways
+from spanwise.planner.plans import build, finish
+from spanwise.planner.plans.build import fitted
+from spanwise.planner.plans.feasible import memory_bytes, shortage
+from spanwise.planner.plans.price import price
+from spanwise.planner.plans.trial import timeline
 from spanwise.simulator import simulate
 
 GRAPH = make_graph(9, 0, activation=200_000)

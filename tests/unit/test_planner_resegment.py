@@ -15,16 +15,23 @@ from spanwise.core.observed import Arrival, Departure, DeviceStep
 from spanwise.core.plan import Plan
 from spanwise.lowering import lower
 from spanwise.planner import Problem, make_plan
-from spanwise.planner.adaptation import Change
-from spanwise.planner.adapter import Adapter
-from spanwise.planner.duplex import DuplexCuts, duplex_step_ns
-from spanwise.planner.duplex_search import duplex
-from spanwise.planner.message_fit import MessageFit
-from spanwise.planner.parameter_server import Star, after_pushes, aggregated, exchanges, plan_of, star_of
-from spanwise.planner.ratios import Message
-from spanwise.planner.resegment import Resegmenter, over_border, slowest
-from spanwise.planner.segment_rules import SEGMENT_RULES, dynacomm
-from spanwise.planner.segments import NS_PER_S, Chain, Cuts, Exchange, step_ns
+from spanwise.planner.adapting.adaptation import Change
+from spanwise.planner.adapting.adapter import Adapter
+from spanwise.planner.adapting.message_fit import MessageFit
+from spanwise.planner.adapting.ratios import Message
+from spanwise.planner.adapting.resegment import Resegmenter, over_border, slowest
+from spanwise.planner.segments.chain import NS_PER_S, Chain, Cuts, Exchange, step_ns
+from spanwise.planner.segments.duplex import DuplexCuts, duplex_step_ns
+from spanwise.planner.segments.duplex_search import duplex
+from spanwise.planner.segments.rules import SEGMENT_RULES, dynacomm
+from spanwise.planner.strategies.parameter_server import (
+    Star,
+    after_pushes,
+    aggregated,
+    exchanges,
+    plan_of,
+    star_of,
+)
 
 OVERHEAD_S, RATE = 5.0, 50e6 / 8  # of a link as it really is; the rate is the one believed
 

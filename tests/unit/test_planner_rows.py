@@ -6,8 +6,8 @@ from itertools import product
 import numpy as np
 import pytest
 
+from spanwise.planner.facts.rows import min_max_rows
 from spanwise.planner.problem import largest_remainder
-from spanwise.planner.rows import min_max_rows
 
 
 def brute_force(times: list[list[float]], total: int) -> float:

@@ -9,19 +9,20 @@ from planner_cases import fastest_of_all, make_graph, make_job, make_problem, ma
 from spanwise.core.cluster import Cluster, Link
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan, Stage
-from spanwise.planner import Problem, make_plan, outlines
-from spanwise.planner.build import build
-from spanwise.planner.extensions import END, all_subsets, along, subset_pairs
-from spanwise.planner.groups import INFEASIBLE_S, Groups
-from spanwise.planner.kinds import by_kind, mix_of
+from spanwise.planner import Problem, make_plan
+from spanwise.planner.facts.kinds import by_kind, mix_of
+from spanwise.planner.facts.rows import min_max_rows, rows_of_kinds
 from spanwise.planner.outline import Outline, Span
-from spanwise.planner.outlines import refined_outlines
-from spanwise.planner.pace import pace_s
-from spanwise.planner.price import price
-from spanwise.planner.rows import min_max_rows, rows_of_kinds
-from spanwise.planner.search import Search
-from spanwise.planner.sequences import Sequences, chains
-from spanwise.planner.trial import timeline
+from spanwise.planner.plans.build import build
+from spanwise.planner.plans.pace import pace_s
+from spanwise.planner.plans.price import price
+from spanwise.planner.plans.trial import timeline
+from spanwise.planner.search import outlines
+from spanwise.planner.search.extensions import END, all_subsets, along, subset_pairs
+from spanwise.planner.search.groups import INFEASIBLE_S, Groups
+from spanwise.planner.search.outlines import refined_outlines
+from spanwise.planner.search.sequences import Sequences, chains
+from spanwise.planner.search.sets import Search
 
 
 def twins(devices: int, *, memory: str = "1 GiB", layers: int = 6, sites: str = "ab") -> Problem:

@@ -7,7 +7,8 @@ import random
 import pytest
 
 from segment_cases import FAMILIES, exchange
-from spanwise.planner.segment_rules import (
+from spanwise.planner.segments.chain import Chain, Cuts, Exchange, bound_ns, makespan_ns, step_ns
+from spanwise.planner.segments.rules import (
     SEGMENT_RULES,
     bucket_25mb,
     dynacomm,
@@ -16,7 +17,6 @@ from spanwise.planner.segment_rules import (
     mg_wfbp,
     sequential,
 )
-from spanwise.planner.segments import Chain, Cuts, Exchange, bound_ns, makespan_ns, step_ns
 
 MIB = 2**20
 

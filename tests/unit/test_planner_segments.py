@@ -20,14 +20,14 @@ from segment_cases import (
     simulated_push,
 )
 from spanwise.core.errors import InputError, PlanError
-from spanwise.planner.segment_labels import best_segments_under, makespan_under_ns
-from spanwise.planner.segments import (
+from spanwise.planner.segments.chain import (
     Chain,
     Exchange,
     best_segments,
     bound_ns,
     makespan_ns,
 )
+from spanwise.planner.segments.labels import best_segments_under, makespan_under_ns
 
 INSTANCES = 3000
 

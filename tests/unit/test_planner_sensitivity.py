@@ -9,7 +9,7 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.profile import LinkTimes
 from spanwise.planner import Problem, left_out, make_plan, what_if
 from spanwise.planner.changes import more_memory, second_device, wider_links
-from spanwise.planner.trial import timeline
+from spanwise.planner.plans.trial import timeline
 
 
 def cluster_of(bandwidth: str = "100 Mbit/s", memory: str = "1 GiB", **more: object) -> Cluster:

@@ -11,10 +11,18 @@ from server_cases import star
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InfeasibleError, InputError
 from spanwise.planner import SERVER_STRATEGIES, STRATEGIES, Problem, compare, make_plan
-from spanwise.planner.parameter_server import ABOUT, Choice, Star, after_pushes, exchanges, plan_of, star_of
-from spanwise.planner.segment_rules import SEGMENT_RULES
-from spanwise.planner.segments import Chain, Cuts, step_ns
-from spanwise.planner.trial import timeline
+from spanwise.planner.plans.trial import timeline
+from spanwise.planner.segments.chain import Chain, Cuts, step_ns
+from spanwise.planner.segments.rules import SEGMENT_RULES
+from spanwise.planner.strategies.parameter_server import (
+    ABOUT,
+    Choice,
+    Star,
+    after_pushes,
+    exchanges,
+    plan_of,
+    star_of,
+)
 
 MBIT = 1e6 / 8
 

@@ -10,10 +10,10 @@ from spanwise.core.defaults import default_cluster
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.planner import Problem, compare, make_plan
-from spanwise.planner.build import build
-from spanwise.planner.feasible import broken_rule
 from spanwise.planner.outline import Outline, Span
-from spanwise.planner.trial import priced
+from spanwise.planner.plans.build import build
+from spanwise.planner.plans.feasible import broken_rule
+from spanwise.planner.plans.trial import priced
 
 
 def problem(

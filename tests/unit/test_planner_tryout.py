@@ -9,9 +9,9 @@ from test_planner_estimate import problem
 
 from spanwise.core.plan import Plan
 from spanwise.planner import Problem, make_plan
-from spanwise.planner.asteroid import asteroid
-from spanwise.planner.replan import Candidate, same_rows, shape
-from spanwise.planner.trial import timeline
+from spanwise.planner.adapting.replan import Candidate, same_rows, shape
+from spanwise.planner.plans.trial import timeline
+from spanwise.planner.published.asteroid import asteroid
 from spanwise.planner.tryout import (
     NEAR,
     SETTLE_STEPS,

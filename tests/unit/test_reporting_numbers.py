@@ -16,7 +16,7 @@ from rich.console import Console
 from server_cases import served, server_plan
 from spanwise.core.defaults import default_cluster
 from spanwise.core.timeline import DeviceUse, MemoryPoint, Span, Timeline
-from spanwise.planner.segments import Cuts
+from spanwise.planner.segments.chain import Cuts
 from spanwise.reporting import chrome_trace, describe_plan, error_ratio, plan_table, summarize, write_report
 from spanwise.reporting.axis import axis, time_unit
 from spanwise.reporting.curves import buckets

@@ -12,7 +12,7 @@ from test_planner_estimate import CLUSTER, problem
 from adapter_cases import thinner
 from spanwise.api.searcher import Found, Searcher
 from spanwise.planner import Problem
-from spanwise.planner.adaptation import Search, found_in
+from spanwise.planner.adapting.adaptation import Search, found_in
 
 WAIT_S = 60.0
 

@@ -11,10 +11,10 @@ from segment_cases import FAMILIES, exchange
 from server_cases import exchange_graph, exchange_profile, served, server_plan, star
 from spanwise.core.timeline import Timeline
 from spanwise.lowering import lower
-from spanwise.planner.duplex import DuplexCuts, duplex_step_ns
-from spanwise.planner.duplex_search import duplex
-from spanwise.planner.segment_rules import SEGMENT_RULES
-from spanwise.planner.segments import Chain, Cuts, Exchange, step_ns
+from spanwise.planner.segments.chain import Chain, Cuts, Exchange, step_ns
+from spanwise.planner.segments.duplex import DuplexCuts, duplex_step_ns
+from spanwise.planner.segments.duplex_search import duplex
+from spanwise.planner.segments.rules import SEGMENT_RULES
 from spanwise.simulator import simulate
 
 NS = 1e-9

@@ -100,7 +100,7 @@ def replan(
     Raises:
         InfeasibleError: neither the running plan nor any change of it can run there.
     """
-    from spanwise.planner.replan import replan as find
+    from spanwise.planner.adapting.replan import replan as find
 
     return find(running, graph, times, cluster, job, strategy=strategy)
 

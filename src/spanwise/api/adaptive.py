@@ -9,9 +9,9 @@ from spanwise.api.searcher import Searcher
 from spanwise.core.profile import Profile
 from spanwise.core.run_folder import RunFolder
 from spanwise.planner import Problem
-from spanwise.planner.adaptation import Adaptation, Change, Search, known_in
-from spanwise.planner.adapter import Adapter
-from spanwise.planner.replan import Candidate
+from spanwise.planner.adapting.adaptation import Adaptation, Change, Search, known_in
+from spanwise.planner.adapting.adapter import Adapter
+from spanwise.planner.adapting.replan import Candidate
 from spanwise.runtime.device_run import Assignment
 from spanwise.runtime.session import Probe, StepReport, Switched
 

@@ -47,7 +47,7 @@ from spanwise.runtime.training import Progress, Silent, Trained, train
 if TYPE_CHECKING:
     from spanwise.lab import Lab
     from spanwise.planner import Evaluation
-    from spanwise.planner.adaptation import Adaptation
+    from spanwise.planner.adapting.adaptation import Adaptation
 
 Backend = Literal["processes", "threads"]
 

@@ -25,9 +25,9 @@ from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
-from spanwise.planner.adaptation import Search, found_in
+from spanwise.planner.adapting.adaptation import Search, found_in
+from spanwise.planner.adapting.replan import Candidate
 from spanwise.planner.problem import Memo, Problem
-from spanwise.planner.replan import Candidate
 
 LEAST_PRIORITY = 19
 IDLE_S = 60.0  # without a search after which the process ends, until there is one

@@ -10,10 +10,10 @@ from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 from spanwise.core.run_folder import RunFolder
 from spanwise.planner import Problem
-from spanwise.planner.adaptation import Adaptation
+from spanwise.planner.adapting.adaptation import Adaptation
+from spanwise.planner.adapting.replan import kind_of
+from spanwise.planner.plans.trial import unbounded_timeline
 from spanwise.planner.problem import Memo
-from spanwise.planner.replan import kind_of
-from spanwise.planner.trial import unbounded_timeline
 from spanwise.planner.tryout import Tryout, affordable, finalists
 from spanwise.runtime.device_run import Assignment
 from spanwise.runtime.session import Probe, StepReport, Switched

@@ -9,7 +9,7 @@ from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.core.timeline import Timeline
 from spanwise.core.units import format_seconds
-from spanwise.planner.price import price
+from spanwise.planner.plans.price import price
 from spanwise.planner.problem import Problem
 
 WORTH_IT = 1.05  # predictions are a few per cent off; a smaller gain may not exist

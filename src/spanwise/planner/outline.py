@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spanwise.planner.kinds import Group
+from spanwise.planner.facts.kinds import Group
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,16 +17,16 @@ from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.core.profile import Profile
 from spanwise.core.timeline import Timeline
 from spanwise.cost.training import optimizer_copies
-from spanwise.planner.kinds import Group, Kinds, device_kinds
-from spanwise.planner.lanes import Lanes
-from spanwise.planner.links import Links, Shares
+from spanwise.planner.facts.kinds import Group, Kinds, device_kinds
+from spanwise.planner.facts.lanes import Lanes
+from spanwise.planner.facts.links import Links, Shares
+from spanwise.planner.facts.tables import Tables
+from spanwise.planner.facts.ways import Way
 from spanwise.planner.outline import Outline
-from spanwise.planner.tables import Tables
-from spanwise.planner.ways import Way
 
 if TYPE_CHECKING:
-    from spanwise.planner.hiertrain_plan import Arena
-    from spanwise.planner.price import StageStep
+    from spanwise.planner.hiertrain.plan import Arena
+    from spanwise.planner.plans.price import StageStep
     from spanwise.schedules import StageSeconds
 
 MOST_MICRO_BATCHES = 64

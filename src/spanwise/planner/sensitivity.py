@@ -13,10 +13,10 @@ from spanwise.core.units import format_bytes, format_seconds
 from spanwise.cost.sparse import collective_sent
 from spanwise.cost.training import stage_bytes
 from spanwise.lowering import lower
-from spanwise.planner.bound import compute_bound
+from spanwise.planner.bounds.bound import compute_bound
 from spanwise.planner.changes import Change, more_memory, second_device, wider_links
+from spanwise.planner.plans.trial import timeline
 from spanwise.planner.problem import Problem
-from spanwise.planner.trial import timeline
 
 MOST_REPLANS = 12
 LEAST_GAIN = 1.005  # below it a gain is not worth a plan

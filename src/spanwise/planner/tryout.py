@@ -13,14 +13,14 @@ from statistics import median
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.core.timeline import Timeline
-from spanwise.planner.asteroid import asteroid
-from spanwise.planner.dapple import dapple
-from spanwise.planner.finish import halved, segmented
-from spanwise.planner.hetpipe import hetpipe
-from spanwise.planner.pipedream import pipedream
+from spanwise.planner.adapting.replan import Candidate, candidate, same_rows
+from spanwise.planner.plans.finish import halved, segmented
+from spanwise.planner.plans.trial import timeline
 from spanwise.planner.problem import Problem
-from spanwise.planner.replan import Candidate, candidate, same_rows
-from spanwise.planner.trial import timeline
+from spanwise.planner.published.asteroid import asteroid
+from spanwise.planner.published.dapple import dapple
+from spanwise.planner.published.hetpipe import hetpipe
+from spanwise.planner.published.pipedream import pipedream
 
 NEAR = 0.12  # simulated longer than the best by more of it, a plan is hardly faster on the wire
 SETTLE_STEPS = 2  # under a plan: first passes grow heaps and connections

@@ -1,0 +1,1 @@
+"""A lower bound on the step time of any plan, by compute and by links."""

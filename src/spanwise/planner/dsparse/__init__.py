@@ -1,0 +1,1 @@
+"""DSparse: every device trains what its own memory allows."""

@@ -1,0 +1,1 @@
+"""HierTrain: machines start rows of their own, and one of them finishes all."""

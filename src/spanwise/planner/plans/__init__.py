@@ -1,0 +1,1 @@
+"""From an outline to a Plan that holds: rows, memory, halves, and the trial by the simulator."""

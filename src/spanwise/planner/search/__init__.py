@@ -1,0 +1,1 @@
+"""Which devices hold which layers: searches over stages, groups and cuts."""

@@ -1,0 +1,1 @@
+"""Strategies that divide layers and rows among devices, from one device to hybrid pipelines and servers."""
