@@ -49,7 +49,7 @@ def show(result: dict[str, Any]) -> str:
             f"| {task} | {model} | {groups} | " + " | ".join(_percent(value) for value in shown)
             + f" | {savings[0]} | {savings[1]} | {_winner(score, single)} |"
         )  # fmt: skip
-    return "\n".join([*lines, "", *_by_speed(cells), *_reached(cells)])
+    return "\n".join([*lines, "", *_by_speed(cells), *_longer(cells), *_reached(cells)])
 
 
 def _settings(cells: Sequence[Cell]) -> list[tuple[str, str, int]]:
@@ -76,6 +76,25 @@ def _by_speed(cells: Sequence[Cell]) -> list[str]:
         lines.append(
             f"{cell['task']}, {cell['model']}, devices of speeds 1, 3, 5, 8: shares {shares}; merged "
             f"{_percent(cell['accuracy'])} %, {cell['saving_per_sample']:.1f}x less compute on the smallest"
+        )
+    return [*lines, ""] if lines else []
+
+
+def _longer(cells: Sequence[Cell]) -> list[str]:
+    """Half more epochs on the devices, against central training as long as before and as long as they."""
+    lines: list[str] = []
+    for task, model, groups in _settings(cells):
+        own = pick(cells, task=task, model=model)
+        found = pick(own, way="apart_longer", groups=groups)
+        if not found:
+            continue
+        whole = pick(own, way="central")
+        saving = mean(w["flops"] for w in whole) / max(d["flops"] for c in found for d in c["devices"])
+        scores = (average(found), average(whole), average(pick(own, way="central_longer")))
+        merged, central, longer = map(_percent, scores)
+        lines.append(
+            f"{task}, {model}, {groups} groups, half more epochs: merged {merged} %, {saving:.1f}x "
+            f"less compute in all; central {central} %, with half more epochs, too, {longer} %"
         )
     return [*lines, ""] if lines else []
 

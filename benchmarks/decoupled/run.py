@@ -30,7 +30,10 @@ GROUPS = (2, 4, 5, 10)
 ALL, NONE, POOL = Negatives(), Negatives(policy="none"), Negatives(policy="pool", per_class=20)
 SPEEDS = (1.0, 3.0, 5.0, 8.0)
 FEDAVG_GROUPS = (5,)
-ROUNDS_OF = ("alexnet", "vgg9")  # FedAvg of these: whole models in rounds take longest
+LONGER_GROUPS = (5,)
+ROUNDS_OF = ("alexnet_11", "alexnet", "vgg9")  # FedAvg of these: whole models in rounds take longest
+
+LONGER = 1.5  # times the epochs: a part of the compute that is saved, given back
 
 Way = Callable[[str, Task, Sets, int], Cell]
 
@@ -45,11 +48,19 @@ def ways(model: str, groups: tuple[int, ...], classes: int, *, short: bool) -> I
             yield "no_negatives", count, lambda *a, g=count: apart(*a, g, NONE)
     if short:
         return
+    for count in LONGER_GROUPS:
+        yield "apart_longer", count, lambda m, t, s, seed, g=count: apart(m, longer(t), s, seed, g, ALL)
+    yield "central_longer", 1, lambda m, t, s, seed: central(m, longer(t), s, seed)
     yield "by_speed", len(SPEEDS), lambda *a: apart(*a, len(SPEEDS), ALL, SPEEDS)
     for count in FEDAVG_GROUPS:
         yield "pool", count, lambda *a, g=count: apart(*a, g, POOL)
         if model in ROUNDS_OF:
             yield "fedavg", count, lambda *a, g=count: fedavg(*a, g)
+
+
+def longer(task: Task) -> Task:
+    """The same task with half more epochs."""
+    return replace(task, epochs=int(LONGER * task.epochs))
 
 
 def measure(args: argparse.Namespace, found: dict[str, Task], models: list[str]) -> list[Cell]:
