@@ -53,7 +53,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def _settings(cells: Sequence[Cell]) -> list[tuple[str, str, int]]:
-    return list(dict.fromkeys((c["task"], c["model"], c["groups"]) for c in cells if c["way"] == "apart"))
+    return sorted({(c["task"], c["model"], c["groups"]) for c in cells if c["way"] == "apart"})
 
 
 def _percent(value: float | None) -> str:

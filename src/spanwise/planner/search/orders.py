@@ -73,9 +73,9 @@ def _as_order(problem: Problem, sequence: Sequence) -> Group:
 
 
 def _few_counts(problem: Problem) -> tuple[int, ...]:
-    """Most micro-batches, as pipelines of many stages need, and one middling number for large groups."""
+    """Most micro-batches, as pipelines of many stages need; a middling number, and two, for large groups."""
     counts = problem.micro_batch_choices()
-    return tuple(sorted({counts[len(counts) // 3], *counts[-3:]}))
+    return tuple(sorted({counts[min(1, len(counts) - 1)], counts[len(counts) // 3], *counts[-3:]}))
 
 
 def starting_orders(problem: Problem) -> Iterator[Group]:
