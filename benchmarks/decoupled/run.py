@@ -30,9 +30,8 @@ GROUPS = (2, 4, 5, 10)
 ALL, NONE, POOL = Negatives(), Negatives(policy="none"), Negatives(policy="pool", per_class=20)
 SPEEDS = (1.0, 3.0, 5.0, 8.0)
 FEDAVG_GROUPS = (5,)
-LONGER_GROUPS = (5,)
 ROUNDS_OF = ("alexnet_11", "alexnet", "vgg9")  # FedAvg of these: whole models in rounds take longest
-
+LONGER_GROUPS = (5,)
 LONGER = 1.5  # times the epochs: a part of the compute that is saved, given back
 
 Way = Callable[[str, Task, Sets, int], Cell]

@@ -9,6 +9,7 @@ Beyond that the largest cluster two and four times over is simulated, with `data
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,12 @@ def options() -> argparse.Namespace:
     found.add_argument("--models", nargs="*", default=list(MODELS))
     found.add_argument("--batch", type=int, default=128)
     found.add_argument("--rounds", type=int, default=2)
+    found.add_argument(
+        "--simulate",
+        type=Path,
+        default=None,
+        help="no lab: predict anew from the layer times of this raw file",
+    )
     found.add_argument("--cache", type=Path, default=None, help="folder of profiles")
     args = found.parse_args()
     if args.short:
@@ -78,18 +85,28 @@ def cell(arena: Arena, model: str, args: argparse.Namespace, kept: Cells) -> dic
 
 
 def profile(arena: Arena, prepared: Prepared, model: str, args: argparse.Namespace, kept: Cells) -> Profile:
-    """Of this lab, or of a larger one that was measured before: devices of a speed take the same."""
-    before = next((c for c in kept.found if c.get("profiled") == model), None)
+    """Of this lab, or of a larger one that was measured before."""
+    before = profiled(model, kept)
     if before is None:
         times = arena.profile(prepared, cache_of(args))
         kept.add({"profiled": model, "cluster": arena.cluster.name, "profile": times.to_data()})
         return times
-    times, there = Profile.parse(before["profile"]), Cluster.load(CLUSTERS / f"{before['cluster']}.toml")
+    return fitted(arena.cluster, *before)
+
+
+def profiled(model: str, kept: Cells) -> tuple[Cluster, Profile] | None:
+    """The cluster whose layer times are kept, and these."""
+    found = next((c for c in kept.found if c.get("profiled") == model), None)
+    if found is None:
+        return None
+    return Cluster.load(CLUSTERS / f"{found['cluster']}.toml"), Profile.parse(found["profile"])
+
+
+def fitted(cluster: Cluster, there: Cluster, times: Profile) -> Profile:
+    """Times measured ``there`` for another cluster of the series: devices of a speed take the same."""
     known = {entry.device: entry for entry in times.devices}
     by_speed = {device.speed: known[device.id] for device in there.devices}
-    devices = tuple(
-        by_speed[device.speed].model_copy(update={"device": device.id}) for device in arena.cluster.devices
-    )
+    devices = tuple(by_speed[d.speed].model_copy(update={"device": d.id}) for d in cluster.devices)
     return times.model_copy(update={"devices": devices, "links": ()})
 
 
@@ -108,24 +125,28 @@ def larger(cluster: Cluster, times: Profile, copies: int) -> tuple[Cluster, Prof
     return more, times.model_copy(update={"devices": entries})
 
 
-def beyond(model: str, args: argparse.Namespace, kept: Cells) -> list[dict[str, Any]]:
-    """Predicted seconds of a step on the profiled cluster and on several times as many devices."""
-    found = next(c for c in kept.found if c.get("profiled") == model)
-    times, cluster = Profile.parse(found["profile"]), Cluster.load(CLUSTERS / f"{found['cluster']}.toml")
+def predictions(model: str, args: argparse.Namespace, kept: Cells) -> list[dict[str, Any]]:
+    """Predicted seconds of a step on every cluster of the series, and on the largest several times over."""
+    found = profiled(model, kept)
+    if found is None:
+        return []
+    there, times = found
+    series = [Cluster.load(CLUSTERS / f"spantrain-{size}.toml") for size in sorted(args.sizes)]
+    cases = [(cluster, fitted(cluster, there, times)) for cluster in series]
+    cases += [larger(there, times, copies) for copies in BEYOND]
     prepared = prepared_job(model, args.batch)
     out: list[dict[str, Any]] = []
-    for copies in (1, *BEYOND):
-        more, known = larger(cluster, times, copies)
+    for cluster, known in cases:
         seconds: dict[str, float | None] = {}
         for name in SIMULATED:
             try:
-                plan, _ = choose(prepared.job, more, prepared.traced.graph, known, name)
-                seconds[name] = predicted_s(prepared, plan, known, more)
+                plan, _ = choose(prepared.job, cluster, prepared.traced.graph, known, name)
+                seconds[name] = predicted_s(prepared, plan, known, cluster)
             except InfeasibleError:
                 seconds[name] = None
-        cores = sum(d.speed for d in more.devices) * more.core_share
-        out.append({"devices": len(more.ids), "cores": cores, "predicted_s": seconds})
-        print(f"{more.name}: {seconds}", flush=True)
+        cores = sum(d.speed for d in cluster.devices) * cluster.core_share
+        out.append({"devices": len(cluster.ids), "cores": cores, "predicted_s": seconds})
+        print(f"{cluster.name}: {seconds}", flush=True)
     return out
 
 
@@ -134,17 +155,16 @@ def _step_s(rounds: list[dict[str, Any]]) -> float:
 
 
 def _core_rate(cells: list[dict[str, Any]], model: str) -> float:
-    """The best rate of one core in any cell of a model."""
-    mine = [c for c in cells if c["model"] == model]
+    """The best rate of one core in any measured cell of a model."""
+    mine = [c for c in cells if c.get("model") == model and step_s(c.get("rounds", {}).get("single", ()))]
     return max(c["batch"] / _step_s(c["rounds"]["single"]) / c["single_cores"] for c in mine)
 
 
 def efficiency(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per cell and system: samples per second, and these over the bound of its devices' cores."""
     out: list[dict[str, Any]] = []
-    measured = [c for c in cells if "rounds" in c]
-    for found in measured:
-        core = _core_rate(measured, found["model"])
+    for found in (c for c in cells if "rounds" in c):
+        core = _core_rate(cells, found["model"])
         rates = {n: found["batch"] / _step_s(r) for n, r in found["rounds"].items()}
         out.append(
             {
@@ -159,10 +179,9 @@ def efficiency(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def simulated(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same of what was only simulated."""
     out: list[dict[str, Any]] = []
-    measured = [c for c in cells if "rounds" in c]
-    for found in (c for c in cells if "beyond" in c):
-        core = _core_rate(measured, found["model"])
-        for more in found["beyond"]:
+    for found in (c for c in cells if "simulated" in c):
+        core = _core_rate(cells, found["model"])
+        for more in found["simulated"]:
             rates = {n: found["batch"] / s for n, s in more["predicted_s"].items() if s}
             share = {n: r / (core * more["cores"]) for n, r in rates.items()}
             out.append({"model": found["model"], "devices": more["devices"], "samples_per_s": rates,
@@ -198,13 +217,9 @@ def draw(data: dict[str, Any], path: Path) -> None:
         axes[0].legend(frameon=False, fontsize=8)
 
 
-def main() -> None:
-    args = options()
-    if redrawn(args, HERE, "scaling", draw):
-        return
-    need_lab(args)
-    kept = Cells(args)
-    done = {(c["devices"], c["model"]) for c in kept.found if "devices" in c}
+def measure(args: argparse.Namespace, kept: Cells) -> None:
+    """All cells that are not there yet, the largest lab first."""
+    done = {(c["devices"], c["model"]) for c in kept.found if "rounds" in c}
     for size in sorted(args.sizes, reverse=True):
         models = [m for m in args.models if (size, m) not in done]
         if not models:
@@ -212,9 +227,24 @@ def main() -> None:
         with Arena(Cluster.load(CLUSTERS / f"spantrain-{size}.toml"), models) as arena:
             for model in models:
                 kept.add(cell(arena, model, args, kept))
-    cells = sorted((c for c in kept.found if "devices" in c), key=lambda c: (c["model"], c["devices"]))
+
+
+def main() -> None:
+    args = options()
+    if redrawn(args, HERE, "scaling", draw):
+        return
+    kept = Cells(args)
+    if args.simulate is None:
+        need_lab(args)
+        measure(args, kept)
+    else:
+        kept.found = json.loads(args.simulate.read_text(encoding="utf-8"))["cells"]
+    cells = sorted((c for c in kept.found if "rounds" in c), key=lambda c: (c["model"], c["devices"]))
+    cells += [c for c in kept.found if "profiled" in c]
     if not args.short:
-        cells += [{"model": model, "beyond": beyond(model, args, kept)} for model in args.models]
+        cells += [
+            {"model": m, "batch": args.batch, "simulated": predictions(m, args, kept)} for m in args.models
+        ]
     for row in efficiency(cells):
         texts = (
             f"{row['samples_per_s'][n]:.1f} ({row['of_bound'][n]:.0%})"
