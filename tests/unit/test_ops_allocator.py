@@ -9,10 +9,10 @@ import pytest
 
 CODE = """
 import resource, sys, threading, torch
-from spanwise.ops.allocator import keep_freed_memory, keep_freed_memory_of_threads
+from spanwise.ops.allocator import give_freed_memory_back, keep_freed_memory, keep_freed_memory_of_threads
 torch.set_num_threads(1)
-if "keep" in sys.argv[1]:
-    assert (keep_freed_memory_of_threads if "thread" in sys.argv[1] else keep_freed_memory)()
+keep = keep_freed_memory_of_threads if "thread" in sys.argv[1] else keep_freed_memory
+assert (keep if "keep" in sys.argv[1] else give_freed_memory_back)()
 def allocate():
     kept = [torch.ones(1_000_000) for _ in range(20)]
     return sum(float(t[0]) for t in kept)
@@ -24,10 +24,12 @@ def work():
     [thread.join() for thread in threads]
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def faults_of_work():
+    before = faults()
+    work()
+    return faults() - before
 work(); work()
-before = faults()
-work()
-print(faults() - before)
+print(min(faults_of_work() for _ in range(5)))  # small tensors may take a large one's place for a while
 """
 
 
@@ -84,6 +86,7 @@ def test_what_is_free_goes_back_at_once_from_between_what_stays() -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt belongs to glibc")
 @pytest.mark.parametrize("where", ["", " in threads"])
 def test_the_same_work_faults_nothing_in_again(where: str) -> None:
-    kept, default = faults("keep" + where), faults("default" + where)
+    # The control gives back, as glibc's own thresholds move with what a process did before and often keep too.
+    kept, given = faults("keep" + where), faults("back" + where)
     # Huge pages make faults few, so only the ratio tells; the second number is the negative control.
-    assert 3 * kept < default, (kept, default)
+    assert 3 * kept < given, (kept, given)
