@@ -13,8 +13,9 @@ help:  ## what there is
 train: $(VENV)/.run  ## MobileNetV2 on real digits over an emulated cloud + edge + end cluster
 	$(BIN)/spanwise train examples/digits.toml --run $(RUN)
 
-test: $(VENV)/.dev  ## all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## all tests, those that start no processes on two cores
+	$(BIN)/python -m pytest -n 2 tests/unit tests/property tests/golden
+	$(BIN)/python -m pytest tests/distributed
 
 check: $(VENV)/.dev  ## lint, types, import rule
 	$(BIN)/ruff check .

@@ -2,7 +2,8 @@
 
 Each cluster file of the series (2, 4, 8, 12, 16 devices) becomes a lab; the cores here hold all of them. The
 largest comes first: its layer times are those of all, as their devices are of the same kinds.
-Efficiency is throughput over what the devices would do if compute were all, by the best rate of a core.
+Efficiency is throughput over what the devices would do if compute were all, by the best rate of a core
+without a quota.
 Beyond that the largest cluster two and four times over is simulated, with `data_parallel` in place of DDP.
 """
 
@@ -18,12 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arena import CLUSTERS, Arena, predicted_s, prepared_job, step_s
 from harness import Cells, cache_of, keep, need_lab, parser, redrawn
+from losses import bound_s, losses
 from pictures import OURS, PLAIN, canvas
 
 from spanwise.api.planning import choose
 from spanwise.api.prepare import Prepared
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import InfeasibleError
+from spanwise.core.plan import Plan
 from spanwise.core.profile import Profile
 
 HERE = Path(__file__).resolve().parent
@@ -155,9 +158,14 @@ def _step_s(rounds: list[dict[str, Any]]) -> float:
 
 
 def _core_rate(cells: list[dict[str, Any]], model: str) -> float:
-    """The best rate of one core in any measured cell of a model."""
+    """The best rate of one core: by layer times at the rows that suit best, or of the fastest device alone."""
     mine = [c for c in cells if c.get("model") == model and step_s(c.get("rounds", {}).get("single", ()))]
-    return max(c["batch"] / _step_s(c["rounds"]["single"]) / c["single_cores"] for c in mine)
+    alone = [c["batch"] / _step_s(c["rounds"]["single"]) / c["single_cores"] for c in mine]
+    for found in (c for c in cells if c.get("profiled") == model):
+        cluster = Cluster.load(CLUSTERS / f"{found['cluster']}.toml")
+        cores = sum(d.speed for d in cluster.devices) * cluster.core_share
+        alone.append(1 / bound_s(Profile.parse(found["profile"]), cluster, 1) / cores)
+    return max(alone)
 
 
 def efficiency(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -187,6 +195,22 @@ def simulated(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
             out.append({"model": found["model"], "devices": more["devices"], "samples_per_s": rates,
                         "of_bound": share})  # fmt: skip
     return out
+
+
+def where_the_rest_goes(cells: list[dict[str, Any]]) -> list[str]:
+    """A line a cell: which part of what `auto` was predicted is the bound, and what each cause of more."""
+    lines: list[str] = []
+    for found in (c for c in cells if "rounds" in c):
+        kept = next((c for c in cells if c.get("profiled") == found["model"]), None)
+        if kept is None:
+            continue
+        cluster, there = (Cluster.load(CLUSTERS / f"{c['cluster']}.toml") for c in (found, kept))
+        times = fitted(cluster, there, Profile.parse(kept["profile"]))
+        plan = Plan.parse(found["plans"]["auto"])
+        parts = losses(prepared_job(found["model"], found["batch"]), plan, times, cluster)
+        shares = ", ".join(f"{name} {part / sum(parts.values()):.0%}" for name, part in parts.items())
+        lines.append(f"{found['cluster']} {found['model']}: {shares}")
+    return lines
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
@@ -251,6 +275,7 @@ def main() -> None:
             for n in ("auto", "pipeline", "ddp", "single")
         )
         print(f"| {row['model']} | {row['devices']} | {' | '.join(texts)} |")
+    print(*where_the_rest_goes(cells), sep="\n")
     for row in simulated(cells):
         texts = (
             f"{row['samples_per_s'][n]:.1f} ({row['of_bound'][n]:.0%})" if n in row["of_bound"] else "-"
