@@ -158,7 +158,7 @@ def _step_s(rounds: list[dict[str, Any]]) -> float:
 
 
 def _core_rate(cells: list[dict[str, Any]], model: str) -> float:
-    """The best rate of one core: by layer times at the rows that suit best, or of the fastest device alone."""
+    """The best rate of one core: by layer times at the rows that suit best, or of the fastest alone."""
     mine = [c for c in cells if c.get("model") == model and step_s(c.get("rounds", {}).get("single", ()))]
     alone = [c["batch"] / _step_s(c["rounds"]["single"]) / c["single_cores"] for c in mine]
     for found in (c for c in cells if c.get("profiled") == model):

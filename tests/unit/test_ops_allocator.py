@@ -86,7 +86,7 @@ def test_what_is_free_goes_back_at_once_from_between_what_stays() -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt belongs to glibc")
 @pytest.mark.parametrize("where", ["", " in threads"])
 def test_the_same_work_faults_nothing_in_again(where: str) -> None:
-    # The control gives back, as glibc's own thresholds move with what a process did before and often keep too.
+    # The control gives back, as glibc's own thresholds move with what a process did before.
     kept, given = faults("keep" + where), faults("back" + where)
     # Huge pages make faults few, so only the ratio tells; the second number is the negative control.
     assert 3 * kept < given, (kept, given)
