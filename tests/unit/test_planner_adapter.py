@@ -20,6 +20,7 @@ from spanwise.core.profile import Profile
 from spanwise.core.routes import Routes
 from spanwise.lowering import moves
 from spanwise.planner import Problem, make_plan
+from spanwise.planner.adapting import explore
 from spanwise.planner.adapting.adaptation import Change, Search, found_in, known_in
 from spanwise.planner.adapting.adapter import BAN_STEPS, HOLD_STEPS, JUDGED_STEPS, SETTLE_STEPS, Adapter
 from spanwise.planner.adapting.explore import FORGET_S, Explorer, Look
@@ -434,6 +435,40 @@ def test_a_longer_step_has_pipes_probed_of_which_messages_say_nothing(
     if isinstance(wanted, Search):
         assert "n1>s1 has 0.25" in wanted.reason
         assert "s1>n1 has 0.25" in wanted.reason
+
+
+@pytest.mark.parametrize("patience_s", [explore.PATIENCE_S, 0.0], ids=["waits", "does-not"])
+def test_a_step_time_is_unexplained_only_after_probes(
+    patience_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probe that comes back three steps late; one that was sent before does not count."""
+    monkeypatch.setattr(explore, "PATIENCE_S", patience_s)
+    task = problem()
+    adapter = start(task)
+    usual_s, seen = shown(task, adapter.plan, task.profile)
+    seen = tuple(replace(device, sent=(), received=()) for device in seen)
+    world = thinner(task.profile, CLUSTER, BOTH_WAYS, 4.0)
+    slow_s, _ = shown(task, adapter.plan, world)
+    for step in range(8):
+        adapter.observe(step, usual_s, seen, float(step))
+    adapter.observe(8, 1.2 * usual_s, seen, 8.0)
+    before = adapter.look(8.0)
+    assert before
+    adapter.observe(9, usual_s, seen, 9.0)
+    assert not adapter.look(9.0)
+    wanted: Search | Change | None = None
+    looks: tuple[Look, ...] = ()
+    for step in range(10, 16):
+        now_s = step + 0.5 * (step - 10)
+        wanted = wanted or adapter.observe(step, slow_s, seen, now_s)
+        looks = looks or adapter.look(now_s)
+        for look in {10: before, 12: looks}.get(step, ()):
+            adapter.looked(look.link, probe(task.profile if step == 10 else world, look))
+    if patience_s:
+        assert isinstance(wanted, Search)
+        assert "n1>s1 has 0.25" in wanted.reason
+    else:
+        assert wanted is None, "negative control: taken for what no plan can answer"
 
 
 def test_a_slow_idle_device_gets_a_second_chance() -> None:

@@ -118,7 +118,8 @@ class Adapter:
         if fitted is None:
             return None
         if fitted == self.profile and not forgotten:
-            self._believe(fitted)  # steps take another time, and nothing that a plan could answer is why
+            if not self._explorer.awaits(self._estimator, now_s):
+                self._believe(fitted)  # steps take another time, and nothing that a plan could answer is why
             return None
         reasons = [self._estimator.changes(fitted)] if self._estimator.drift() is not None else []
         reasons += [f"{device} may be as fast as at first again" for device in forgotten]
@@ -183,6 +184,7 @@ class Adapter:
     def looked(self, link: Link, samples: Sequence[tuple[int, float]]) -> None:
         """(bytes, round-trip seconds) of a probe."""
         self._estimator.probed(link, samples)
+        self._explorer.looked(self._estimator, link)
         if self._segments is not None:
             self._segments.looked(link, samples)
 

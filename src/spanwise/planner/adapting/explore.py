@@ -6,6 +6,8 @@ tell of a link only if somebody waits for them, and a probe has no compute in it
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +19,7 @@ from spanwise.planner.adapting.ratios import Link
 
 PROBE_EVERY_S = 1.5
 PROBE_SOON_S = 0.2  # after the last, where a step was far longer: an earlier one knows nothing of why
+PATIENCE_S = 5.0  # for which the answer of a probe is awaited before a step time counts as unexplained
 PROBE_S = 0.01  # bytes of a probe: so long at the link's first rate
 LEAST_PROBE_BYTES, MOST_PROBE_BYTES = 16_384, 262_144
 SMALL_PROBE_BYTES = 1_000
@@ -47,25 +50,58 @@ class Explorer:
             if a != b and cluster.connected(a, b)
         }
         self._factors = {entry.device: entry.factor for entry in first.devices}
-        self._looked_s = float("-inf")
+        self._looked_s = -math.inf
+        self._odd_since_s: float | None = None
+        self._asked_s: dict[Link, deque[float]] = {}  # when probes were sent that have not come back
+        self._answered_s: dict[tuple[str, str], float] = {}  # by two sites: when the last that has was sent
         self._turn = 0
         self._idle_since_s: dict[str, float] = {}
         self._patience_s: dict[str, float] = {}
 
     def look(self, estimator: Estimator, now_s: float) -> tuple[Look, ...]:
         """What to probe now: a pair of devices, both ways or one; pipes between sites take turns."""
+        if estimator.odd:
+            self._odd_since_s = now_s if self._odd_since_s is None else self._odd_since_s
+        elif estimator.drift() is None:
+            self._odd_since_s = None
         if now_s - self._looked_s < (PROBE_SOON_S if estimator.far else PROBE_EVERY_S):
             return ()
         found = (self._suspected(estimator) if estimator.odd else ()) or self._idle(estimator)
         if found:
             self._looked_s = now_s
+        for look in found:
+            self._asked_s.setdefault(look.link, deque()).append(now_s)
         return found
 
-    def _suspected(self, estimator: Estimator) -> tuple[Look, ...]:
-        """Two sites that the plan has messages between, by the pair of their devices that is fastest now.
+    def looked(self, estimator: Estimator, link: Link) -> None:
+        """A probe has come back."""
+        ends, asked = estimator.ends(link), self._asked_s.get(link)
+        if ends is not None and asked:
+            self._answered_s[ends] = asked.popleft()
 
-        And two devices inside a site between which messages seem to have another speed.
+    def awaits(self, estimator: Estimator, now_s: float) -> bool:
+        """Whether some sites of the plan were not probed since steps take another time.
+
+        What a link did not show may still be why. The answers come with later steps, or not at all.
         """
+        since_s = now_s if self._odd_since_s is None else self._odd_since_s
+        if now_s - since_s >= PATIENCE_S:
+            return False
+        return any(self._answered_s.get(ends, -math.inf) < since_s for ends in self._pairs(estimator))
+
+    def _suspected(self, estimator: Estimator) -> tuple[Look, ...]:
+        """Two sites that the plan has messages between, and two devices inside a site between which messages
+        seem to have another speed.
+        """
+        inside = sorted({(min(link), max(link)) for link in estimator.suspects})
+        between = tuple(self._pairs(estimator).values())
+        self._turn += 1
+        due = [found[self._turn % len(found)] for found in (between, inside) if found]
+        ways = [way for a, b in due for way in ((a, b), (b, a)) if way in self._rates]
+        return tuple(Look(way, self._sizes(way)) for way in ways)
+
+    def _pairs(self, estimator: Estimator) -> dict[tuple[str, str], Link]:
+        """All sites that the plan has messages between, with the pair of their devices that is fastest."""
         factors = {entry.device: entry.factor for entry in estimator.profile.devices}
         used = {estimator.ends(link) for link in estimator.expected.rates}
         pairs: dict[tuple[str, str], Link] = {}
@@ -73,11 +109,7 @@ class Explorer:
             ends = estimator.ends(link)
             if ends in used and ends is not None and (link[1], link[0]) in self._rates:
                 pairs.setdefault(ends, link)
-        inside = sorted({(min(link), max(link)) for link in estimator.suspects})
-        self._turn += 1
-        due = [found[self._turn % len(found)] for found in (tuple(pairs.values()), inside) if found]
-        ways = [way for a, b in due for way in ((a, b), (b, a)) if way in self._rates]
-        return tuple(Look(way, self._sizes(way)) for way in ways)
+        return pairs
 
     def _idle(self, estimator: Estimator) -> tuple[Look, ...]:
         """A link that slowed down and carries nothing, and its way back if that is so of it too."""
