@@ -1,10 +1,14 @@
-"""Rows and picture of the throughput table, from raw cells; ``python table.py`` redraws from the raw file."""
+"""Rows and picture of the throughput table, from raw cells; ``python table.py`` redraws from the raw file.
+
+``python table.py FILE`` prints the rows of another, against the best rate of a core in both.
+"""
 
 from __future__ import annotations
 
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +70,11 @@ def mean_use(rounds: list[dict[str, Any]]) -> float:
     return statistics.mean(d["utilization"] for d in last["devices"].values()) if last else 0.0
 
 
-def summarize(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a cell: throughput, the best peer, spanwise against it and against the bound."""
+def summarize(cells: list[dict[str, Any]], others: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """One row a cell: throughput, the best peer, spanwise against it and against the bound.
+
+    The best rate of a core is that of any cell, of ``others`` too.
+    """
     rows: list[dict[str, Any]] = []
     for cell in cells:
         found = throughput(cell)
@@ -75,7 +82,7 @@ def summarize(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         best = max(peers, key=lambda n: peers[n]) if peers else ""
         engine = max((peers[name] for name in ENGINES if name in peers), default=float("nan"))
         auto = found.get("auto", 0.0)
-        limit = bound(cells, cell)
+        limit = bound([*cells, *others], cell)
         ratio = auto / peers[best] if best else float("nan")
         use = {n: mean_use(cell["rounds"][n]) for n in (best, "auto") if n in cell["rounds"]}
         row = {
@@ -134,11 +141,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    data = json.loads((HERE / "raw" / "throughput.json").read_text(encoding="utf-8"))
-    rows = summarize(data["cells"])
-    for line in [row["text"] for row in rows] + where_the_rest_goes(data["cells"]):
+    whole = json.loads((HERE / "raw" / "throughput.json").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["cells"] if sys.argv[1:] else whole
+    rows = summarize(cells, whole)
+    for line in [row["text"] for row in rows] + where_the_rest_goes(cells):
         print(line)
-    draw(rows, HERE / "throughput.svg")
+    if cells is whole:
+        draw(rows, HERE / "throughput.svg")
 
 
 if __name__ == "__main__":
