@@ -38,10 +38,14 @@ def losses(prepared: Prepared, plan: Plan, times: Profile, cluster: Cluster) -> 
 
 def bound_s(times: Profile, cluster: Cluster, batch: int) -> float:
     """Seconds if all devices computed all the time, undisturbed, at the number of rows that suits best."""
+    return batch * least_row_s(times) / (sum(d.speed for d in cluster.devices) * cluster.core_share)
+
+
+def least_row_s(times: Profile) -> float:
+    """Seconds of a row on one undisturbed core, at the number of rows that suits best."""
     table = times.tables[0]
     seconds = [sum(x.forward_s[i] + x.backward_s[i] for x in table.layers) for i in range(len(table.rows))]
-    row_s = min(s / rows for s, rows in zip(seconds, table.rows, strict=True))
-    return batch * row_s / (sum(d.speed for d in cluster.devices) * cluster.core_share)
+    return min(s / rows for s, rows in zip(seconds, table.rows, strict=True))
 
 
 def _free_network(cluster: Cluster) -> Cluster:

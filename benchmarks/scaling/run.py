@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arena import CLUSTERS, Arena, predicted_s, prepared_job, step_s
 from harness import Cells, cache_of, keep, need_lab, parser, redrawn
-from losses import bound_s, losses
+from losses import least_row_s, losses
 from pictures import OURS, PLAIN, canvas
 
 from spanwise.api.planning import choose
@@ -89,7 +89,7 @@ def cell(arena: Arena, model: str, args: argparse.Namespace, kept: Cells) -> dic
 
 def profile(arena: Arena, prepared: Prepared, model: str, args: argparse.Namespace, kept: Cells) -> Profile:
     """Of this lab, or of a larger one that was measured before."""
-    before = profiled(model, kept)
+    before = profiled(model, kept.found)
     if before is None:
         times = arena.profile(prepared, cache_of(args))
         kept.add({"profiled": model, "cluster": arena.cluster.name, "profile": times.to_data()})
@@ -97,9 +97,9 @@ def profile(arena: Arena, prepared: Prepared, model: str, args: argparse.Namespa
     return fitted(arena.cluster, *before)
 
 
-def profiled(model: str, kept: Cells) -> tuple[Cluster, Profile] | None:
+def profiled(model: str, cells: list[dict[str, Any]]) -> tuple[Cluster, Profile] | None:
     """The cluster whose layer times are kept, and these."""
-    found = next((c for c in kept.found if c.get("profiled") == model), None)
+    found = next((c for c in cells if c.get("profiled") == model), None)
     if found is None:
         return None
     return Cluster.load(CLUSTERS / f"{found['cluster']}.toml"), Profile.parse(found["profile"])
@@ -130,7 +130,7 @@ def larger(cluster: Cluster, times: Profile, copies: int) -> tuple[Cluster, Prof
 
 def predictions(model: str, args: argparse.Namespace, kept: Cells) -> list[dict[str, Any]]:
     """Predicted seconds of a step on every cluster of the series, and on the largest several times over."""
-    found = profiled(model, kept)
+    found = profiled(model, kept.found)
     if found is None:
         return []
     there, times = found
@@ -161,10 +161,9 @@ def _core_rate(cells: list[dict[str, Any]], model: str) -> float:
     """The best rate of one core: by layer times at the rows that suit best, or of the fastest alone."""
     mine = [c for c in cells if c.get("model") == model and step_s(c.get("rounds", {}).get("single", ()))]
     alone = [c["batch"] / _step_s(c["rounds"]["single"]) / c["single_cores"] for c in mine]
-    for found in (c for c in cells if c.get("profiled") == model):
-        cluster = Cluster.load(CLUSTERS / f"{found['cluster']}.toml")
-        cores = sum(d.speed for d in cluster.devices) * cluster.core_share
-        alone.append(1 / bound_s(Profile.parse(found["profile"]), cluster, 1) / cores)
+    known = profiled(model, cells)
+    if known is not None:
+        alone.append(1 / least_row_s(known[1]))
     return max(alone)
 
 
@@ -201,11 +200,11 @@ def where_the_rest_goes(cells: list[dict[str, Any]]) -> list[str]:
     """A line a cell: which part of what `auto` was predicted is the bound, and what each cause of more."""
     lines: list[str] = []
     for found in (c for c in cells if "rounds" in c):
-        kept = next((c for c in cells if c.get("profiled") == found["model"]), None)
-        if kept is None:
+        known = profiled(found["model"], cells)
+        if known is None:
             continue
-        cluster, there = (Cluster.load(CLUSTERS / f"{c['cluster']}.toml") for c in (found, kept))
-        times = fitted(cluster, there, Profile.parse(kept["profile"]))
+        cluster = Cluster.load(CLUSTERS / f"{found['cluster']}.toml")
+        times = fitted(cluster, *known)
         plan = Plan.parse(found["plans"]["auto"])
         parts = losses(prepared_job(found["model"], found["batch"]), plan, times, cluster)
         shares = ", ".join(f"{name} {part / sum(parts.values()):.0%}" for name, part in parts.items())

@@ -62,7 +62,7 @@ class Explorer:
         """What to probe now: a pair of devices, both ways or one; pipes between sites take turns."""
         if estimator.odd:
             self._odd_since_s = now_s if self._odd_since_s is None else self._odd_since_s
-        elif estimator.drift() is None:
+        elif self._odd_since_s is not None and estimator.drift() is None:
             self._odd_since_s = None
         if now_s - self._looked_s < (PROBE_SOON_S if estimator.far else PROBE_EVERY_S):
             return ()
@@ -75,9 +75,12 @@ class Explorer:
 
     def looked(self, estimator: Estimator, link: Link) -> None:
         """A probe has come back."""
-        ends, asked = estimator.ends(link), self._asked_s.get(link)
-        if ends is not None and asked:
-            self._answered_s[ends] = asked.popleft()
+        asked, ends = self._asked_s.get(link), estimator.ends(link)
+        if not asked:
+            return
+        sent_s = asked.popleft()
+        if ends is not None:
+            self._answered_s[ends] = sent_s
 
     def awaits(self, estimator: Estimator, now_s: float) -> bool:
         """Whether some sites of the plan were not probed since steps take another time.
