@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -73,15 +75,32 @@ def unbounded_timeline(problem: Problem, plan: Plan) -> Timeline:
     Raises:
         PlanError: no order of the plan can end.
     """
-    return simulate(
-        unchecked(plan, problem.graph, clip=problem.job.clip_norm is not None),
-        plan,
-        problem.graph,
-        problem.profile,
-        problem.cluster,
-        optimizer_copies=problem.copies,
-        spans=False,
-    )
+    with _without_collection():
+        return simulate(
+            unchecked(plan, problem.graph, clip=problem.job.clip_norm is not None),
+            plan,
+            problem.graph,
+            problem.profile,
+            problem.cluster,
+            optimizer_copies=problem.copies,
+            spans=False,
+        )
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No passes of the garbage collector for the tenth of a second that a simulation takes.
+
+    It makes some hundred thousand actions and events, which set off passes over everything there is, and
+    nothing of it is in a cycle.
+    """
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def _simulated(problem: Problem, plan: Plan) -> Timeline | InfeasibleError:
