@@ -72,7 +72,7 @@ def measure(args: argparse.Namespace, found: dict[str, Task], models: list[str])
             for model in models:
                 for way, groups, run in ways(model, args.groups, task.classes, short=args.short):
                     about = {"task": task.name, "model": model, "seed": seed, "way": way, "groups": groups}
-                    if _key(about) in done:
+                    if _key(about) in done or (args.ways and way not in args.ways):
                         continue
                     sets = sets or task.load(seed)
                     start = time.perf_counter()
@@ -95,6 +95,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--tasks", nargs="+", default=None, help="digits, keywords, cifar10, cifar100")
     options.add_argument("--models", nargs="+", default=list(MODELS)[:4], choices=list(MODELS))
     options.add_argument("--groups", nargs="+", type=int, default=list(GROUPS))
+    options.add_argument("--ways", nargs="+", default=None, help="only these: central, apart, ...")
     options.add_argument("--seeds", type=int, default=1, help="how many, from 0 on")
     options.add_argument("--words", type=Path, default=WORDS, help="folder of the generated keywords")
     options.add_argument("--cifar", type=Path, default=None, help="folder of the CIFAR files, if there")
