@@ -5,10 +5,10 @@ from __future__ import annotations
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spanwise.api.services import profile_request
 from spanwise.api.times import profile_prepared
@@ -66,15 +66,17 @@ def profile_in_lab(
     base = profile_prepared(prepared, cluster, cache)
     rows = _pace_rows(base, prepared.job.batch)
     usual = min(rows, key=lambda count: abs(count - _PACE_ROWS))
-    head, payload = profile_request(prepared)
+    alike = {lab.share(d): d for d in pool.devices}  # devices of one share stand for each other
+    _set_up(prepared, rows, lab, pool)
 
-    def slower(devices: tuple[str, ...], counts: list[int]) -> dict[str, dict[int, float]]:
-        found = _passes_s({**head, "pace_rows": counts}, payload, lab, pool, devices)
+    def slower(
+        devices: tuple[str, ...], counts: list[int], keep: Collection[str]
+    ) -> dict[str, dict[int, float]]:
+        found = _passes_s(counts, pool, devices, keep)
         return {d: _slower(base.table(d)[0], counts, seconds) for d, seconds in found.items()}
 
-    together = slower(pool.devices, rows)
-    alike = {lab.share(d): d for d in pool.devices}  # devices of one share stand for each other
-    alone = {share: slower((d,), [usual])[d][usual] for share, d in alike.items()}
+    together = slower(pool.devices, rows, alike.values())
+    alone = {share: slower((d,), [usual], ())[d][usual] for share, d in alike.items()}
     per_message = [
         (a / together[d][usual], b / together[d][usual]) for d, (a, b) in pool.message_cpu_s().items()
     ]
@@ -126,20 +128,26 @@ def _pace_rows(base: Profile, batch: int) -> list[int]:
     return sorted({min(r, max(2, batch)) for r in (_FEW_ROWS, _PACE_ROWS, max(fits, default=_PACE_ROWS))})
 
 
+def _set_up(prepared: Prepared, rows: list[int], lab: Lab, pool: WorkerPool) -> None:
+    """All devices build the model, without quotas: with a twentieth of a core that would take minutes."""
+    head, payload = profile_request(prepared)
+    with lab.eased():
+        for device in pool.devices:
+            pool.coordinator.tell(device, "service", payload, name="pace_set_up", pace_rows=rows, **head)
+        pool.coordinator.gather("served", pool.devices, _TIMEOUT_S)
+
+
 def _passes_s(
-    request: dict[str, Any], payload: bytes, lab: Lab, pool: WorkerPool, devices: tuple[str, ...]
+    rows: list[int], pool: WorkerPool, devices: tuple[str, ...], keep: Collection[str]
 ) -> dict[str, list[float]]:
     """Seconds of a pass of the whole model on these devices at once, under their quotas, by row counts.
 
-    They build it without quotas: with a twentieth of a core that would take minutes.
+    Those to ``keep`` the model are asked again.
     """
     coordinator = pool.coordinator
-    with lab.eased():
-        for device in devices:
-            coordinator.tell(device, "service", payload, name="pace_set_up", **request)
-        coordinator.gather("served", devices, _TIMEOUT_S)
     begin_s = time.monotonic() + _SOON_S
     for device in devices:
-        coordinator.tell(device, "service", name="pace", begin_s=begin_s, last_s=_PACE_S)
+        more = {"pace_rows": rows, "keep": device in keep}
+        coordinator.tell(device, "service", name="pace", begin_s=begin_s, last_s=_PACE_S, **more)
     frames = coordinator.gather("served", devices, _TIMEOUT_S)
     return {device: [float(s) for s in frame.head["passes_s"]] for device, frame in frames.items()}

@@ -51,7 +51,7 @@ def _profile(head: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], byte
 
 
 class _Pace:
-    """What the whole model takes here while the other devices are at work too: set up, then timed, once."""
+    """What the whole model takes here while others are at work too, or alone: set up, then timed."""
 
     def __init__(self) -> None:
         self._passes: SustainedPasses | None = None
@@ -68,11 +68,15 @@ class _Pace:
         return {}, b""
 
     def timed(self, head: dict[str, Any], _: bytes) -> tuple[dict[str, Any], bytes]:
-        """From a moment on that is the same for all devices."""
-        passes, self._passes = self._passes, None
+        """From a moment on that is the same for all devices. The model goes, if it is not to be kept."""
+        passes = self._passes
         if passes is None:
             raise InputError("service 'pace': nothing is set up; ask for 'pace_set_up' first")
-        return {"passes_s": passes.seconds(float(head["begin_s"]), float(head["last_s"]))}, b""
+        rows = [int(r) for r in head["pace_rows"]]
+        found = passes.seconds(rows, float(head["begin_s"]), float(head["last_s"]))
+        if not head["keep"]:
+            self._passes = None
+        return {"passes_s": found}, b""
 
 
 def _arrived(head: dict[str, Any], payload: bytes, rows: int) -> tuple[Traced, Any]:

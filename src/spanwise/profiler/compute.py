@@ -116,7 +116,7 @@ class SustainedPasses:
 
     Args:
         traced: the model; its weights stay untouched.
-        rows: row counts of passes, one after the other.
+        rows: row counts that passes may be asked for.
         sample: inputs and labels of some rows.
         threads: torch intra-op threads.
     """
@@ -130,22 +130,23 @@ class SustainedPasses:
         with _threads(threads), fixed_seed():
             self._bench = LayerBench(traced, Sample(*sample), "cpu", threads)
             self._parts = self._bench.parts(_PARTS)
-            self._batches = [self._bench.rows(count) for count in rows]
-            for data in self._batches:
+            self._batches = {count: self._bench.rows(count) for count in rows}
+            for data in self._batches.values():
                 self._bench.layer_pass(data, stages=self._parts)
 
-    def seconds(self, begin_s: float, last_s: float) -> list[float]:
+    def seconds(self, rows: Sequence[int], begin_s: float, last_s: float) -> list[float]:
         """The median pass with each row count, in processor seconds where one thread does it all.
 
         Args:
+            rows: of those given at first, one after the other.
             begin_s: when to begin, by ``time.monotonic``; others on this machine begin then too.
             last_s: how long to go on with each row count; three passes at least.
         """
         with _threads(self._threads), fixed_seed():
             time.sleep(max(0.0, begin_s - time.monotonic()))
             return [
-                _sustained_s(self._bench, self._parts, data, begin_s + (i + 1) * last_s)
-                for i, data in enumerate(self._batches)
+                _sustained_s(self._bench, self._parts, self._batches[count], begin_s + (i + 1) * last_s)
+                for i, count in enumerate(rows)
             ]
 
 
