@@ -113,6 +113,17 @@ def test_a_link_is_a_cause_by_a_probe_only_and_for_as_long_as_that_is_news(link:
     assert estimator.causes(odd) == []
 
 
+def test_links_that_are_surely_faster_take_none_along_that_look_otherwise() -> None:
+    task = problem()
+    fast = thinner(thinner(task.profile, CLUSTER, [("n1", "s1")], 0.6), CLUSTER, [("s1", "n1")], 0.4)
+    odd = thinner(fast, CLUSTER, [("n2", "s2")], 5.0)
+    estimator = follow(task, [*[task.profile] * 4, *[odd] * 30])
+    fitted = estimator.fitted()
+    found = {(x.source, x.target) for cause in estimator.causes(fitted) for x in cause.links}
+    assert {("n1", "s1"), ("s1", "n1")} <= found
+    assert ("n2", "s2") not in found
+
+
 @pytest.mark.parametrize("late", [("n1", "s1"), ("n1", "s1", "n2", "s2")])
 def test_one_pair_that_is_late_both_ways_is_not_the_pipe_that_others_share(late: tuple[str, ...]) -> None:
     task = problem()

@@ -18,7 +18,8 @@ from spanwise.core.profile import Profile
 from spanwise.core.program import Program
 from spanwise.lowering import lower
 from spanwise.planner.adapting.adaptation import Adaptation, Belief, Change, OnTrial, Search
-from spanwise.planner.adapting.estimate import Cause, Drift, Estimator
+from spanwise.planner.adapting.drift import Cause, Drift
+from spanwise.planner.adapting.estimate import Estimator
 from spanwise.planner.adapting.explore import Explorer, Look
 from spanwise.planner.adapting.foresee import MOST_KNOWN, Foresight
 from spanwise.planner.adapting.ratios import Expected, Link
@@ -57,8 +58,7 @@ class Adapter:
         self._estimator = self._follow(problem.profile)
         self._times: list[float] = []  # of the steps under this plan, settled ones only
         self._rest = SETTLE_STEPS
-        self._hold_until, self._hold_until_s = 0, 0.0
-        self._quiet_until_s = 0.0
+        self._hold_until, self._hold_until_s, self._quiet_until_s = 0, 0.0, 0.0
         self._searching: tuple[Search, float] | None = None
         self._owed = ""  # reason of a search that was left out, as a known plan was taken
         self._trial: OnTrial | None = None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from spanwise.core.cluster import Cluster
 from spanwise.core.observed import DeviceStep
-from spanwise.core.profile import DeviceTimes, LinkTimes, Profile
+from spanwise.core.profile import LinkTimes, Profile
 from spanwise.core.routes import Routes
+from spanwise.planner.adapting.drift import Cause, Drift
 from spanwise.planner.adapting.ratios import SHORTEST_S, Expected, Link, Ratios, ratios
 from spanwise.planner.adapting.tracker import (
     BIG,
@@ -32,35 +32,6 @@ ALIKE = 1.4  # both directions between two sites, if they have moved together
 # messages that meet on a pipe in one of both and not in the other are twice as slow.
 OWN_DEVICE, OWN_LINK = 1.5, 2.2
 PROBE_LASTS = 4  # steps for which a probe is news
-
-
-@dataclass(frozen=True)
-class Drift:
-    """Something has moved for good: whether far, and whether a device or link, not the step time alone.
-
-    ``leap``: one step says so, and only if what leapt in it explains how long it took.
-    """
-
-    big: bool
-    conditions: bool
-    leap: bool = False
-
-
-@dataclass(frozen=True)
-class Cause:
-    """A device, or the links between two sites, with the numbers that it seems to have now.
-
-    ``sure``: whether it needs no step time to bear it out. ``far``: how far it has moved, the logarithm of
-    the largest ratio, unsigned. ``turned``: whether it has done so in the newest steps, ``leapt``: in the
-    newest one and alike in all that is seen of it.
-    """
-
-    devices: tuple[DeviceTimes, ...]
-    links: tuple[LinkTimes, ...]
-    sure: bool
-    far: float
-    turned: bool = False
-    leapt: bool = False
 
 
 class Estimator:
@@ -264,12 +235,17 @@ class Estimator:
         probed = {self.pipe(link) for link, ratio in self._probed.items() if _out(ratio, LINK_BAND)}
         for links in pairs.values():
             ways = [(entry.source, entry.target) for entry, _ in links]
-            sure, leapt = any(map(self._sure_link, ways)), any(way in leaps for way in ways)
-            shown = probed.intersection(map(self.pipe, ways))
-            if sure or leapt or shown:
-                turned = bool(shown) or any(way in self._links and self._links[way].turned for way in ways)
-                far = max(abs(math.log(ratio)) for _, ratio in links)
-                found.append(Cause((), tuple(entry for entry, _ in links), sure, far, turned, leapt))
+            known = {w for w in ways if w in leaps or self.pipe(w) in probed or self._sure_link(w)}
+            pipes = set(map(self.pipe, known))
+            # Of a pipe those that were not seen follow; what was seen otherwise is its own, late or early.
+            kept = [w in known or (w not in self._links and self.pipe(w) in pipes) for w in ways]
+            if not known:
+                continue
+            sure, leapt = any(map(self._sure_link, known)), any(w in leaps for w in known)
+            turned = bool(pipes & probed) or any(w in self._links and self._links[w].turned for w in known)
+            far = max(abs(math.log(ratio)) for (_, ratio), own in zip(links, kept, strict=True) if own)
+            entries = tuple(entry for (entry, _), own in zip(links, kept, strict=True) if own)
+            found.append(Cause((), entries, sure, far, turned, leapt))
         return found
 
     def under(self, causes: Sequence[Cause]) -> Profile:

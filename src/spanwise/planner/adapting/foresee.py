@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 
 from spanwise.core.plan import Plan
 from spanwise.core.profile import LinkTimes, Profile
-from spanwise.planner.adapting.estimate import Cause, Estimator
+from spanwise.planner.adapting.drift import Cause
+from spanwise.planner.adapting.estimate import Estimator
 
 THINNER, SLOWER = (4.0, 2.0), (3.0, 1.5)  # how much, of links and devices
 NEAR = 1.5  # numbers as much apart want much the same plan
