@@ -113,6 +113,19 @@ def test_a_link_is_a_cause_by_a_probe_only_and_for_as_long_as_that_is_news(link:
     assert estimator.causes(odd) == []
 
 
+@pytest.mark.parametrize(("slower_by", "moved"), [(1.0, False), (8.0, True)])
+def test_a_link_inside_a_site_may_be_back_but_is_no_faster_than_at_first(
+    slower_by: float, moved: bool
+) -> None:
+    """A small message that waited for a processor takes as long as a large one: not a link without time."""
+    task = problem()
+    believed = thinner(task.profile, CLUSTER, [("s1", "s2")], slower_by)
+    expected = Expected.of(timeline_of(task, two_sites(task), believed))
+    estimator = Estimator(believed, CLUSTER, expected, first=task.profile)
+    estimator.probed(("s1", "s2"), [(1_000, 0.02), (100_000, 0.02)])
+    assert (estimator.drift() is not None) == moved
+
+
 def test_links_that_are_surely_faster_take_none_along_that_look_otherwise() -> None:
     task = problem()
     fast = thinner(thinner(task.profile, CLUSTER, [("n1", "s1")], 0.6), CLUSTER, [("s1", "n1")], 0.4)

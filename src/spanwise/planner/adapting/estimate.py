@@ -110,9 +110,14 @@ class Estimator:
                 del self._links[other]  # an earlier probe: this one is newer
         tracker = self._links.setdefault(link, Tracker(LINK_BAND))
         found_s = max(least[large] - least[small], SHORTEST_S)
+        if not self._between_sites(link):  # what is found faster than at first is a small message that waited
+            found_s = max(found_s, (large - small) / self._first_rate(link))
         self._probes[link] = ((large - small) / found_s, 0)
         for _ in range(2):
             tracker.add(found_s / awaited_s, BIG_WINDOW_S)
+
+    def _first_rate(self, link: Link) -> float:
+        return Routes(self._cluster, self._first.links).route(*link).bandwidth_bytes_per_s
 
     def rate(self, link: Link) -> float:
         """Bytes per second of a link as believed."""
