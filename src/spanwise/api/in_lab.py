@@ -147,7 +147,9 @@ def _passes_s(
     coordinator = pool.coordinator
     begin_s = time.monotonic() + _SOON_S
     for device in devices:
-        more = {"pace_rows": rows, "keep": device in keep}
-        coordinator.tell(device, "service", name="pace", begin_s=begin_s, last_s=_PACE_S, **more)
+        coordinator.tell(
+            device, "service", name="pace", begin_s=begin_s, last_s=_PACE_S, pace_rows=rows,
+            keep=device in keep,
+        )  # fmt: skip
     frames = coordinator.gather("served", devices, _TIMEOUT_S)
     return {device: [float(s) for s in frame.head["passes_s"]] for device, frame in frames.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,7 +88,7 @@ def unbounded_timeline(problem: Problem, plan: Plan) -> Timeline:
 
 
 @contextmanager
-def _without_collection() -> Iterator[None]:
+def _without_collection() -> Generator[None]:
     """No passes of the garbage collector for the tenth of a second that a simulation takes.
 
     It makes some hundred thousand actions and events, which set off passes over everything there is, and
