@@ -66,7 +66,8 @@ def profile_in_lab(
     base = profile_prepared(prepared, cluster, cache)
     rows = _pace_rows(base, prepared.job.batch)
     usual = min(rows, key=lambda count: abs(count - _PACE_ROWS))
-    alike = {lab.share(d): d for d in pool.devices}  # devices of one share stand for each other
+    shares = {d: lab.share(d) for d in pool.devices}
+    alike = {share: d for d, share in shares.items()}  # devices of one share stand for each other
     _set_up(prepared, rows, lab, pool)
 
     def slower(
@@ -82,7 +83,6 @@ def profile_in_lab(
     ]
     each_s, byte_s = (median(found) for found in zip(*per_message, strict=True)) if per_message else (0, 0)
     costs = {"message_s": each_s, "message_s_per_byte": byte_s}
-    shares = {d: lab.share(d) for d in pool.devices}
     return _stretched(base, shares, together, alone, usual, costs)
 
 

@@ -241,16 +241,16 @@ class Estimator:
         for links in pairs.values():
             ways = [(entry.source, entry.target) for entry, _ in links]
             known = {w for w in ways if w in leaps or self.pipe(w) in probed or self._sure_link(w)}
-            pipes = set(map(self.pipe, known))
-            # Of a pipe those that were not seen follow; what was seen otherwise is its own, late or early.
-            kept = [w in known or (w not in self._links and self.pipe(w) in pipes) for w in ways]
             if not known:
                 continue
-            sure, leapt = any(map(self._sure_link, known)), any(w in leaps for w in known)
+            pipes = set(map(self.pipe, known))
+            sure, leapt = any(map(self._sure_link, known)), any(way in leaps for way in known)
             turned = bool(pipes & probed) or any(w in self._links and self._links[w].turned for w in known)
-            far = max(abs(math.log(ratio)) for (_, ratio), own in zip(links, kept, strict=True) if own)
-            entries = tuple(entry for (entry, _), own in zip(links, kept, strict=True) if own)
-            found.append(Cause((), entries, sure, far, turned, leapt))
+            # Of a pipe those that were not seen follow; what was seen otherwise is its own, late or early.
+            known.update(way for way in ways if way not in self._links and self.pipe(way) in pipes)
+            own = [pair for way, pair in zip(ways, links, strict=True) if way in known]
+            far = max(abs(math.log(ratio)) for _, ratio in own)
+            found.append(Cause((), tuple(entry for entry, _ in own), sure, far, turned, leapt))
         return found
 
     def under(self, causes: Sequence[Cause]) -> Profile:

@@ -91,8 +91,8 @@ def unbounded_timeline(problem: Problem, plan: Plan) -> Timeline:
 def _without_collection() -> Generator[None]:
     """No passes of the garbage collector for the tenth of a second that a simulation takes.
 
-    It makes some hundred thousand actions and events, which set off passes over everything there is, and
-    nothing of it is in a cycle.
+    It makes some hundred thousand actions and events, which set off passes over everything there is, and of
+    its own nothing is garbage before it ends.
     """
     on = gc.isenabled()
     gc.disable()
