@@ -4,6 +4,10 @@ Independent of the planner's dynamic programme: nothing is dropped on the way. A
 formula of ``plans.price`` at typical rows; the cheapest of every number of stages are built with their
 own rows and priced again; the best of those are simulated with both warm-up rules. Rows of a stage are
 those of ``min_max_rows``, which is exact against brute force (tests/unit/test_planner_rows.py).
+
+That is the space of orders, groups, cuts and rows. ``hpp`` has more: backward passes in halves, layers that
+run again, sums in segments. So that it is not compared with less than it may use itself, the fastest plans
+are then tried with all of these.
 """
 
 from __future__ import annotations
@@ -18,9 +22,11 @@ from numpy.typing import NDArray
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.planner.outline import Outline, Span
+from spanwise.planner.plans.bubble import zero_bubble_variants
 from spanwise.planner.plans.build import Depth, build
 from spanwise.planner.plans.price import price
 from spanwise.planner.plans.trial import timeline
+from spanwise.planner.plans.variants import recomputed, segmented
 from spanwise.planner.problem import Problem
 from spanwise.planner.search.groups import INFEASIBLE_S, Groups
 
@@ -28,14 +34,20 @@ Group = tuple[int, ...]
 Floats = NDArray[np.float64]
 PRICED = 150  # outlines of every number of stages that are built and priced exactly
 SIMULATED = 25  # plans of every number of stages that are simulated, and as many of all
+FINISHED = 24  # the fastest of these are tried with halves, layers that run again and segments
+FINALISTS = 4  # of a plan's variants, tried in segments
 DEPTHS: tuple[Depth, ...] = ("deep", "shallow")
+NONE = float("inf")
 
 
 @dataclass(frozen=True)
 class Best:
-    """The least step time by simulation and the least price; infinite without a plan."""
+    """The least step time by simulation, without and with halves, layers that run again and segments, and the
+    least price; infinite without a plan.
+    """
 
     simulated_s: float
+    finished_s: float
     price_s: float
     plan: Plan | None
     looked_at: int
@@ -142,13 +154,30 @@ def _decide(
     for entries in (flat, *priced.values()):
         few = len(entries) if everything else 2 * SIMULATED
         chosen.update({plan: p for p, plan in sorted(entries, key=lambda entry: entry[0])[:few]})
-    best, winner = float("inf"), None
-    for plan in sorted(chosen, key=lambda plan: chosen[plan]):
-        try:
-            seconds = timeline(problem, plan).step_time_s
-        except InfeasibleError:
-            continue
-        if seconds < best:
-            best, winner = seconds, plan
-    least = min((entry[0] for entry in flat), default=float("inf"))
-    return Best(best, least, winner, looked_at)
+    timed = sorted((seconds(problem, plan), n) for n, plan in enumerate(chosen))
+    plans = list(chosen)
+    ranked = [(s, plans[n]) for s, n in timed if s < NONE]
+    best, winner = ranked[0] if ranked else (NONE, None)
+    least = min((entry[0] for entry in flat), default=NONE)
+    return Best(best, finished_s(problem, [plan for _, plan in ranked[:FINISHED]]), least, winner, looked_at)
+
+
+def seconds(problem: Problem, plan: Plan) -> float:
+    """Simulated step time; infinite if memory or orders allow none."""
+    try:
+        return timeline(problem, plan).step_time_s
+    except InfeasibleError:
+        return NONE
+
+
+def finished_s(problem: Problem, plans: list[Plan]) -> float:
+    """The least simulated step time of all variants of the plans."""
+    least = NONE
+    for plan in plans:
+        whole = dict.fromkeys((plan, recomputed(problem, [plan])))
+        variants = [v for w in whole for v in (w, *zero_bubble_variants(problem, w))]
+        for variant in sorted(variants, key=lambda v: seconds(problem, v))[:FINALISTS]:
+            least = min(least, seconds(problem, variant))
+            if variant.syncs and least < NONE:
+                least = min(least, seconds(problem, segmented(problem, [variant])))
+    return least

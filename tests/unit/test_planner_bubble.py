@@ -13,9 +13,10 @@ from spanwise.planner import Problem, make_plan
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.plans.bubble import FIRST, likely_variants, zero_bubble_variants
 from spanwise.planner.plans.feasible import kept, memory_bytes
-from spanwise.planner.plans.finish import halved, segmented
+from spanwise.planner.plans.halved import halved
 from spanwise.planner.plans.pace import pace_s
 from spanwise.planner.plans.trial import priced, timeline
+from spanwise.planner.plans.variants import segmented
 
 LAYERS = 12
 
@@ -64,7 +65,7 @@ def one_f_one_b(found: Problem, micro_batches: int = 8) -> Plan:
 def test_halves_are_chosen_where_they_fill_waits() -> None:
     found = problem()
     plan = one_f_one_b(found)
-    best = halved(found, [plan])
+    best = halved(found, [plan])[0]
     assert best.schedule == "zero_bubble"
     assert timeline(found, best).step_time_s < 0.95 * timeline(found, plan).step_time_s
     assert make_plan(found, "pipeline").schedule == "zero_bubble"
@@ -74,7 +75,7 @@ def test_halves_that_cost_more_than_the_waits_are_not_chosen() -> None:
     """Negative control: a backward whose halves together take half as long again."""
     found = problem(halves=(0.75, 0.75))
     plan = one_f_one_b(found)
-    assert halved(found, [plan]) == plan
+    assert halved(found, [plan])[0] == plan
     assert make_plan(found, "pipeline").schedule == "1f1b"
 
 
@@ -148,7 +149,7 @@ def test_weight_halves_are_done_at_once_where_that_pays() -> None:
     assert most_at_once(joining) > 4
     assert timeline(found, joining).step_time_s < 0.9 * min(timeline(found, v).step_time_s for v in rest)
     assert pace_s(found, joining) == pytest.approx(timeline(found, joining).step_time_s, rel=0.02)
-    best = halved(found, [plan])
+    best = halved(found, [plan])[0]
     assert timeline(found, best).step_time_s <= timeline(found, joining).step_time_s
     assert best in (joining, held)
     little = flat(parameters=20)  # copies would be larger than the weights
@@ -182,7 +183,7 @@ def test_a_single_stage_waits_for_nobody() -> None:
 def test_gradients_are_summed_in_segments_where_that_hides_them(bandwidth: str) -> None:
     found = problem(bandwidth=bandwidth)
     plan = priced(found, "test", [Outline(1, (Span(0, LAYERS, (0, 1, 2)),))])[0].plan
-    best = segmented(found, plan)
+    best = segmented(found, [plan])
     alone, both = (timeline(found, p).step_time_s for p in (plan, best))
     if best == plan:
         assert bandwidth == "10 Gbit/s"

@@ -39,6 +39,7 @@ class Adapting:
         self._found: list[Candidate] = []
         self._since_s = 0.0
         self._written: dict[int, Adaptation] = {}
+        self._step = 0  # the newest that was observed
 
     @property
     def records(self) -> tuple[Adaptation, ...]:
@@ -88,6 +89,7 @@ class Adapting:
 
     def observe(self, report: StepReport, step_time_s: float) -> None:
         """Takes a step in, and a search that has ended."""
+        self._step = report.step
         if self._change is not None:
             return
         now = time.monotonic()
@@ -115,8 +117,12 @@ class Adapting:
         return tuple(Probe(*look.link, look.sizes) for look in self.adapter.look(time.monotonic()))
 
     def probed(self, probe: Probe, samples: tuple[tuple[int, float], ...]) -> None:
-        """Takes a probe in."""
+        """Takes a probe in, and keeps it: why a run was planned anew may rest on nothing else."""
         self.adapter.looked((probe.source, probe.target), samples)
+        self._folder.append_metric(
+            {"event": "probe", "step": self._step, "source": probe.source, "target": probe.target,
+             "round_trips": [[size, round(seconds, 6)] for size, seconds in samples]}
+        )  # fmt: skip
 
     def next_assignment(self) -> Assignment | None:
         """The run under the plan to go over to."""

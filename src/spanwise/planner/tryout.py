@@ -14,8 +14,9 @@ from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.core.timeline import Timeline
 from spanwise.planner.adapting.replan import Candidate, candidate, same_rows
-from spanwise.planner.plans.finish import halved, segmented
+from spanwise.planner.plans.halved import halved
 from spanwise.planner.plans.trial import timeline
+from spanwise.planner.plans.variants import segmented
 from spanwise.planner.problem import Problem
 from spanwise.planner.published.asteroid import asteroid
 from spanwise.planner.published.dapple import dapple

@@ -21,9 +21,10 @@ from spanwise.core.routes import Routes
 from spanwise.lowering import move_bytes, moves
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.plans.build import Depth, build, fixed_span
-from spanwise.planner.plans.finish import halved, segmented
+from spanwise.planner.plans.halved import halved
 from spanwise.planner.plans.price import price
 from spanwise.planner.plans.trial import Priced, simulated, timeline
+from spanwise.planner.plans.variants import segmented
 from spanwise.planner.problem import Problem, largest_remainder
 from spanwise.planner.registry import make_plan
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from spanwise.core.cluster import Cluster
 from spanwise.core.model import ModelGraph
-from spanwise.core.profile import Profile, TimeTable
+from spanwise.core.profile import Profile, TimeTable, halves_of
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -51,6 +51,7 @@ class Tables:
     Attributes:
         forward, backward: ``[device, layer, rows]`` seconds of layers ``[0, layer)``, not falling with rows.
         both: their sum.
+        backward_input, backward_weight: likewise of the two halves of a backward.
         message_s: ``[device]`` seconds of compute that one message takes.
         update_s_per_byte: ``[device]`` of the optimizer step.
         parameters: ``[start, stop]`` bytes of parameters of a range, each tied one once.
@@ -65,6 +66,8 @@ class Tables:
     forward: PerDevice
     backward: PerDevice
     both: PerDevice
+    backward_input: PerDevice
+    backward_weight: PerDevice
     message_s: Floats
     update_s_per_byte: Floats
     parameters: Floats
@@ -84,14 +87,17 @@ class Tables:
         chosen = [profile.table(device.id) for device in cluster.devices]
         alike: dict[tuple[int, float], int] = {}
         of = np.array([alike.setdefault((id(table), factor), len(alike)) for table, factor in chosen])
-        forward, backward = (
-            PerDevice(np.stack([factor * dense[table][way] for table, factor in alike]), of) for way in (0, 1)
+        forward, backward, backward_input, backward_weight = (
+            PerDevice(np.stack([factor * dense[table][way] for table, factor in alike]), of)
+            for way in range(4)
         )
         layers = graph.layers
         return cls(
             forward=forward,
             backward=backward,
             both=forward + backward,
+            backward_input=backward_input,
+            backward_weight=backward_weight,
             message_s=np.array([factor * table.message_s for table, factor in chosen]),
             update_s_per_byte=np.array([factor * table.update_s_per_byte for table, factor in chosen]),
             parameters=_parameters(graph),
@@ -132,14 +138,15 @@ class Tables:
         return np.minimum(np.maximum(np.floor(free / per_row), -1.0), 2.0**31).astype(np.int64)
 
 
-def _dense(table: TimeTable, batch: int) -> tuple[Floats, Floats]:
-    """Forward and backward seconds ``[layer, rows]``, prefix-summed over layers."""
-    forward = np.stack([_at_all_rows(table.rows, layer.forward_s, batch) for layer in table.layers])
-    backward = np.stack([_at_all_rows(table.rows, layer.backward_s, batch) for layer in table.layers])
+def _dense(table: TimeTable, batch: int) -> tuple[Floats, ...]:
+    """Seconds ``[layer, rows]`` of forward, backward and its halves, prefix-summed over layers."""
+    ways = zip(
+        *((layer.forward_s, layer.backward_s, *halves_of(layer)) for layer in table.layers), strict=True
+    )
     zero = np.zeros((1, batch + 1))
-    return (
-        np.concatenate([zero, np.cumsum(forward, axis=0)]),
-        np.concatenate([zero, np.cumsum(backward, axis=0)]),
+    return tuple(
+        np.concatenate([zero, np.cumsum([_at_all_rows(table.rows, ys, batch) for ys in way], axis=0)])
+        for way in ways
     )
 
 

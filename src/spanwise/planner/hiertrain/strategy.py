@@ -23,8 +23,8 @@ from spanwise.planner.hiertrain.plan import Arena, Kind
 from spanwise.planner.hiertrain.search import Candidate, Search
 from spanwise.planner.plans.build import Depth
 from spanwise.planner.plans.feasible import closest
-from spanwise.planner.plans.finish import segmented
 from spanwise.planner.plans.trial import timeline
+from spanwise.planner.plans.variants import segmented
 from spanwise.planner.problem import Problem
 from spanwise.planner.published.decided import exactly
 
@@ -186,7 +186,7 @@ def finished(arena: Arena, strategy: str, found: Sequence[Simulated]) -> Plan:
         moved = False
         for candidate, depth in _near(arena, best.candidate, step):
             if tried >= MOVES:
-                return segmented(arena.problem, best.plan)
+                return segmented(arena.problem, [best.plan])
             tried += 1
             try:
                 near = _simulated(arena, strategy, candidate, depth)
@@ -196,7 +196,7 @@ def finished(arena: Arena, strategy: str, found: Sequence[Simulated]) -> Plan:
                 best, moved = near, True
                 break
         step = step if moved else step // 4
-    return segmented(arena.problem, best.plan)
+    return segmented(arena.problem, [best.plan])
 
 
 def _near(arena: Arena, candidate: Candidate, step: int) -> Iterator[tuple[Candidate, Depth]]:

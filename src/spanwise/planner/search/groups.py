@@ -24,9 +24,10 @@ class StageTimes:
 
     Attributes:
         both: ``[M, start, stop]`` seconds a micro-batch of the slowest replica, forward and backward: index
-            of the micro-batch count, start and stop positions of the grid.
-        whole: that of all micro-batches, one after the other.
-        backward: its backward alone.
+            of the micro-batch count, start and stop positions of the grid. In halves, forward and input half:
+            what other stages wait for.
+        whole: that of all micro-batches, one after the other, with their weight halves.
+        backward: its backward or input half alone.
         sum_s: ``[start, stop]`` gradient sum and update.
     """
 
@@ -44,6 +45,7 @@ class Groups:
         cuts: grid positions.
         micro_batches: counts M, an axis of all times.
         in_flight: micro-batches whose activations must fit (fewer if M is less); 0 = memory is ignored.
+        halves: whether backwards are done in halves, the weight halves while others would be waited for.
         crossings: what searches know of the links between groups, by identity of these, which live as long as
             the problem.
     """
@@ -52,6 +54,7 @@ class Groups:
     cuts: tuple[int, ...]
     micro_batches: tuple[int, ...]
     in_flight: int = 1
+    halves: bool = False
     crossings: dict[int, tuple[Floats, Floats, Floats]] = field(
         default_factory=dict[int, tuple[Floats, Floats, Floats]]
     )
@@ -175,20 +178,28 @@ class Groups:
         both = np.full((len(self.micro_batches), side, side), INFEASIBLE_S)
         backward = np.full_like(both, INFEASIBLE_S)
         found, fits = np.stack(rows), np.stack(feasible)
-        f = np.zeros(fits.shape)
-        b = np.zeros(fits.shape)
+        f, b, w = (np.zeros(fits.shape) for _ in range(3))
+        back = tables.backward_input if self.halves else tables.backward
         for position, device in enumerate(leaders):
             y, extra = found[:, :, position], 2 * tables.message_s[device]
-            for most, upto in ((f, tables.forward[device]), (b, tables.backward[device])):
-                seconds = upto[last, y] - upto[first, y]
-                seconds += extra
+            ways = [(f, tables.forward, extra), (b, back, extra)]
+            if self.halves:
+                ways.append((w, tables.backward_weight, 0.0))
+            for most, upto, more in ways:
+                prefix = upto[device]
+                seconds = prefix[last, y] - prefix[first, y]
+                seconds += more
                 np.maximum(most, seconds, out=most)
         both[:, start, stop] = np.where(fits, f + b, INFEASIBLE_S)
         backward[:, start, stop] = np.where(fits, b, INFEASIBLE_S)
+        whole = both
+        if self.halves:
+            whole = np.full_like(both, INFEASIBLE_S)
+            whole[:, start, stop] = np.where(fits, f + b + w, INFEASIBLE_S)
         per_byte, fixed = links.ring(links.in_order(group))
         update = float(tables.update_s_per_byte[list(leaders)].max())
         sum_s = np.full((side, side), INFEASIBLE_S)
         sum_s[start, stop] = np.minimum(
             (per_byte + update) * tables.parameters[first, last] + fixed, INFEASIBLE_S
         )
-        return StageTimes(both, np.array(self.micro_batches)[:, None, None] * both, backward, sum_s)
+        return StageTimes(both, np.array(self.micro_batches)[:, None, None] * whole, backward, sum_s)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 
 import numpy as np
 
 from spanwise.planner.facts.kinds import Group, Mix
+from spanwise.planner.facts.neighbours import neighbours
 from spanwise.planner.outline import Outline
 from spanwise.planner.plans.build import fixed_span
 from spanwise.planner.problem import Problem
@@ -16,7 +18,7 @@ from spanwise.planner.search.extensions import Extension, all_subsets, by_depth,
 from spanwise.planner.search.grid import all_cuts, coarse_cuts, fine_cuts, nearest
 from spanwise.planner.search.groups import Groups, StageTimes
 from spanwise.planner.search.orders import many_devices
-from spanwise.planner.search.sequences import chains, neighbours
+from spanwise.planner.search.sequences import chains
 from spanwise.planner.search.sets import Search
 
 EXACT_WORK = 12e6  # array elements of all sets and groups; beyond it a local search over device orders
@@ -38,6 +40,7 @@ def best_outlines(
     keep: int = KEPT,
     near: Sequence[Outline] = (),
     deep: bool = False,
+    halves: bool = False,
 ) -> list[Outline]:
     """The ``keep`` cheapest outlines on a grid of cuts, each the best of its devices, first group and M.
 
@@ -49,8 +52,9 @@ def best_outlines(
         keep: how many, about.
         near: build only from their groups, their first stage and their last; from all if empty.
         deep: P-p micro-batches must fit in stage p of P, in place of ``in_flight`` everywhere.
+        halves: backwards are done in halves, so that no stage waits for the weight half of another.
     """
-    groups = Groups(problem, cuts, problem.micro_batch_choices(), in_flight)
+    groups = Groups(problem, cuts, problem.micro_batch_choices(), in_flight, halves)
     devices = tuple(range(len(problem.cluster.devices)))
     if problem.first_is_fixed:
         return _fixed_outlines(problem, groups, singles, keep, near)
@@ -62,21 +66,23 @@ def best_outlines(
 
 
 def refined_outlines(
-    problem: Problem, *, singles: bool, in_flight: int = 1, keep: int = KEPT, deep: bool = False
-) -> list[Outline]:
+    problem: Problem, *, singles: bool, in_flight: int = 1, keep: int = KEPT, deep: bool = False,
+    halves: bool = False,
+) -> list[Outline]:  # fmt: skip
     """On a coarse grid first and then, if that left cuts out, on a fine one around the best of them."""
     layers = len(problem.graph)
     coarse = coarse_cuts(problem.tables)
     if not _is_exact(problem, coarse, singles):
         coarse = coarse_cuts(problem.tables, ORDERED_CUTS)
-    found = best_outlines(problem, singles=singles, in_flight=in_flight, cuts=coarse, keep=keep, deep=deep)
+    look = partial(
+        best_outlines, problem, singles=singles, in_flight=in_flight, keep=keep, deep=deep, halves=halves
+    )
+    found = look(cuts=coarse)
     if len(coarse) == layers + 1 or not found:
         return found
     around = [span.stop for outline in found[:8] for span in outline.spans]
     fine = fine_cuts(layers, around)
-    more = best_outlines(
-        problem, singles=singles, in_flight=in_flight, cuts=fine, keep=keep, near=found, deep=deep
-    )
+    more = look(cuts=fine, near=found)
     return sorted(found + more, key=lambda o: o.price_s)[:keep]
 
 
@@ -93,7 +99,7 @@ def _beside(search: Search, singles: bool, deep: bool) -> list[Search]:
     problem = search.groups.problem
     found = [search.outline(f) for f in search.found()[: 4 * BESIDE]]
     best = list(dict.fromkeys(tuple(span.group for span in outline.spans) for outline in found))[:BESIDE]
-    near = dict.fromkeys(s for sequence in best for s in neighbours(problem, sequence, singles=singles))
+    near = dict.fromkeys(s for sequence in best for s in neighbours(problem.kinds, sequence, singles=singles))
     return [Search(search.groups, chains(problem, near, deep=deep))] if near else []
 
 

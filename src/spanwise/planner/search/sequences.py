@@ -7,16 +7,16 @@ stages, out of the plan and into it, and stages join and part, as long as the pr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice, pairwise
+from itertools import islice
 from random import Random
 
-from spanwise.planner.facts.kinds import Group, Mix, by_kind
+from spanwise.planner.facts.kinds import Mix
+from spanwise.planner.facts.neighbours import Sequence, neighbours
 from spanwise.planner.problem import Problem
 from spanwise.planner.search.extensions import END, Extension
 from spanwise.planner.search.groups import Groups
 from spanwise.planner.search.sets import Search
 
-Sequence = tuple[Group, ...]  # the group of every stage
 Key = tuple[Mix, ...]
 
 
@@ -52,7 +52,7 @@ class Sequences:
         mixed = Random(0)  # in no order of their own, so that no kind of move eats up the budget
         while moved:
             moved = False
-            near_by = list(neighbours(self.problem, current, singles=singles))
+            near_by = list(neighbours(self.problem.kinds, current, singles=singles))
             mixed.shuffle(near_by)
             for near in near_by:
                 if len(self.priced) >= most:
@@ -91,60 +91,3 @@ def chains(problem: Problem, sequences: Iterable[Sequence], *, deep: bool = Fals
                 keys[key[first:]] = len(keys)
                 ahead = len(sequence) - first if deep else 0
                 yield Extension(keys[key[first:]], sequence[first], keys[key[first + 1 :]], ahead=ahead)
-
-
-def neighbours(problem: Problem, sequence: Sequence, *, singles: bool) -> Iterator[Sequence]:
-    """One device of a kind moved, added, left out or exchanged; two stages joined, or one parted."""
-    used = {d for group in sequence for d in group}
-    spare = [
-        own[0] for own in by_kind(problem.kinds, (d for d in range(len(problem.kinds)) if d not in used))
-    ]
-    held = [[own[-1] for own in by_kind(problem.kinds, group)] for group in sequence]
-    places = range(len(sequence))
-    for i in places:
-        for device in held[i]:
-            for other in spare:
-                yield _with(sequence, {i: _without(sequence[i], device, other)})
-    if not singles:
-        yield from _moved(sequence, held, spare)
-    for i in places:
-        for j in range(i + 1, len(sequence)):
-            for a in held[i]:
-                for b in held[j]:
-                    if problem.kinds[a] != problem.kinds[b]:
-                        changed = {i: _without(sequence[i], a, b), j: _without(sequence[j], b, a)}
-                        yield _with(sequence, changed)
-    for at in range(len(sequence) + 1):
-        for other in spare:
-            yield (*sequence[:at], (other,), *sequence[at:])
-    for i in places:
-        if len(sequence) > 1:
-            yield _with(sequence, {i: ()})
-
-
-def _moved(sequence: Sequence, held: list[list[int]], spare: list[int]) -> Iterator[Sequence]:
-    for i, group in enumerate(sequence):
-        for device in held[i]:
-            less = _without(group, device)
-            if less:
-                yield _with(sequence, {i: less})
-                yield (*sequence[:i], (device,), less, *sequence[i + 1 :])
-                yield (*sequence[:i], less, (device,), *sequence[i + 1 :])
-            for j, other in enumerate(sequence):
-                if j != i:
-                    yield _with(sequence, {i: less, j: tuple(sorted((*other, device)))})
-        for other in spare:
-            yield _with(sequence, {i: tuple(sorted((*group, other)))})
-    for i, (a, b) in enumerate(pairwise(sequence)):
-        yield (*sequence[:i], tuple(sorted(a + b)), *sequence[i + 2 :])
-
-
-def _without(group: Group, device: int, instead: int | None = None) -> Group:
-    left = tuple(d for d in group if d != device)
-    return left if instead is None else tuple(sorted((*left, instead)))
-
-
-def _with(sequence: Sequence, changed: dict[int, Group]) -> Sequence:
-    """Stages that lose their last device go."""
-    found = (changed.get(i, group) for i, group in enumerate(sequence))
-    return tuple(group for group in found if group)

@@ -11,8 +11,8 @@ from spanwise.core.plan import Plan
 from spanwise.planner.facts.kinds import Group, by_kind
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.plans.build import fixed_span
-from spanwise.planner.plans.finish import segmented
-from spanwise.planner.plans.trial import Priced, fastest, priced
+from spanwise.planner.plans.trial import Priced, fastest, priced, simulated
+from spanwise.planner.plans.variants import segmented
 from spanwise.planner.problem import Problem, largest_remainder
 from spanwise.planner.search.extensions import END, Extension, all_subsets
 from spanwise.planner.search.groups import Groups
@@ -45,7 +45,7 @@ def data_parallel(problem: Problem) -> Plan:
     for m in reversed(problem.micro_batch_choices(count)):
         rows = largest_remainder(problem.job.batch // m, (1.0,) * count)
         outlines.append(Outline(m, (Span(0, layers, everyone, rows),)))
-    return segmented(problem, fastest(problem, priced(problem, "data_parallel", outlines), FINALISTS))
+    return segmented(problem, simulated(problem, priced(problem, "data_parallel", outlines), FINALISTS))
 
 
 def weighted_data_parallel(problem: Problem) -> Plan:
@@ -64,10 +64,10 @@ def weighted_data_parallel(problem: Problem) -> Plan:
     try:
         best = fastest(problem, list(first.values()), FINALISTS)
     except InfeasibleError:  # the simulator found more bytes than the formula: other counts may need fewer
-        return segmented(problem, fastest(problem, pool, FINALISTS))
+        return segmented(problem, simulated(problem, pool, FINALISTS))
     devices = frozenset(best.stages[0].devices)
     same = [entry for entry in pool if frozenset(entry.plan.stages[0].devices) == devices]
-    return segmented(problem, fastest(problem, same, FINALISTS))
+    return segmented(problem, simulated(problem, same, FINALISTS))
 
 
 def leaders(outlines: list[Outline]) -> list[Outline]:
@@ -144,4 +144,4 @@ def _over_sources(problem: Problem, strategy: str) -> Plan:
     layers = len(problem.graph)
     choices = reversed(problem.micro_batch_choices())
     outlines = [Outline(m, (fixed_span(problem, 0, layers, m),)) for m in choices]
-    return segmented(problem, fastest(problem, priced(problem, strategy, outlines), FINALISTS))
+    return segmented(problem, simulated(problem, priced(problem, strategy, outlines), FINALISTS))

@@ -13,8 +13,10 @@ from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.planner.outline import Outline
 from spanwise.planner.plans.build import warmup
-from spanwise.planner.plans.finish import at_both_depths, halved, segmented
+from spanwise.planner.plans.finish import at_both_depths
+from spanwise.planner.plans.halved import halved
 from spanwise.planner.plans.trial import priced, timeline
+from spanwise.planner.plans.variants import segmented
 from spanwise.planner.problem import Problem
 from spanwise.planner.published.asteroid import asteroid
 from spanwise.planner.search.outlines import refined_outlines
@@ -22,6 +24,7 @@ from spanwise.planner.strategies.data_parallel import weighted_outlines
 from spanwise.planner.strategies.pipeline import pipeline, pipeline_outlines
 
 FINALISTS = 16
+IN_HALVES = 48  # outlines that are the best in halves
 MOST_WITH_RIVALS = 12  # devices: with more, narrower searches take as long as all the rest and rarely help
 
 
@@ -40,7 +43,11 @@ def hpp(problem: Problem) -> Plan:
             outlines += refined_outlines(problem, singles=False, in_flight=in_flight)
     if not problem.first_is_fixed:
         outlines += weighted_outlines(problem, 1)[:4] + pipeline_outlines(problem)[:FINALISTS]
-    found = at_both_depths(problem, "hpp", sorted(outlines, key=lambda o: o.price_s), FINALISTS)
+    halves = list[Outline]()
+    if len(problem.kinds) <= MOST_WITH_RIVALS and not problem.first_is_fixed:
+        halves = refined_outlines(problem, singles=False, halves=True)[:IN_HALVES]
+    ranked = sorted(outlines, key=lambda o: o.price_s)
+    found = at_both_depths(problem, "hpp", ranked, FINALISTS, halves=halves, regroup="any")
     plans = [found, *_rivals(problem)]
     best = min(plans, key=lambda plan: timeline(problem, plan).step_time_s)
     return best.model_copy(update={"strategy": "hpp"})

@@ -22,7 +22,9 @@ def pipeline(problem: Problem) -> Plan:
     """
     one_source(problem)
     if problem.memo.pipeline is None:
-        problem.memo.pipeline = at_both_depths(problem, "pipeline", pipeline_outlines(problem), FINALISTS)
+        problem.memo.pipeline = at_both_depths(
+            problem, "pipeline", pipeline_outlines(problem), FINALISTS, regroup="singles"
+        )
     return problem.memo.pipeline
 
 

@@ -1,0 +1,150 @@
+"""Which plan is best in halves: not the one that is fastest without.
+
+Stages wait for the input half of a backward pass alone, so other borders and other numbers of micro-batches
+are best. Of some plans and of what lies next to them the zero_bubble variants are compared by their pace, and
+the best few simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from spanwise.core.plan import Plan
+from spanwise.planner.facts.kinds import Mix
+from spanwise.planner.plans.bubble import likely_variants, zero_bubble_variants
+from spanwise.planner.plans.near import built, near_borders, near_groups, near_joins, recounted
+from spanwise.planner.plans.pace import pace_s
+from spanwise.planner.plans.price import price
+from spanwise.planner.plans.trial import HOPELESS, MOST_EFFORT, Priced
+from spanwise.planner.plans.variants import paying, run_again, seconds_of
+from spanwise.planner.problem import Problem
+
+MOST_HALVED = 16  # of all of these, so many are simulated, of large ones as many as have this effort together
+MOST_HALVED_EFFORT = 3 * MOST_EFFORT
+MOST_SHARED = 2  # of those with a device in several stages
+SMALL = 1_000  # effort of plans of which more than the simulated ones are looked at
+MOST_FURTHER_EFFORT = 2 * MOST_EFFORT
+CLIMBS = 6  # sequences of groups from which on what lies next to a plan is looked at, the best in halves
+MOST_CLIMB_EFFORT = 4 * MOST_EFFORT
+REACH = 3  # layers that borders move at once
+
+Regroup = Literal["no", "singles", "any"]
+
+
+def halved(
+    problem: Problem, plans: Sequence[Plan], further: Sequence[Plan] = (), regroup: Regroup = "no"
+) -> list[Plan]:
+    """The plans and the zero_bubble variants of some, fastest first; variants of the first only if they pay.
+
+    Args:
+        problem: what is planned.
+        plans: simulated ones.
+        further: more that may be good in halves, the likeliest first; with them, what lies next to the best.
+        regroup: whether that may have other groups, or other groups of one device.
+    """
+    pool = _Pool(problem, regroup)
+    for plan in plans:
+        pool.take(plan)
+    if further:
+        pool.add(further)
+        pool.climb()
+    order = pool.ranked()
+    tried = _likeliest(order)
+    best = paying(problem, plans[0], tried)
+    if best in tried:
+        hopeless = HOPELESS * pace_s(problem, best)
+        more = [variant for variant in zero_bubble_variants(problem, best) if variant not in order]
+        more = [variant for variant in more if pace_s(problem, variant) <= hopeless]
+        best = paying(problem, best, more)
+        tried += more
+    timed = {plan: s for plan in (*plans, *tried) if (s := seconds_of(problem, plan)) is not None}
+    return list(dict.fromkeys((best, *sorted(timed, key=lambda plan: timed[plan]))))
+
+
+def _likeliest(variants: Sequence[Plan]) -> list[Plan]:
+    """The first of variants in order of pace; of those with a device in several stages, whose pace is only a
+    price, a few.
+    """
+    if not variants:
+        return []
+    most = min(MOST_HALVED, max(2, MOST_HALVED_EFFORT // Priced(variants[0], 0.0).effort))
+    out: list[Plan] = []
+    shared = 0
+    for variant in variants:
+        is_shared = bool(Priced(variant, 0.0).kind[1])
+        shared += is_shared
+        if not is_shared or shared <= MOST_SHARED:
+            out.append(variant)
+        if len(out) == most:
+            break
+    return out
+
+
+@dataclass
+class _Pool:
+    """Plans without halves, each with its likely variants, the one of the least pace first."""
+
+    problem: Problem
+    regroup: Regroup
+    variants: dict[Plan, list[Plan]] = field(default_factory=dict[Plan, list[Plan]])
+
+    def add(self, plans: Sequence[Plan]) -> None:
+        """Takes small plans in, as many as are no great effort."""
+        effort = 0
+        for plan in plans:
+            if plan not in self.variants and (own := Priced(plan, 0.0).effort) <= SMALL:
+                effort += own
+                if effort > MOST_FURTHER_EFFORT:
+                    return
+                self.take(plan)
+
+    def climb(self) -> None:
+        """Moves borders and changes numbers of micro-batches while variants get faster, from the best on."""
+        effort = 0
+        for plan in self._starts():
+            first = Priced(plan, 0.0)
+            current = None if first.kind[1] or first.effort > SMALL else plan
+            while current is not None and effort <= MOST_CLIMB_EFFORT:
+                near = [new for entry in self._near(current) for new in self.take(entry.plan)]
+                effort += sum(Priced(entry, 0.0).effort for entry in near)
+                best = min(near, key=self._pace_s, default=current)
+                current = best if self._pace_s(best) < self._pace_s(current) else None
+
+    def ranked(self) -> list[Plan]:
+        """All variants, the one of the least pace first."""
+        found = dict.fromkeys(v for variants in self.variants.values() for v in variants)
+        return sorted(found, key=lambda variant: pace_s(self.problem, variant))
+
+    def _starts(self) -> list[Plan]:
+        """The best of every sequence of groups, equal devices not told apart."""
+        best: dict[tuple[Mix, ...], Plan] = {}
+        index, mix = self.problem.index, self.problem.lanes.mix
+        for plan in sorted((p for p, variants in self.variants.items() if variants), key=self._pace_s):
+            groups = (tuple(sorted(index[d] for d in stage.devices)) for stage in plan.stages)
+            best.setdefault(tuple(mix(group) for group in groups), plan)
+        return list(best.values())[:CLIMBS]
+
+    def _near(self, plan: Plan) -> Iterator[Priced]:
+        near = [*near_borders(self.problem, plan, REACH), *recounted(self.problem, plan)]
+        near += near_joins(self.problem, plan)
+        if self.regroup != "no":
+            near += near_groups(self.problem, plan, singles=self.regroup == "singles")
+        entries = [entry for o in near for entry in built(self.problem, plan.strategy, o, "deep")]
+        hopeless = HOPELESS * price(self.problem, plan).step_time_s
+        yield from (entry for entry in entries if entry.price_s <= hopeless)
+
+    def take(self, plan: Plan) -> list[Plan]:
+        """The plan and itself with layers that run again."""
+        again = run_again(self.problem, plan)
+        both = [plan] if again is None else [plan, again]
+        for one in both:
+            if one not in self.variants:
+                found = likely_variants(self.problem, one)
+                self.variants[one] = sorted(found, key=lambda v: pace_s(self.problem, v))
+        return both
+
+    def _pace_s(self, plan: Plan) -> float:
+        variants = self.variants[plan]
+        return pace_s(self.problem, variants[0]) if variants else float("inf")

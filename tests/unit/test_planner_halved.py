@@ -1,0 +1,119 @@
+"""What lies next to a plan, searches in halves, and plans that only segments make the best."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from test_planner_bubble import problem as three_devices
+from test_planner_estimate import problem as two_sites
+
+from planner_cases import make_problem
+from spanwise.api.adaptive import Adapting
+from spanwise.core.plan import Plan
+from spanwise.core.run_folder import RunFolder
+from spanwise.planner import Problem, make_plan
+from spanwise.planner.outline import Outline, Span
+from spanwise.planner.plans.near import near_borders, near_groups, near_joins
+from spanwise.planner.plans.trial import priced, timeline
+from spanwise.planner.plans.variants import segmented
+from spanwise.planner.search.groups import Groups
+from spanwise.planner.segments.rings import hidden_s
+from spanwise.runtime.session import Probe
+
+
+def made(task: Problem, micro_batches: int, *spans: tuple[int, int, tuple[int, ...]]) -> Plan:
+    outline = Outline(micro_batches, tuple(Span(*span) for span in spans))
+    return priced(task, "test", [outline])[0].plan
+
+
+def edges(outline: Outline) -> tuple[int, ...]:
+    assert all(a.stop == b.start for a, b in pairwise(outline.spans))
+    return (outline.spans[0].start, *(span.stop for span in outline.spans))
+
+
+def test_borders_move_as_far_as_they_reach() -> None:
+    task = three_devices()
+    plan = made(task, 4, (0, 3, (0,)), (3, 5, (1,)), (5, 12, (2,)))
+    near = {edges(outline) for outline in near_borders(task, plan)}
+    assert near == {(0, a, b, 12) for a, b in ((2, 5), (4, 5), (3, 4), (3, 6), (2, 4), (4, 6))}
+    far = [edges(outline) for outline in near_borders(task, plan, 3)]
+    assert len(far) == len(set(far))
+    reach = range(-3, 4)
+    allowed = {(0, 3 + i, 5 + j, 12) for i in reach for j in reach if 0 < 3 + i < 5 + j and (i or j)}
+    assert set(far) == allowed
+
+
+def test_groups_change_and_stages_join() -> None:
+    task = two_sites()
+    plan = made(task, 4, (0, 3, (0,)), (3, 5, (2,)), (5, 8, (1,)))
+    groups = [
+        tuple(span.group for span in outline.spans) for outline in near_groups(task, plan, singles=False)
+    ]
+    assert {edges(outline) for outline in near_groups(task, plan, singles=False)} == {(0, 3, 5, 8)}
+    assert ((2,), (0,), (1,)) in groups  # exchanged
+    assert ((0,), (2, 3), (1,)) in groups  # one more
+    assert len(set(groups)) == len(groups)
+    alone = near_groups(task, plan, singles=True)
+    assert alone
+    assert all(len(span.group) == 1 for outline in alone for span in outline.spans)
+    joined = [(edges(o), tuple(span.group for span in o.spans)) for o in near_joins(task, plan)]
+    assert joined == [
+        ((0, 5, 8), ((0,), (1,))), ((0, 5, 8), ((2,), (1,))),
+        ((0, 3, 8), ((0,), (2,))), ((0, 3, 8), ((0,), (1,))),
+    ]  # fmt: skip
+
+
+def test_a_given_first_stage_stays() -> None:
+    task = make_problem(4, 8, 1, private=True)
+    plan = make_plan(task, "data_parallel")
+    assert near_groups(task, plan, singles=False) == near_joins(task, plan) == []
+
+
+def test_in_halves_other_stages_wait_for_the_input_half_alone() -> None:
+    task = three_devices(halves=(0.4, 0.7))
+    cuts, counts = (0, 4, 8, 12), (1, 4)
+    whole, halves = (Groups(task, cuts, counts, halves=in_halves) for in_halves in (False, True))
+    profile, rows = task.profile, task.job.batch // 4
+    found, plain = halves.times((1,)), whole.times((1,))
+    into, weight = profile.halves_s("d1", 4, 12, rows)
+    forward = profile.forward_s("d1", 4, 12, rows)
+    message = 2 * 2 * float(task.tables.message_s[1])
+    at = (1, 1, 3)
+    assert found.both[at] == pytest.approx(forward + into + message)
+    assert found.whole[at] == pytest.approx(4 * (forward + into + weight + message))
+    assert plain.whole[at] == pytest.approx(4 * plain.both[at])
+    assert found.both[at] < plain.both[at] < found.whole[at] / 4  # halves take a tenth more together
+
+
+def test_a_plan_that_is_slower_in_one_piece_may_win_in_segments() -> None:
+    """Not where another is faster by more than segments can hide."""
+    task = three_devices(bandwidth="80 Mbit/s")
+    ring = made(task, 1, (0, 12, (0, 1, 2)))
+    alone = segmented(task, [ring])
+    near, far = (made(task, m, (0, 6, (0,)), (6, 12, (1,))) for m in (4, 8))
+    seconds = [timeline(task, plan).step_time_s for plan in (far, alone, near, ring)]
+    assert seconds == sorted(seconds)
+    assert hidden_s(task, ring) == pytest.approx(seconds[3] - seconds[1], rel=0.05)
+    assert segmented(task, [near, ring]) == alone
+    assert segmented(task, [near]) == near
+    assert segmented(task, [far, ring]) == far
+
+
+def test_what_a_probe_shows_is_kept(tmp_path: Path) -> None:
+    task = two_sites()
+    plan = made(task, 4, (0, 4, (0,)), (4, 8, (2,)))
+    folder = RunFolder.create(tmp_path / "run")
+    assignment = cast("Any", SimpleNamespace(plan=plan))
+    steering = Adapting(task, assignment, folder, last_step=10, strategy="hpp")
+    try:
+        steering.probed(Probe("n1", "s1", (1_000, 50_000)), ((1_000, 0.0101234567), (50_000, 0.02)))
+    finally:
+        steering.close()
+    assert folder.read_metrics() == [
+        {"event": "probe", "step": 0, "source": "n1", "target": "s1",
+         "round_trips": [[1_000, 0.010123], [50_000, 0.02]]}
+    ]  # fmt: skip
