@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +14,16 @@ from test_planner_estimate import problem as two_sites
 
 from planner_cases import make_problem
 from spanwise.api.adaptive import Adapting
+from spanwise.api.searcher import _problem, _problem_data, _search, _search_data
 from spanwise.core.plan import Plan
 from spanwise.core.run_folder import RunFolder
 from spanwise.planner import Problem, make_plan
+from spanwise.planner.adapting.adaptation import Search
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.plans.near import near_borders, near_groups, near_joins
 from spanwise.planner.plans.trial import priced, timeline
 from spanwise.planner.plans.variants import segmented
+from spanwise.planner.problem import Memo
 from spanwise.planner.search.groups import Groups
 from spanwise.planner.segments.rings import hidden_s
 from spanwise.runtime.session import Probe
@@ -101,6 +105,19 @@ def test_a_plan_that_is_slower_in_one_piece_may_win_in_segments() -> None:
     assert segmented(task, [near, ring]) == alone
     assert segmented(task, [near]) == near
     assert segmented(task, [far, ring]) == far
+
+
+def test_where_planning_must_be_quick_fewer_plans_are_compared() -> None:
+    """A run that adapts thinks of more conditions so; its searches in other processes do as it does."""
+    slow, quick = (replace(two_sites(), memo=Memo(), thorough=thorough) for thorough in (True, False))
+    found = [timeline(task, make_plan(task, "hpp")).step_time_s for task in (slow, quick)]
+    assert found[0] <= found[1]
+    assert len(quick.memo.halves) < len(slow.memo.halves) / 2
+    plan = made(quick, 4, (0, 4, (0,)), (4, 8, (2,)))
+    search = Search(quick, plan, "hpp", "test")
+    for task in (slow, quick):
+        other = _search(_search_data(search), _problem(_problem_data(task)))
+        assert other.problem.thorough == task.thorough
 
 
 def test_what_a_probe_shows_is_kept(tmp_path: Path) -> None:

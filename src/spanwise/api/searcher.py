@@ -193,6 +193,7 @@ def _problem_data(problem: Problem) -> dict[str, Any]:
     return {
         "graph": problem.graph.to_data(), "profile": problem.profile.to_data(),
         "cluster": problem.cluster.to_data(), "job": problem.job.to_data(), "importance": importance,
+        "thorough": problem.thorough,
     }  # fmt: skip
 
 
@@ -201,6 +202,7 @@ def _problem(data: dict[str, Any]) -> Problem:
     return Problem(
         graph=ModelGraph.parse(data["graph"]), profile=Profile.parse(data["profile"]),
         cluster=Cluster.parse(data["cluster"]), job=Job.parse(data["job"]), importance=importance,
+        thorough=bool(data["thorough"]),
     )  # fmt: skip
 
 

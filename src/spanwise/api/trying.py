@@ -39,8 +39,8 @@ def steering_of(
         plans += [(change.plan, change.step_s) for change in found]
     if adapt:
         on_stage("planning for what may come")
-        then = Adapting(
-            replace(problem, memo=Memo()), assignment, folder, last_step=last,
+        then = Adapting(  # the more conditions are thought of in a given time, the better
+            replace(problem, memo=Memo(), thorough=False), assignment, folder, last_step=last,
             strategy=GROUND_UP if strategy == "auto" else strategy, on_change=on_change,
         )  # fmt: skip
         try:

@@ -83,7 +83,8 @@ class Memo:
 class Problem:
     """Everything a planner looks at. ``memo`` holds derived values only and takes no part in equality.
 
-    ``importance``: scores of parameters, for planners that choose what trains where.
+    ``importance``: scores of parameters, for planners that choose what trains where. ``thorough``: whether
+    plans may take two or three times as long to look for, to be a per cent or so better on average.
     """
 
     graph: ModelGraph
@@ -91,6 +92,7 @@ class Problem:
     cluster: Cluster
     job: Job
     importance: Importance | None = None
+    thorough: bool = True
     memo: Memo = field(default_factory=Memo, compare=False, repr=False)
 
     @property

@@ -53,7 +53,8 @@ def at_both_depths(
     found = halved(problem, list(dict.fromkeys((winner, *ranked))), further, regroup)
     if found[0].schedule == "zero_bubble":
         unlike = (plan for plan in found if len(plan.stages) != len(found[0].stages))
-        starts = [plan for plan in (found[0], next(unlike, None)) if plan and plan.schedule == "zero_bubble"]
+        second = next(unlike, None) if problem.thorough else None
+        starts = [plan for plan in (found[0], second) if plan and plan.schedule == "zero_bubble"]
         moved = [shifted(problem, plan, limit // 2) for plan in starts]
         moved.sort(key=lambda plan: timeline(problem, plan).step_time_s)
         found = [*moved, *found]

@@ -22,6 +22,7 @@ from spanwise.planner.plans.variants import paying, run_again, seconds_of
 from spanwise.planner.problem import Problem
 
 MOST_HALVED = 16  # of all of these, so many are simulated, of large ones as many as have this effort together
+FEW_HALVED = 6  # where planning must be quick
 MOST_HALVED_EFFORT = 3 * MOST_EFFORT
 MOST_SHARED = 2  # of those with a device in several stages
 SMALL = 1_000  # effort of plans of which more than the simulated ones are looked at
@@ -42,16 +43,17 @@ def halved(
         problem: what is planned.
         plans: simulated ones.
         further: more that may be good in halves, the likeliest first; with them, what lies next to the best.
+            They count if planning is to be thorough.
         regroup: whether that may have other groups, or other groups of one device.
     """
     pool = _Pool(problem, regroup)
     for plan in plans:
         pool.take(plan)
-    if further:
+    if further and problem.thorough:
         pool.add(further)
         pool.climb()
     order = pool.ranked()
-    tried = _likeliest(order)
+    tried = _likeliest(order, MOST_HALVED if problem.thorough else FEW_HALVED)
     best = paying(problem, plans[0], tried)
     if best in tried:
         hopeless = HOPELESS * pace_s(problem, best)
@@ -63,13 +65,13 @@ def halved(
     return list(dict.fromkeys((best, *sorted(timed, key=lambda plan: timed[plan]))))
 
 
-def _likeliest(variants: Sequence[Plan]) -> list[Plan]:
+def _likeliest(variants: Sequence[Plan], limit: int) -> list[Plan]:
     """The first of variants in order of pace; of those with a device in several stages, whose pace is only a
     price, a few.
     """
     if not variants:
         return []
-    most = min(MOST_HALVED, max(2, MOST_HALVED_EFFORT // Priced(variants[0], 0.0).effort))
+    most = min(limit, max(2, MOST_HALVED_EFFORT // Priced(variants[0], 0.0).effort))
     out: list[Plan] = []
     shared = 0
     for variant in variants:

@@ -44,7 +44,7 @@ def hpp(problem: Problem) -> Plan:
     if not problem.first_is_fixed:
         outlines += weighted_outlines(problem, 1)[:4] + pipeline_outlines(problem)[:FINALISTS]
     halves = list[Outline]()
-    if len(problem.kinds) <= MOST_WITH_RIVALS and not problem.first_is_fixed:
+    if problem.thorough and len(problem.kinds) <= MOST_WITH_RIVALS and not problem.first_is_fixed:
         halves = refined_outlines(problem, singles=False, halves=True)[:IN_HALVES]
     ranked = sorted(outlines, key=lambda o: o.price_s)
     found = at_both_depths(problem, "hpp", ranked, FINALISTS, halves=halves, regroup="any")
