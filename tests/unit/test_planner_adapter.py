@@ -25,7 +25,17 @@ from spanwise.planner.adapting import explore
 from spanwise.planner.adapting.adaptation import Change, Search, found_in, known_in
 from spanwise.planner.adapting.adapter import BAN_STEPS, HOLD_STEPS, JUDGED_STEPS, SETTLE_STEPS, Adapter
 from spanwise.planner.adapting.explore import FORGET_S, Explorer, Look
-from spanwise.planner.adapting.replan import Candidate, candidates, kind_of, replan, same_rows
+from spanwise.planner.adapting.foresee import answers
+from spanwise.planner.adapting.replan import (
+    NEARER,
+    NEARLY,
+    Candidate,
+    candidates,
+    from_the_ground_up,
+    kind_of,
+    replan,
+    same_rows,
+)
 from spanwise.planner.adapting.tracker import BIG, BIG_WINDOW_S
 from spanwise.planner.plans.trial import timeline
 from spanwise.planner.problem import Memo
@@ -625,3 +635,39 @@ def test_a_small_change_comes_first_and_a_better_plan_may_follow() -> None:
     assert (two is not None) == (best < 0.95 * running)
     if two is not None:
         assert two.kind == kind_of(adapter.plan, two.plan)
+
+
+def test_of_plans_nearly_as_fast_those_that_are_nearer_are_offered_too() -> None:
+    """Over a link that has become slow a move takes longer than a plan that needs less of it ever loses."""
+    task, plan = problem(), planned()
+    thin = replace(task, profile=thinner(task.profile, CLUSTER, BOTH_WAYS, 8.0), memo=Memo())
+    (found,) = from_the_ground_up(thin, plan, "hpp")
+    best = min(found, key=lambda entry: entry.step_s)
+    nearer = [entry for entry in found if entry.move_s < NEARER * best.move_s]
+    assert nearer
+    assert all(entry.step_s <= NEARLY * best.step_s for entry in nearer)
+    steps = [entry.step_s for entry in nearer]
+    moves = [entry.move_s for entry in nearer]
+    assert steps == sorted(steps)
+    assert moves == sorted(moves, reverse=True)
+    assert all(same_rows(thin, plan, entry.plan) for entry in nearer)
+
+
+def test_the_fastest_answers_and_the_next_only_if_they_are_nearer() -> None:
+    plan = planned()
+
+    def entry(step_s: float, move_s: float) -> Candidate:
+        other = plan.model_copy(update={"strategy": f"{step_s}"})
+        return Candidate(other, "plan", step_s, 0, move_s)
+
+    found = [
+        entry(1.3, 9.0),
+        entry(1.0, 8.0),
+        entry(1.1, 4.0),
+        entry(1.2, 5.0),
+        entry(1.4, 1.0),
+        entry(2.0, 0.0),
+    ]
+    assert [float(p.strategy) for p in answers(found, 1.9)] == [1.0, 1.1, 1.4]
+    assert [float(p.strategy) for p in answers(found, 1.05)] == [1.0]
+    assert answers(found, 0.9) == []

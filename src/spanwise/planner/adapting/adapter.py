@@ -21,7 +21,7 @@ from spanwise.planner.adapting.adaptation import Adaptation, Belief, Change, OnT
 from spanwise.planner.adapting.drift import Cause, Drift
 from spanwise.planner.adapting.estimate import Estimator
 from spanwise.planner.adapting.explore import Explorer, Look
-from spanwise.planner.adapting.foresee import MOST_KNOWN, Foresight
+from spanwise.planner.adapting.foresee import MOST_KNOWN, Foresight, answers
 from spanwise.planner.adapting.ratios import Expected, Link
 from spanwise.planner.adapting.replan import Candidate, shape
 from spanwise.planner.adapting.resegment import Resegmenter
@@ -162,12 +162,11 @@ class Adapter:
         return replace(self._search_on(profile, reason), known=(), ahead=True)
 
     def foreseen(self, search: Search, found: Sequence[Candidate]) -> None:
-        """Keeps the best plan for a condition that may come, if it is better then than what runs."""
-        best = min(found, key=lambda entry: entry.step_s, default=None)
+        """Keeps the best plans for a condition that may come, if they are better then than what runs."""
         most_s = (1 - LEAST_GAIN) * self._expected(search.problem.profile).step_s
-        plan = best.plan if best is not None and best.step_s < most_s else None
-        self._foresight.answered(search.problem.profile, plan)
-        if plan is not None:
+        plans = answers(found, most_s)
+        self._foresight.answered(search.problem.profile, plans)
+        for plan in reversed(plans):
             self._remember(plan)
 
     def _remember(self, plan: Plan) -> None:

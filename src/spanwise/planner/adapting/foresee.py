@@ -8,17 +8,19 @@ when one of them comes, or one like it, its plan only has to be simulated.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from spanwise.core.plan import Plan
 from spanwise.core.profile import LinkTimes, Profile
 from spanwise.planner.adapting.drift import Cause
 from spanwise.planner.adapting.estimate import Estimator
+from spanwise.planner.adapting.replan import Candidate
 
 THINNER, SLOWER = (4.0, 2.0), (3.0, 1.5)  # how much, of links and devices
 NEAR = 1.5  # numbers as much apart want much the same plan
 MOST_FORESEEN = 24  # conditions of a run
-MOST_KNOWN = 32  # plans kept, the newest of those that ran and those made ahead
+MOST_ANSWERS = 3  # plans for a condition
+MOST_KNOWN = 64  # plans kept, the newest of those that ran and those made ahead
 
 
 class Foresight:
@@ -26,7 +28,7 @@ class Foresight:
 
     def __init__(self) -> None:
         self._left: list[tuple[float, str, Profile]] | None = None
-        self._answered: list[tuple[Profile, Plan | None]] = []
+        self._answered: list[tuple[Profile, tuple[Plan, ...]]] = []
 
     def next(
         self, estimator: Estimator, plan: Plan, step_s: Callable[[Profile], float]
@@ -40,17 +42,32 @@ class Foresight:
             self._left = sorted(found, key=lambda entry: -entry[0])[:MOST_FORESEEN]
         return self._left.pop(0) if self._left else None
 
-    def answered(self, profile: Profile, plan: Plan | None) -> None:
-        """For these numbers the best plan that there is was looked for; it may be the one that runs."""
-        self._answered.append((profile, plan))
+    def answered(self, profile: Profile, plans: Sequence[Plan]) -> None:
+        """For these numbers the best plans were looked for; none if the one that runs is."""
+        self._answered.append((profile, tuple(plans)))
 
     def plans(self, estimator: Estimator, profile: Profile) -> list[Plan]:
         """Those that were made for numbers like these."""
-        return [p for seen, p in self._answered if p is not None and estimator.near(profile, seen, NEAR)]
+        near = (plans for seen, plans in self._answered if estimator.near(profile, seen, NEAR))
+        return [plan for plans in near for plan in plans]
 
     def covers(self, estimator: Estimator, profile: Profile) -> bool:
         """Whether a plan for numbers like these was looked for, so that looking again would give little."""
         return any(estimator.near(profile, seen, NEAR) for seen, _ in self._answered)
+
+
+def answers(found: Sequence[Candidate], most_s: float) -> list[Plan]:
+    """The fastest that takes less than that and, as long as it is quicker to go over to, the next.
+
+    How many steps will be left is not known.
+    """
+    plans: list[Plan] = []
+    nearest_s = math.inf
+    for entry in sorted(found, key=lambda entry: entry.step_s):
+        if entry.step_s < most_s and entry.move_s < nearest_s and len(plans) < MOST_ANSWERS:
+            plans.append(entry.plan)
+            nearest_s = entry.move_s
+    return plans
 
 
 def _conditions(estimator: Estimator, plan: Plan) -> Iterator[tuple[str, Profile]]:

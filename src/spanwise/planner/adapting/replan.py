@@ -6,6 +6,7 @@ rows, (c) borders of stages, (d) a plan from the ground up. (a) and (b) move no 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,7 @@ from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan, Replica, ScheduleName
 from spanwise.core.profile import Profile
 from spanwise.core.routes import Routes
+from spanwise.core.timeline import Timeline
 from spanwise.lowering import move_bytes, moves
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.plans.build import Depth, build, fixed_span
@@ -34,6 +36,8 @@ KINDS: tuple[Kind, ...] = ("segments", "micro-batches", "rows", "borders", "plan
 FINALISTS = 4  # simulated of every kind
 TRIES = 160  # plans that the search for borders prices
 _REACHES = (8, 4, 2, 1)  # by how many layers it moves a border at once
+NEARLY, MOST_NEARER = 1.15, 40  # slower than the best by less is looked at, and so many at most
+NEARER = 0.7  # part of the time to move that the next must take at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,27 @@ def from_the_ground_up(problem: Problem, plan: Plan, strategy: str) -> Iterator[
         whole = make_plan(problem, strategy)
     except InfeasibleError:
         return
-    yield _tried(problem, plan, [whole])
+    yield [*_tried(problem, plan, [whole]), *_nearer(problem, plan, whole)]
+
+
+def _nearer(problem: Problem, plan: Plan, whole: Plan) -> list[Candidate]:
+    """Of the plans that were simulated for the best one those that are a little slower and far nearer.
+
+    State that moves over a link that has become slow takes longer than such a plan ever loses.
+    """
+    out: list[Candidate] = []
+    least = candidate(problem, plan, whole)
+    most_s = least.move_s if least is not None else math.inf
+    timed = [(t.step_time_s, p) for p, (_, t) in problem.memo.trials.items() if isinstance(t, Timeline)]
+    timed = [(s, p) for s, p in timed if s <= NEARLY * timeline(problem, whole).step_time_s]
+    for _, other in sorted(timed, key=lambda entry: entry[0])[:MOST_NEARER]:
+        if not same_rows(problem, plan, other) or shape(other) == shape(plan):
+            continue
+        found = candidate(problem, plan, other.model_copy(update={"strategy": whole.strategy}))
+        if found is not None and found.move_s < NEARER * most_s:
+            out.append(found)
+            most_s = found.move_s
+    return out
 
 
 def kind_of(old: Plan, new: Plan) -> Kind:
