@@ -413,7 +413,7 @@ def test_a_run_that_tries_plans_ends_with_the_same_parameters(
     assert "to try it" in records[0]["reason"]
     tried = [r for r in records if "to try it" in r["reason"]]
     assert all(r["realised_gain"] is not None for r in tried)
-    assert sum(not r["undone"] for r in tried) <= 2  # one plan, tried by two turns at most
+    assert sum(not r["undone"] for r in tried) <= tryout.TURNS  # of one plan, one a turn at most
     written = [m for m in found[3].folder.read_metrics() if m["event"] == "adaptation"]
     assert {m["step"] for m in written} == {r["step"] for r in records}
     a, b = (found[tries].model.state_dict() for tries in (1, 3))
