@@ -25,7 +25,7 @@ from spanwise.planner.outline import Outline, Span
 from spanwise.planner.plans.bubble import zero_bubble_variants
 from spanwise.planner.plans.build import Depth, build
 from spanwise.planner.plans.price import price
-from spanwise.planner.plans.trial import timeline
+from spanwise.planner.plans.trial import seconds_of
 from spanwise.planner.plans.variants import recomputed, segmented
 from spanwise.planner.problem import Problem
 from spanwise.planner.search.groups import INFEASIBLE_S, Groups
@@ -164,10 +164,8 @@ def _decide(
 
 def seconds(problem: Problem, plan: Plan) -> float:
     """Simulated step time; infinite if memory or orders allow none."""
-    try:
-        return timeline(problem, plan).step_time_s
-    except InfeasibleError:
-        return NONE
+    found = seconds_of(problem, plan)
+    return NONE if found is None else found
 
 
 def finished_s(problem: Problem, plans: list[Plan]) -> float:

@@ -61,9 +61,7 @@ def test_hpp_is_no_slower_than_the_plan_of_asteroid(seed: int) -> None:
 
 
 def test_a_plan_that_is_slower_may_be_the_best_in_halves() -> None:
-    """Of outlines in order of price the first is the fastest whole, and another in halves; what lies next to
-    that is faster still.
-    """
+    """Of sixteen the fastest whole is not the best in halves; what lies next to these is faster still."""
     task = two_sites_task()
     plans = [entry.plan for entry in priced(task, "hpp", refined_outlines(task, singles=False))[:16]]
     plans.sort(key=lambda plan: timeline(task, plan).step_time_s)

@@ -12,10 +12,9 @@ from statistics import median
 
 from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
-from spanwise.core.timeline import Timeline
 from spanwise.planner.adapting.replan import Candidate, candidate, same_rows
 from spanwise.planner.plans.halved import halved
-from spanwise.planner.plans.trial import timeline
+from spanwise.planner.plans.trial import timed, timeline
 from spanwise.planner.plans.variants import segmented
 from spanwise.planner.problem import Problem
 from spanwise.planner.published.asteroid import asteroid
@@ -50,7 +49,7 @@ def finalists(problem: Problem, plan: Plan, most: int) -> tuple[Candidate, ...]:
     first: list[tuple[Plan, float]] = []
     if not plan.servers and len(problem.kinds) <= MOST_DEVICES:
         first = sorted(_published(problem), key=lambda entry: entry[1])[:1]
-    ranked = sorted(_simulated(problem), key=lambda entry: entry[1])
+    ranked = sorted(timed(problem), key=lambda entry: entry[1])
     found: list[Candidate] = []
     taken = {_kind(problem, plan)}
     for other, seconds in (*first, *ranked):
@@ -87,12 +86,6 @@ def _published(problem: Problem) -> Iterator[tuple[Plan, float]]:
             segmented(problem, halved(problem, [found]))
         except InfeasibleError:
             continue
-
-
-def _simulated(problem: Problem) -> Iterator[tuple[Plan, float]]:
-    for plan, (_, found) in problem.memo.trials.items():
-        if isinstance(found, Timeline):
-            yield plan, found.step_time_s
 
 
 def _kind(problem: Problem, plan: Plan) -> tuple[object, ...]:

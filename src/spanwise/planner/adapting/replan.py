@@ -19,13 +19,12 @@ from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan, Replica, ScheduleName
 from spanwise.core.profile import Profile
 from spanwise.core.routes import Routes
-from spanwise.core.timeline import Timeline
 from spanwise.lowering import move_bytes, moves
 from spanwise.planner.outline import Outline, Span
 from spanwise.planner.plans.build import Depth, build, fixed_span
 from spanwise.planner.plans.halved import halved
 from spanwise.planner.plans.price import price
-from spanwise.planner.plans.trial import Priced, simulated, timeline
+from spanwise.planner.plans.trial import Priced, simulated, timed, timeline
 from spanwise.planner.plans.variants import segmented
 from spanwise.planner.problem import Problem, largest_remainder
 from spanwise.planner.registry import make_plan
@@ -127,9 +126,9 @@ def _nearer(problem: Problem, plan: Plan, whole: Plan) -> list[Candidate]:
     out: list[Candidate] = []
     least = candidate(problem, plan, whole)
     most_s = least.move_s if least is not None else math.inf
-    timed = [(t.step_time_s, p) for p, (_, t) in problem.memo.trials.items() if isinstance(t, Timeline)]
-    timed = [(s, p) for s, p in timed if s <= NEARLY * timeline(problem, whole).step_time_s]
-    for _, other in sorted(timed, key=lambda entry: entry[0])[:MOST_NEARER]:
+    slowest_s = NEARLY * timeline(problem, whole).step_time_s
+    near = [entry for entry in timed(problem) if entry[1] <= slowest_s]
+    for other, _ in sorted(near, key=lambda entry: entry[1])[:MOST_NEARER]:
         if not same_rows(problem, plan, other) or shape(other) == shape(plan):
             continue
         found = candidate(problem, plan, other.model_copy(update={"strategy": whole.strategy}))

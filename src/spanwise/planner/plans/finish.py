@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.planner.outline import Outline
 from spanwise.planner.plans.bubble import likely_variants
@@ -12,7 +11,15 @@ from spanwise.planner.plans.build import Depth
 from spanwise.planner.plans.halved import Regroup, halved
 from spanwise.planner.plans.near import built, near_borders, recounted
 from spanwise.planner.plans.pace import pace_s
-from spanwise.planner.plans.trial import HOPELESS, MOST_EFFORT, Priced, priced, simulated, timeline
+from spanwise.planner.plans.trial import (
+    HOPELESS,
+    MOST_EFFORT,
+    Priced,
+    priced,
+    seconds_of,
+    simulated,
+    timeline,
+)
 from spanwise.planner.plans.variants import recomputed, segmented
 from spanwise.planner.problem import Problem
 
@@ -128,11 +135,8 @@ def shifted(problem: Problem, plan: Plan, limit: int) -> Plan:
             if len(tried) > limit:
                 return best
             tried.append(candidate)
-            try:
-                seconds = timeline(problem, candidate).step_time_s
-            except InfeasibleError:
-                continue
-            if seconds < least:
+            seconds = seconds_of(problem, candidate)
+            if seconds is not None and seconds < least:
                 best, least, moved = candidate, seconds, True
                 break
     return best

@@ -14,11 +14,11 @@ from typing import Literal
 from spanwise.core.plan import Plan
 from spanwise.planner.facts.kinds import Mix
 from spanwise.planner.plans.bubble import likely_variants, zero_bubble_variants
-from spanwise.planner.plans.near import built, near_borders, near_groups, near_joins, recounted
+from spanwise.planner.plans.near import built, near_borders, near_groups, near_joins, recounted, spans_of
 from spanwise.planner.plans.pace import pace_s
 from spanwise.planner.plans.price import price
-from spanwise.planner.plans.trial import HOPELESS, MOST_EFFORT, Priced
-from spanwise.planner.plans.variants import paying, run_again, seconds_of
+from spanwise.planner.plans.trial import HOPELESS, MOST_EFFORT, Priced, seconds_of
+from spanwise.planner.plans.variants import paying, run_again
 from spanwise.planner.problem import Problem
 
 MOST_HALVED = 16  # of all of these, so many are simulated, of large ones as many as have this effort together
@@ -53,11 +53,12 @@ def halved(
         pool.add(further)
         pool.climb()
     order = pool.ranked()
+    met = set(order)
     tried = _likeliest(order, MOST_HALVED if problem.thorough else FEW_HALVED)
     best = paying(problem, plans[0], tried)
     if best in tried:
         hopeless = HOPELESS * pace_s(problem, best)
-        more = [variant for variant in zero_bubble_variants(problem, best) if variant not in order]
+        more = [variant for variant in zero_bubble_variants(problem, best) if variant not in met]
         more = [variant for variant in more if pace_s(problem, variant) <= hopeless]
         best = paying(problem, best, more)
         tried += more
@@ -122,10 +123,9 @@ class _Pool:
     def _starts(self) -> list[Plan]:
         """The best of every sequence of groups, equal devices not told apart."""
         best: dict[tuple[Mix, ...], Plan] = {}
-        index, mix = self.problem.index, self.problem.lanes.mix
+        mix = self.problem.lanes.mix
         for plan in sorted((p for p, variants in self.variants.items() if variants), key=self._pace_s):
-            groups = (tuple(sorted(index[d] for d in stage.devices)) for stage in plan.stages)
-            best.setdefault(tuple(mix(group) for group in groups), plan)
+            best.setdefault(tuple(mix(span.group) for span in spans_of(self.problem, plan)), plan)
         return list(best.values())[:CLIMBS]
 
     def _near(self, plan: Plan) -> Iterator[Priced]:

@@ -21,6 +21,12 @@ def built(problem: Problem, strategy: str, outline: Outline, depth: Depth) -> li
         return []
 
 
+def spans_of(problem: Problem, plan: Plan) -> tuple[Span, ...]:
+    """The stages of a plan without its rows, every group in file order."""
+    index = problem.index
+    return tuple(Span(s.start, s.stop, tuple(sorted(index[d] for d in s.devices))) for s in plan.stages)
+
+
 def near_borders(problem: Problem, plan: Plan, reach: int = 1) -> list[Outline]:
     """The same devices with one border, or both borders of a stage, at most ``reach`` layers further.
 
@@ -58,13 +64,14 @@ def near_groups(problem: Problem, plan: Plan, *, singles: bool) -> list[Outline]
     """
     if problem.first_is_fixed:
         return []
-    groups = tuple(tuple(sorted(problem.index[d] for d in stage.devices)) for stage in plan.stages)
+    spans = spans_of(problem, plan)
+    groups = tuple(span.group for span in spans)
     near = [new for new in neighbours(problem.kinds, groups, singles=singles) if len(new) == len(groups)]
     for i, j in combinations(range(len(groups)), 2):
         order = list(groups)
         order[i], order[j] = groups[j], groups[i]
         near.append(tuple(order))
-    borders = [(stage.start, stage.stop) for stage in plan.stages]
+    borders = [(span.start, span.stop) for span in spans]
     return [
         Outline(plan.micro_batches, tuple(Span(*b, group) for b, group in zip(borders, new, strict=True)))
         for new in dict.fromkeys(near)
@@ -75,7 +82,7 @@ def near_joins(problem: Problem, plan: Plan) -> list[Outline]:
     """One stage fewer: its layers to the one before or behind it. None where the first stage is given."""
     if problem.first_is_fixed:
         return []
-    spans = [Span(s.start, s.stop, tuple(sorted(problem.index[d] for d in s.devices))) for s in plan.stages]
+    spans = spans_of(problem, plan)
     out: list[Outline] = []
     for at, (first, second) in enumerate(pairwise(spans)):
         for group in (first.group, second.group):
@@ -88,6 +95,5 @@ def recounted(problem: Problem, plan: Plan) -> list[Outline]:
     """The same stages with other numbers of micro-batches."""
     if problem.first_is_fixed:
         return []
-    ids = problem.index
-    spans = tuple(Span(s.start, s.stop, tuple(sorted(ids[d] for d in s.devices))) for s in plan.stages)
+    spans = spans_of(problem, plan)
     return [Outline(m, spans) for m in problem.micro_batch_choices() if m != plan.micro_batches]

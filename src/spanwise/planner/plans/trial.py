@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,6 +67,21 @@ def timeline(problem: Problem, plan: Plan) -> Timeline:
     if isinstance(found, InfeasibleError):
         raise found
     return found
+
+
+def seconds_of(problem: Problem, plan: Plan) -> float | None:
+    """A step by simulation; none if the plan does not fit or no order of it can end."""
+    try:
+        return timeline(problem, plan).step_time_s
+    except InfeasibleError:
+        return None
+
+
+def timed(problem: Problem) -> Iterator[tuple[Plan, float]]:
+    """All plans that were simulated for a problem so far and fit, with the seconds of a step."""
+    for plan, (_, found) in problem.memo.trials.items():
+        if isinstance(found, Timeline):
+            yield plan, found.step_time_s
 
 
 def unbounded_timeline(problem: Problem, plan: Plan) -> Timeline:

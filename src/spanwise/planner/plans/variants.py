@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spanwise.core.errors import InfeasibleError
 from spanwise.core.plan import Plan
 from spanwise.planner.plans.build import fitted, warmup
 from spanwise.planner.plans.feasible import shortage
-from spanwise.planner.plans.trial import MOST_EFFORT, Priced, timeline
+from spanwise.planner.plans.trial import MOST_EFFORT, Priced, seconds_of, timeline
 from spanwise.planner.problem import Problem
 from spanwise.planner.segments.rings import cut_by_layers, hidden_s
 
@@ -88,11 +87,3 @@ def paying(problem: Problem, plan: Plan, variants: Sequence[Plan]) -> Plan:
         if seconds is not None and seconds < least:
             best, least = variant, seconds
     return best
-
-
-def seconds_of(problem: Problem, plan: Plan) -> float | None:
-    """A step by simulation, of all that fit."""
-    try:
-        return timeline(problem, plan).step_time_s
-    except InfeasibleError:
-        return None
