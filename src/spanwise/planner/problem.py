@@ -52,8 +52,8 @@ class Memo:
     tables: Tables | None = None
     links: Links | None = None
     lanes: Lanes | None = None
-    sequences: dict[bool, list[tuple[Group, ...]]] = field(
-        default_factory=dict[bool, "list[tuple[Group, ...]]"]
+    sequences: dict[tuple[bool, bool], list[tuple[Group, ...]]] = field(
+        default_factory=dict[tuple[bool, bool], "list[tuple[Group, ...]]"]
     )
     outlines: dict[str, list[Outline]] = field(default_factory=dict[str, "list[Outline]"])
     trials: dict[Plan, Trial] = field(default_factory=dict[Plan, "Trial"])

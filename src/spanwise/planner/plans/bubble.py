@@ -11,7 +11,7 @@ back until memory or the end of the step asks for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, count, islice
 
@@ -73,10 +73,11 @@ def _halves(problem: Problem, plan: Plan) -> Iterator[tuple[Stage, ...]]:
     own = [stage.warmup for stage in plan.stages]
     few = 2 * total - 1
     limits = [(ahead, few, 1, False), (ahead, 0, 1, False), (own, few, 1, False)]
+    several: list[Callable[[int], float]] = []
     if _joining_pays(problem, plan):
         most = micro_batches
         limits = [(ahead, most, most, False), (ahead, most, most, True), *limits]
-    several = [partial(joined_s, problem, stage) for stage in plan.stages]
+        several = [partial(joined_s, problem, stage) for stage in plan.stages]
     by_hand = tuple(zb_h1(micro_batches, number, total) for number in range(total))
     scheduled = (
         zero_bubble(

@@ -8,7 +8,7 @@ from spanwise.core.plan import Plan
 from spanwise.planner.outline import Outline
 from spanwise.planner.plans.bubble import likely_variants
 from spanwise.planner.plans.build import Depth
-from spanwise.planner.plans.halved import Regroup, halved
+from spanwise.planner.plans.halved import LARGE, Regroup, halved
 from spanwise.planner.plans.near import built, near_borders, recounted
 from spanwise.planner.plans.pace import pace_s
 from spanwise.planner.plans.trial import (
@@ -27,6 +27,8 @@ SLACK = 0.01  # a plan whose pace is slower than the best's by more is hardly fa
 # Forwards, backwards and messages of plans whose pace is worked out, a tenth of the time of a simulation.
 MOST_PACED_EFFORT = 30_000
 BUILT = 8  # plans are built and priced in the time that the pace of one takes
+# Of large plans few are simulated without halves where these bring the likeliest below this part of its time.
+MUCH, FEW_WHOLE = 0.97, 2
 MOST_PACED = 5  # times as many plans as are simulated, at most
 
 
@@ -52,8 +54,9 @@ def at_both_depths(
         pool += priced(problem, strategy, again, depth="shallow")
     pool += _recounted_pool(problem, strategy, pool, 2 * limit)
     likely = climbed(problem, strategy, paced(problem, pool, limit), limit)
-    ranked = simulated(problem, likely, 3 * limit)
-    winner = shifted(problem, ranked[0], limit)
+    halves_win = problem.thorough and _halves_win(problem, likely)
+    ranked = simulated(problem, likely, FEW_WHOLE if halves_win else 3 * limit)
+    winner = ranked[0] if halves_win else shifted(problem, ranked[0], limit)
     winner = recomputed(problem, list(dict.fromkeys((winner, *ranked[: max(2, limit // 4)]))))
     further = [entry.plan for o in halves for entry in built(problem, strategy, o, "deep")]
     further += [entry.plan for entry in likely]
@@ -66,6 +69,15 @@ def at_both_depths(
         moved.sort(key=lambda plan: timeline(problem, plan).step_time_s)
         found = [*moved, *found]
     return segmented(problem, found)
+
+
+def _halves_win(problem: Problem, likely: Sequence[Priced]) -> bool:
+    """Whether plans are large, and the likeliest is so much faster in halves that none without can win."""
+    first = min(likely, key=lambda entry: entry.price_s)
+    if first.kind[1] or first.effort <= LARGE:
+        return False
+    variant = next(likely_variants(problem, first.plan, 1), None)
+    return variant is not None and pace_s(problem, variant) < MUCH * first.price_s
 
 
 def paced(problem: Problem, candidates: Sequence[Priced], limit: int) -> list[Priced]:

@@ -13,20 +13,25 @@ from typing import Literal
 
 from spanwise.core.plan import Plan
 from spanwise.planner.facts.kinds import Mix
-from spanwise.planner.plans.bubble import likely_variants, zero_bubble_variants
+from spanwise.planner.plans.bubble import FIRST, likely_variants, zero_bubble_variants
 from spanwise.planner.plans.near import built, near_borders, near_groups, near_joins, recounted, spans_of
 from spanwise.planner.plans.pace import pace_s
 from spanwise.planner.plans.price import price
 from spanwise.planner.plans.trial import HOPELESS, MOST_EFFORT, Priced, seconds_of
 from spanwise.planner.plans.variants import paying, run_again
 from spanwise.planner.problem import Problem
+from spanwise.planner.segments.rings import hidden_s
 
 MOST_HALVED = 16  # of all of these, so many are simulated, of large ones as many as have this effort together
 FEW_HALVED = 6  # where planning must be quick
 MOST_HALVED_EFFORT = 3 * MOST_EFFORT
 MOST_SHARED = 2  # of those with a device in several stages
-SMALL = 1_000  # effort of plans of which more than the simulated ones are looked at
-MOST_FURTHER_EFFORT = 2 * MOST_EFFORT
+SMALL = 1_000  # effort of plans of which what lies next to them is looked at
+LARGE = 2_000  # of plans of which fewer variants are looked at, and fewer simulated:
+# those that by pace, and by what part of it plans of their like took so far, take at most this part of the
+# least time. Of a like not met yet that part may be the second.
+ENOUGH, UNLIKE = 1.005, 0.95
+MOST_FURTHER_EFFORT = 10 * MOST_EFFORT
 CLIMBS = 6  # sequences of groups from which on what lies next to a plan is looked at, the best in halves
 MOST_CLIMB_EFFORT = 4 * MOST_EFFORT
 REACH = 3  # layers that borders move at once
@@ -54,7 +59,7 @@ def halved(
         pool.climb()
     order = pool.ranked()
     met = set(order)
-    tried = _likeliest(order, MOST_HALVED if problem.thorough else FEW_HALVED)
+    tried = _likeliest(problem, order, MOST_HALVED if problem.thorough else FEW_HALVED)
     best = paying(problem, plans[0], tried)
     if best in tried:
         hopeless = HOPELESS * pace_s(problem, best)
@@ -66,20 +71,31 @@ def halved(
     return list(dict.fromkeys((best, *sorted(timed, key=lambda plan: timed[plan]))))
 
 
-def _likeliest(variants: Sequence[Plan], limit: int) -> list[Plan]:
-    """The first of variants in order of pace; of those with a device in several stages, whose pace is only a
-    price, a few.
+def _likeliest(problem: Problem, variants: Sequence[Plan], limit: int) -> list[Plan]:
+    """Simulates the first variants in order of pace; of those with a device in several stages, whose pace is
+    only a price, a few; of large ones those that may be faster, by what pace was of their like so far.
     """
     if not variants:
         return []
     most = min(limit, max(2, MOST_HALVED_EFFORT // Priced(variants[0], 0.0).effort))
     out: list[Plan] = []
     shared = 0
+    least = float("inf")
+    factor: dict[tuple[int, int], float] = {}
     for variant in variants:
-        is_shared = bool(Priced(variant, 0.0).kind[1])
-        shared += is_shared
-        if not is_shared or shared <= MOST_SHARED:
-            out.append(variant)
+        entry = Priced(variant, pace_s(problem, variant))
+        like = len(variant.stages), variant.micro_batches
+        shared += bool(entry.kind[1])
+        may_be_s = entry.price_s * factor.get(like, UNLIKE)
+        if entry.kind[1] and shared > MOST_SHARED:
+            continue
+        if entry.effort > LARGE and may_be_s > ENOUGH * least + hidden_s(problem, variant):
+            continue
+        out.append(variant)
+        seconds = seconds_of(problem, variant)
+        if seconds is not None:
+            factor[like] = min(factor.get(like, float("inf")), seconds / max(entry.price_s, 1e-12))
+            least = min(least, seconds)
         if len(out) == most:
             break
     return out
@@ -94,14 +110,15 @@ class _Pool:
     variants: dict[Plan, list[Plan]] = field(default_factory=dict[Plan, list[Plan]])
 
     def add(self, plans: Sequence[Plan]) -> None:
-        """Takes small plans in, as many as are no great effort."""
+        """Takes plans in, as many as are no great effort; of large ones with one variant each."""
         effort = 0
         for plan in plans:
-            if plan not in self.variants and (own := Priced(plan, 0.0).effort) <= SMALL:
+            if plan not in self.variants:
+                own = Priced(plan, 0.0).effort
                 effort += own
                 if effort > MOST_FURTHER_EFFORT:
                     return
-                self.take(plan)
+                self.take(plan, FIRST if own <= LARGE else 1)
 
     def climb(self) -> None:
         """Moves borders and changes numbers of micro-batches while variants get faster, from the best on."""
@@ -137,13 +154,13 @@ class _Pool:
         hopeless = HOPELESS * price(self.problem, plan).step_time_s
         yield from (entry for entry in entries if entry.price_s <= hopeless)
 
-    def take(self, plan: Plan) -> list[Plan]:
-        """The plan and itself with layers that run again."""
+    def take(self, plan: Plan, most: int = FIRST) -> list[Plan]:
+        """The plan and itself with layers that run again, each with about ``most`` variants."""
         again = run_again(self.problem, plan)
         both = [plan] if again is None else [plan, again]
         for one in both:
             if one not in self.variants:
-                found = likely_variants(self.problem, one)
+                found = likely_variants(self.problem, one, most)
                 self.variants[one] = sorted(found, key=lambda v: pace_s(self.problem, v))
         return both
 

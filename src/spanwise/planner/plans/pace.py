@@ -127,8 +127,14 @@ def _work(problem: Problem, plan: Plan, stage: Stage, step: Step) -> Iterator[_W
     else:
         halves = stage_seconds(problem, stage)
         seconds = {"forward": halves.forward_s, "backward_input": halves.input_s}
+    weights: dict[int, float] = {}  # weight halves by how many are done at once
     for (kind, m), count in joined(order):
-        yield kind, m, joined_s(problem, stage, count) if kind == "backward_weight" else seconds[kind]
+        if kind == "backward_weight":
+            if count not in weights:
+                weights[count] = joined_s(problem, stage, count)
+            yield kind, m, weights[count]
+        else:
+            yield kind, m, seconds[kind]
 
 
 def _round(stages: list[_Stage], inputs: dict[int, float]) -> None:

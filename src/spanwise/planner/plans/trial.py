@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -14,6 +12,7 @@ from spanwise.core.plan import Plan, ScheduleName
 from spanwise.core.timeline import Timeline
 from spanwise.core.units import format_bytes
 from spanwise.lowering import unchecked
+from spanwise.planner.garbage import without_collection
 from spanwise.planner.outline import Outline
 from spanwise.planner.plans.build import Depth, build
 from spanwise.planner.plans.feasible import ShortageError, closest
@@ -90,7 +89,7 @@ def unbounded_timeline(problem: Problem, plan: Plan) -> Timeline:
     Raises:
         PlanError: no order of the plan can end.
     """
-    with _without_collection():
+    with without_collection():
         return simulate(
             unchecked(plan, problem.graph, clip=problem.job.clip_norm is not None),
             plan,
@@ -100,22 +99,6 @@ def unbounded_timeline(problem: Problem, plan: Plan) -> Timeline:
             optimizer_copies=problem.copies,
             spans=False,
         )
-
-
-@contextmanager
-def _without_collection() -> Generator[None]:
-    """No passes of the garbage collector for the tenth of a second that a simulation takes.
-
-    It makes some hundred thousand actions and events, which set off passes over everything there is, and of
-    its own nothing is garbage before it ends.
-    """
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
 
 
 def _simulated(problem: Problem, plan: Plan) -> Timeline | InfeasibleError:

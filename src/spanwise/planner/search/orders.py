@@ -35,15 +35,14 @@ JUMP = 1.5  # ratio of neighbouring link rates that parts clusters
 def many_devices(groups: Groups, *, singles: bool, deep: bool = False) -> list[Search]:
     """A search of the best sequences of groups that were met along orders and near them."""
     problem = groups.problem
-    known = problem.memo.sequences.get(singles)
+    key = (singles, groups.halves)
+    known = problem.memo.sequences.get(key)
     if known is not None:
         return [Search(groups, chains(problem, known, deep=deep))]
     counts = _few_counts(problem)
     most = 1 if singles else problem.job.batch // counts[0]
-    rough = Groups(problem, coarse_cuts(problem.tables, ROUGH_CUTS), counts, groups.in_flight)
+    rough = Groups(problem, coarse_cuts(problem.tables, ROUGH_CUTS), counts, groups.in_flight, groups.halves)
     sequences = Sequences(rough)
-    for sequence in problem.memo.sequences.get(True, ())[:FOUND]:  # single devices are groups too
-        sequences.price_s(sequence)
 
     def look_along(order: Group) -> Sequence | None:
         search = Search(rough, along(order, problem.kinds, most), most_heads=MOST_HEADS)
@@ -60,7 +59,7 @@ def many_devices(groups: Groups, *, singles: bool, deep: bool = False) -> list[S
             found = look_along(_as_order(problem, near))
             gains = found is not None and sequences.price_s(found) < sequences.price_s(near) * (1 - 1e-6)
             better = found if gains else None
-    best = problem.memo.sequences[singles] = sequences.best(KEPT_SEQUENCES, 3)
+    best = problem.memo.sequences[key] = sequences.best(KEPT_SEQUENCES, 3)
     return [Search(groups, chains(problem, best, deep=deep))]
 
 
