@@ -412,6 +412,10 @@ def test_a_link_that_nobody_uses_any_more_is_probed_and_used_again_when_it_is_ba
     step = drive(adapter, task, thinner(task.profile, CLUSTER, both, 30.0), step, 10)
     looks = adapter.look(step + 2.0)  # still slow
     assert {(a[0], b[0]) for look in looks for a, b in (look.link,)} == {("n", "s"), ("s", "n")}
+    rate = CLUSTER.route(*PIPE[0]).bandwidth_bytes_per_s
+    assert {max(look.sizes) for look in looks} == {max(16_384, int(0.01 * rate / 30**0.5))}, (
+        "a probe of a slow link takes no longer than need be"
+    )
     assert adapter.look(step + 2.1) == ()  # not all the time
     assert len(adapter.records) == changes
     drive(adapter, task, task.profile, step + 3, 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, cast
 import pytest
 from test_planner_bubble import problem as three_devices
 from test_planner_estimate import problem as two_sites
+from test_planner_hpp import many
 
 from planner_cases import make_problem
 from spanwise.api.adaptive import Adapting
@@ -19,13 +21,18 @@ from spanwise.core.plan import Plan
 from spanwise.core.run_folder import RunFolder
 from spanwise.planner import Problem, make_plan
 from spanwise.planner.adapting.adaptation import Search
+from spanwise.planner.garbage import without_collection
 from spanwise.planner.outline import Outline, Span
+from spanwise.planner.plans.bubble import likely_variants
+from spanwise.planner.plans.halved import LARGE, _likeliest
 from spanwise.planner.plans.near import near_borders, near_groups, near_joins
-from spanwise.planner.plans.trial import priced, timeline
+from spanwise.planner.plans.pace import pace_s
+from spanwise.planner.plans.trial import Priced, priced, timeline
 from spanwise.planner.plans.variants import segmented
 from spanwise.planner.problem import Memo
 from spanwise.planner.search.groups import Groups
 from spanwise.planner.segments.rings import hidden_s
+from spanwise.planner.strategies.hpp import MANY
 from spanwise.runtime.session import Probe
 
 
@@ -134,3 +141,50 @@ def test_what_a_probe_shows_is_kept(tmp_path: Path) -> None:
         {"event": "probe", "step": 0, "source": "n1", "target": "s1",
          "round_trips": [[1_000, 0.010123], [50_000, 0.02]]}
     ]  # fmt: skip
+
+
+def test_of_large_plans_those_that_are_far_behind_are_not_simulated() -> None:
+    """By pace, and by what pace was of their like so far; the best of them is found all the same."""
+    task = make_problem(3, 24, 1, batch=128)
+    plans = [made(task, 64, (0, a, (0,)), (a, 24, (1, 2))) for a in range(2, 22)]
+    assert min(Priced(plan, 0.0).effort for plan in plans) > LARGE / 4
+    variants = sorted(
+        (v for plan in plans for v in likely_variants(task, plan)), key=lambda v: pace_s(task, v)
+    )
+    few = _likeliest(replace(task, memo=Memo()), variants, len(variants))
+    assert len(few) <= len(variants)
+    assert min(seconds(task, few)) == min(seconds(task, variants))
+
+
+def seconds(task: Problem, plans: list[Plan]) -> list[float]:
+    return [timeline(task, plan).step_time_s for plan in plans]
+
+
+@pytest.mark.parametrize("thorough", [True, False])
+def test_of_many_devices_plans_in_halves_alone_are_searched_for(thorough: bool) -> None:
+    task = replace(many(MANY + 4), thorough=thorough)
+    plan = make_plan(task, "hpp")
+    assert {halves for _, halves in task.memo.sequences} <= {thorough}
+    assert (plan.schedule == "zero_bubble") or not thorough
+
+
+def test_no_passes_of_the_collector_meanwhile() -> None:
+    """Whatever ends it, and as it was before."""
+    seen: list[bool] = []
+
+    @without_collection()
+    def fail() -> None:
+        seen.append(gc.isenabled())
+        raise ValueError("over")
+
+    with pytest.raises(ValueError, match="over"):
+        fail()
+    assert seen == [False]
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with without_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -20,7 +20,7 @@ from spanwise.planner.adapting.ratios import Link
 PROBE_EVERY_S = 1.5
 PROBE_SOON_S = 0.2  # after the last, where a step was far longer: an earlier one knows nothing of why
 PATIENCE_S = 5.0  # for which the answer of a probe is awaited before a step time counts as unexplained
-PROBE_S = 0.01  # bytes of a probe: so long at the link's first rate
+PROBE_S = 0.01  # bytes of a probe: so long at a rate between what the link had at first and what it has
 LEAST_PROBE_BYTES, MOST_PROBE_BYTES = 16_384, 262_144
 SMALL_PROBE_BYTES = 1_000
 FORGET_S = 30.0  # the first time; twice as long each time
@@ -101,7 +101,7 @@ class Explorer:
         self._turn += 1
         due = [found[self._turn % len(found)] for found in (between, inside) if found]
         ways = [way for a, b in due for way in ((a, b), (b, a)) if way in self._rates]
-        return tuple(Look(way, self._sizes(way)) for way in ways)
+        return tuple(Look(way, self._sizes(estimator, way)) for way in ways)
 
     def _pairs(self, estimator: Estimator) -> dict[tuple[str, str], Link]:
         """All sites that the plan has messages between, with the pair of their devices that is fastest."""
@@ -127,10 +127,11 @@ class Explorer:
         link = tuple(due.values())[self._turn % len(due)]
         back = (link[1], link[0])
         ways = (link, back) if back in self._rates and estimator.pipe(back) in due else (link,)
-        return tuple(Look(way, self._sizes(way)) for way in ways)
+        return tuple(Look(way, self._sizes(estimator, way)) for way in ways)
 
-    def _sizes(self, link: Link) -> tuple[int, ...]:
-        large = int(min(MOST_PROBE_BYTES, max(LEAST_PROBE_BYTES, PROBE_S * self._rates[link])))
+    def _sizes(self, estimator: Estimator, link: Link) -> tuple[int, ...]:
+        rate = math.sqrt(self._rates[link] * min(self._rates[link], estimator.rate(link)))
+        large = int(min(MOST_PROBE_BYTES, max(LEAST_PROBE_BYTES, PROBE_S * rate)))
         return (SMALL_PROBE_BYTES, large, SMALL_PROBE_BYTES, large)
 
     def forgotten(self, profile: Profile, used: Sequence[str], now_s: float) -> tuple[str, ...]:

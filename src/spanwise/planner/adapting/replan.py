@@ -35,7 +35,7 @@ KINDS: tuple[Kind, ...] = ("segments", "micro-batches", "rows", "borders", "plan
 FINALISTS = 4  # simulated of every kind
 TRIES = 160  # plans that the search for borders prices
 _REACHES = (8, 4, 2, 1)  # by how many layers it moves a border at once
-NEARLY, MOST_NEARER = 1.15, 40  # slower than the best by less is looked at, and so many at most
+NEARLY, MOST_NEARER = 1.06, 40  # slower than the best by less is looked at, and so many at most
 NEARER = 0.7  # part of the time to move that the next must take at most
 
 
