@@ -143,17 +143,19 @@ def test_what_a_probe_shows_is_kept(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_of_large_plans_those_that_are_far_behind_are_not_simulated() -> None:
+@pytest.mark.parametrize("micro_batches", [8, 64], ids=["small", "large"])
+def test_of_large_plans_those_that_are_far_behind_are_not_simulated(micro_batches: int) -> None:
     """By pace, and by what pace was of their like so far; the best of them is found all the same."""
-    task = make_problem(3, 24, 1, batch=128)
-    plans = [made(task, 64, (0, a, (0,)), (a, 24, (1, 2))) for a in range(2, 22)]
-    assert min(Priced(plan, 0.0).effort for plan in plans) > LARGE / 4
+    task = make_problem(5, 24, 1, batch=256)
+    plans = [made(task, micro_batches, (0, a, (0, 1)), (a, 24, (2, 3, 4))) for a in (4, 8, 12, 16, 20)]
+    large = Priced(plans[0], 0.0).effort > LARGE
+    assert large == (micro_batches == 64)
     variants = sorted(
         (v for plan in plans for v in likely_variants(task, plan)), key=lambda v: pace_s(task, v)
     )
-    few = _likeliest(replace(task, memo=Memo()), variants, len(variants))
-    assert len(few) <= len(variants)
-    assert min(seconds(task, few)) == min(seconds(task, variants))
+    tried = _likeliest(replace(task, memo=Memo()), variants, len(variants))
+    assert (len(tried) < len(variants)) == large
+    assert min(seconds(task, tried)) == min(seconds(task, variants))
 
 
 def seconds(task: Problem, plans: list[Plan]) -> list[float]:
