@@ -123,10 +123,10 @@ def scene(short: bool) -> Scene:
         )  # fmt: skip
         return Scene(cluster, job, ("north", "south"), 2.5e6, "south-1", 20)
     cluster = Cluster.load(CLUSTERS / "spantrain-7-env1.toml")
-    job = job_of("gpt", 32, steps=STEPS).model_copy(update={"dtype": "float64"})
+    job = job_of("gpt", 32, steps=STEPS)
     # No epoch ends under way: collecting all parameters takes a second whatever the plan.
-    data = job.data.model_copy(update={"args": {**job.data.args, "rows": 32 * STEPS}})
-    job = job.model_copy(update={"data": data})
+    data = job.data.model_copy(update={"args": {**job.data.args, "rows": job.batch * STEPS}})
+    job = job.model_copy(update={"dtype": "float64", "data": data})
     return Scene(cluster, job, ("cloud", "edge"), 12.5e6, "cloud-1", STEPS // 4)
 
 

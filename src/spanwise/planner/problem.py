@@ -42,7 +42,8 @@ class Memo:
 
     ``trials`` has every plan that was simulated, under no strategy's name, ``paces`` what was found without,
     ``halves`` the stages of zero_bubble variants so far and what makes more of them, ``ways`` those to run
-    layers of a stage again, by its layers and rows, ``arenas`` HierTrain's numbers, by devices. Plans that
+    layers of a stage again, by its layers and rows, ``arenas`` HierTrain's numbers, by devices, ``sequences``
+    groups of stages that a search kept, by whether they are single devices and whether in halves. Plans that
     are compared have most stages in common: ``shares`` has rows by group, layers and depth, ``stages`` the
     stages made of them, ``stage_bytes``, ``steps`` and ``seconds`` what a stage takes.
     """
@@ -62,7 +63,6 @@ class Memo:
     ways: dict[tuple[int, int, int], tuple[Way, ...]] = field(
         default_factory=dict[tuple[int, int, int], tuple[Way, ...]]
     )
-    pipeline: Plan | None = None
     arenas: dict[Group, Arena] = field(default_factory=dict[Group, "Arena"])
     source_rows: dict[int, tuple[Replica, ...]] = field(default_factory=dict[int, tuple[Replica, ...]])
     shares: dict[tuple[Group, int, int, int, int], Shares] = field(

@@ -73,7 +73,7 @@ def at_both_depths(
 
 def _halves_win(problem: Problem, likely: Sequence[Priced]) -> bool:
     """Whether plans are large, and the likeliest is so much faster in halves that none without can win."""
-    first = min(likely, key=lambda entry: entry.price_s)
+    first = likely[0]
     if first.kind[1] or first.effort <= LARGE:
         return False
     variant = next(likely_variants(problem, first.plan, 1), None)

@@ -27,9 +27,9 @@ FEW_HALVED = 6  # where planning must be quick
 MOST_HALVED_EFFORT = 3 * MOST_EFFORT
 MOST_SHARED = 2  # of those with a device in several stages
 SMALL = 1_000  # effort of plans of which what lies next to them is looked at
-LARGE = 2_000  # of plans of which fewer variants are looked at, and fewer simulated:
-# those that by pace, and by what part of it plans of their like took so far, take at most this part of the
-# least time. Of a like not met yet that part may be the second.
+LARGE = 2_000  # effort of plans of which fewer variants are looked at, and fewer simulated
+# Large plans are simulated if by pace, times what plans with as many stages and micro-batches took of theirs,
+# they take at most this part of the least time; before one of these is known the second stands in for it.
 ENOUGH, UNLIKE = 1.005, 0.95
 MOST_FURTHER_EFFORT = 10 * MOST_EFFORT
 CLIMBS = 6  # sequences of groups from which on what lies next to a plan is looked at, the best in halves
@@ -84,11 +84,11 @@ def _likeliest(problem: Problem, variants: Sequence[Plan], limit: int) -> list[P
     factor: dict[tuple[int, int], float] = {}
     for variant in variants:
         entry = Priced(variant, pace_s(problem, variant))
-        like = len(variant.stages), variant.micro_batches
         shared += bool(entry.kind[1])
-        may_be_s = entry.price_s * factor.get(like, UNLIKE)
         if entry.kind[1] and shared > MOST_SHARED:
             continue
+        like = len(variant.stages), variant.micro_batches
+        may_be_s = entry.price_s * factor.get(like, UNLIKE)
         if entry.effort > LARGE and may_be_s > ENOUGH * least + hidden_s(problem, variant):
             continue
         out.append(variant)

@@ -21,24 +21,15 @@ def pipeline(problem: Problem) -> Plan:
         InfeasibleError: private data lies on several devices, or memory or links allow no pipeline.
     """
     one_source(problem)
-    if problem.memo.pipeline is None:
-        problem.memo.pipeline = at_both_depths(
-            problem, "pipeline", pipeline_outlines(problem), FINALISTS, regroup="singles"
-        )
-    return problem.memo.pipeline
+    return at_both_depths(problem, "pipeline", _outlines(problem), FINALISTS, regroup="singles")
 
 
-def pipeline_outlines(problem: Problem) -> list[Outline]:
+def _outlines(problem: Problem) -> list[Outline]:
     """Cheapest by formula first; if memory allows none, the best without regard to memory."""
-    known = problem.memo.outlines.get("pipeline")
-    if known is not None:
-        return known
     small = len(problem.cluster.devices) <= ALL_CUTS_DEVICES and len(problem.graph) <= ALL_CUTS_LAYERS
     search = all_cut_outlines if small else refined_outlines
     found = search(problem, singles=True, keep=24)
-    found = found or search(problem, singles=True, in_flight=0)
-    problem.memo.outlines["pipeline"] = found
-    return found
+    return found or search(problem, singles=True, in_flight=0)
 
 
 def one_source(problem: Problem) -> None:
