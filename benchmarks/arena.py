@@ -41,7 +41,8 @@ from spanwise.planner import Problem
 from spanwise.planner.tryout import SETTLE_STEPS, TIMED_STEPS, Tryout, finalists
 from spanwise.runtime.device_run import Assignment
 from spanwise.runtime.measure import step_times
-from spanwise.runtime.processes import ProcessSession, WorkerPool
+from spanwise.runtime.pool import WorkerPool
+from spanwise.runtime.processes import ProcessSession
 
 CLUSTERS = Path(__file__).resolve().parents[1] / "clusters"
 ENDLESS_S = 1e6  # a step of a plan that failed

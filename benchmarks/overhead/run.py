@@ -28,7 +28,8 @@ from spanwise.core.plan import Plan, Replica, Stage
 from spanwise.lowering import lower
 from spanwise.runtime.device_run import Assignment
 from spanwise.runtime.feed import Sampler, read_rows, shard
-from spanwise.runtime.processes import Meeting, ProcessSession, WorkerPool
+from spanwise.runtime.pool import Meeting, WorkerPool
+from spanwise.runtime.processes import ProcessSession
 from spanwise.runtime.session import Session
 from spanwise.runtime.threads import ThreadSession
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from spanwise.planner import Evaluation, WhatIf
     from spanwise.planner.adapting.adaptation import Adaptation
     from spanwise.runtime.evaluate import Score
-    from spanwise.runtime.processes import WorkerPool
+    from spanwise.runtime.pool import WorkerPool
     from spanwise.runtime.session import StepReport
 
 

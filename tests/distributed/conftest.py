@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 def pool() -> Iterator[object]:
     from equality import DEVICES, cluster
 
-    from spanwise.runtime.processes import Meeting, WorkerPool
+    from spanwise.runtime.pool import Meeting, WorkerPool
 
     workers = WorkerPool(cluster(), DEVICES, Meeting(), emulate=False)
     yield workers

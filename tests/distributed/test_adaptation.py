@@ -28,11 +28,13 @@ from spanwise.core.faults import Fault
 from spanwise.core.job import Job
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan, Replica, Stage
+from spanwise.core.profile import LinkTimes
 from spanwise.lowering import move_bytes, moves
 from spanwise.planner import tryout
 from spanwise.runtime import migrate
 from spanwise.runtime.device_run import Assignment, Snapshot
-from spanwise.runtime.processes import ProcessSession, WorkerPool
+from spanwise.runtime.pool import WorkerPool
+from spanwise.runtime.processes import ProcessSession
 from spanwise.runtime.session import Probe, Session
 from spanwise.runtime.threads import ThreadSession
 from spanwise.runtime.transport import Pending, Tensors, Transport
@@ -196,6 +198,33 @@ def test_nothing_moves_but_what_changes_owner() -> None:
     assert cost.moved_bytes == sum(sent.values()) - 8 * len(needed)
 
 
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_what_goes_over_a_slow_link_is_passed_on_and_stays_exact(pool: WorkerPool, kind: str) -> None:
+    source = of(CLIPPED)[1]
+    spans = [(Stage(start=0, stop=len(source.graph), replicas=replicas(r)),) for r in ("a:12", "b:7 c:5")]
+    plans = [plan_of(source.graph, stages, stages[0].replicas, 1) for stages in spans]
+    # Observed, so devices without a part learn of the run before they get one.
+    first, second = (replace(assignment(CLIPPED, source, p, EVERYWHERE), observe=True) for p in plans)
+    slow = [
+        LinkTimes(source=x, target=y, latency_s=0.0, bandwidth_bytes_per_s=rate)
+        for x, y, rate in (("a", "b", 1e8), ("a", "c", 1e3), ("b", "c", 1e8))
+    ]
+    needed = moves(plans[0], plans[1], source.graph, EVERYWHERE, slow)
+    assert ("b", "c") in {(m.source, m.target) for m in needed if m.relayed}
+    tensors = dict(source.parameters)
+    session: Session = (
+        ThreadSession(first, tensors, CLIPPED.data())
+        if kind == "threads"
+        else ProcessSession(pool, first, tensors, CLIPPED.data())
+    )
+    losses = [report.loss for report in session.run(0, 4)]
+    assert session.switch(second, slow).moved_bytes > 0
+    losses += [report.loss for report in session.run(4, STEPS - 4)]
+    snapshot = session.snapshot()
+    session.close()
+    assert distance(CLIPPED, snapshot, losses) < 1e-9
+
+
 def test_new_rows_and_micro_batches_move_nothing() -> None:
     graph = of(PLAIN)[1].graph
     first = plans(graph)[0]
@@ -266,6 +295,9 @@ class Looking:
     def wants_halt(self) -> bool:
         return False
 
+    def hesitates_s(self) -> float:
+        return 0.0
+
     def wanted_probes(self) -> tuple[Probe, ...]:
         return self.wanted.pop() if self.wanted else ()
 
@@ -274,7 +306,7 @@ class Looking:
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_a_link_is_probed_between_two_steps_and_the_run_goes_on(pool: WorkerPool, kind: str) -> None:
+def test_a_link_is_probed_beside_the_steps_and_the_run_goes_on(pool: WorkerPool, kind: str) -> None:
     work, source, guide = works(PLAIN)[0], of(PLAIN)[1], Looking()
     tensors = dict(source.parameters)
     session: Session = (

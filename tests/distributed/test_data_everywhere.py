@@ -28,7 +28,8 @@ from spanwise.core.profile import DeviceTimes, Profile
 from spanwise.planner import Problem, compare
 from spanwise.profiler.scale import analytic_table
 from spanwise.runtime.device_run import Assignment, Snapshot
-from spanwise.runtime.processes import ProcessSession, WorkerPool
+from spanwise.runtime.pool import WorkerPool
+from spanwise.runtime.processes import ProcessSession
 from spanwise.runtime.session import StepReport
 from spanwise.runtime.threads import ThreadSession
 from spanwise.runtime.transport import Transport

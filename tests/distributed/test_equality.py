@@ -24,7 +24,8 @@ from spanwise.core.precision import Precision
 from spanwise.cost.halves import portions
 from spanwise.runtime import executor
 from spanwise.runtime.device_run import Snapshot
-from spanwise.runtime.processes import ProcessSession, WorkerPool
+from spanwise.runtime.pool import WorkerPool
+from spanwise.runtime.processes import ProcessSession
 from spanwise.runtime.session import StepReport
 from spanwise.runtime.threads import ThreadSession
 

@@ -26,10 +26,11 @@ from spanwise.runtime import processes
 from spanwise.runtime.control import Channel, introduce, listen
 from spanwise.runtime.coordinator import Coordinator
 from spanwise.runtime.device_run import Assignment
-from spanwise.runtime.processes import Meeting, ProcessSession, WorkerPool
+from spanwise.runtime.joining import versions
+from spanwise.runtime.pool import Meeting, WorkerPool
+from spanwise.runtime.processes import ProcessSession
 from spanwise.runtime.threads import ThreadSession
 from spanwise.runtime.transport import Pending, Tensors, Transport
-from spanwise.runtime.worker import versions
 
 END_S = 10.0  # survivors must have ended by then
 

@@ -27,7 +27,8 @@ from spanwise.core.profile import DeviceTimes, LayerTimes, Profile, TimeTable
 from spanwise.planner import Problem, make_plan
 from spanwise.planner.adapting.resegment import Recut, Resegmenter
 from spanwise.runtime.device_run import Assignment
-from spanwise.runtime.processes import Meeting, ProcessSession, WorkerPool
+from spanwise.runtime.pool import Meeting, WorkerPool
+from spanwise.runtime.processes import ProcessSession
 from spanwise.runtime.session import Probe
 
 
@@ -102,6 +103,9 @@ class Following:
 
     def wants_halt(self) -> bool:
         return self.found is not None
+
+    def hesitates_s(self) -> float:
+        return 0.0
 
     def wanted_probes(self) -> tuple[Probe, ...]:
         return tuple(Probe(*look.link, look.sizes) for look in self.follower.look(time.monotonic()))

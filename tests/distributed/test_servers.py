@@ -23,7 +23,8 @@ from spanwise.core.program import Action
 from spanwise.core.syncs import ServerSync
 from spanwise.lowering import natural_syncs
 from spanwise.runtime.device_run import Assignment, Snapshot
-from spanwise.runtime.processes import ProcessSession, WorkerPool
+from spanwise.runtime.pool import WorkerPool
+from spanwise.runtime.processes import ProcessSession
 from spanwise.runtime.threads import ThreadSession
 from spanwise.runtime.transport import Pending, Tensors, Transport
 

@@ -41,7 +41,8 @@ from spanwise.lowering import lower, units_of
 from spanwise.ops.allocator import HUGE_PAGES
 from spanwise.runtime import orders
 from spanwise.runtime.device_run import Assignment
-from spanwise.runtime.processes import Meeting, ProcessSession, WorkerPool
+from spanwise.runtime.pool import Meeting, WorkerPool
+from spanwise.runtime.processes import ProcessSession
 from spanwise.runtime.tags import Tags
 from spanwise.runtime.threads import ThreadSession
 from spanwise.runtime.transport import Tensors, Transport

@@ -8,9 +8,13 @@ from spanwise.runtime.session import Horizon, Probe, StepReport
 class Guide:
     def __init__(self) -> None:
         self.halted = False
+        self.hesitation_s = 0.0
 
     def wants_halt(self) -> bool:
         return self.halted
+
+    def hesitates_s(self) -> float:
+        return self.hesitation_s
 
     def wanted_probes(self) -> tuple[Probe, ...]:
         return ()
@@ -52,3 +56,17 @@ def test_the_end_of_the_run_is_the_last_step() -> None:
     for step in range(3):
         horizon.heard(report(step, 0.001))
     assert horizon.step == 3
+
+
+def test_while_a_guide_hesitates_no_step_is_added_unless_devices_have_nothing_left() -> None:
+    guide = Guide()
+    horizon = Horizon(0, 10, guide)
+    guide.hesitation_s = 0.4
+    assert horizon.held_s(None) == 0.0
+    assert horizon.held_s(report(0, 1.0)) == 0.4
+    assert horizon.heard(report(0, 1.0)) == 2
+    assert horizon.held_s(report(1, 1.0)) == 0.0
+    assert horizon.heard(report(1, 1.0)) == 4
+    guide.hesitation_s = 0.0
+    assert horizon.heard(report(2, 1.0)) == 5
+    assert Horizon(0, 10, None).held_s(report(0, 1.0)) == 0.0

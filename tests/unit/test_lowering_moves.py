@@ -7,6 +7,7 @@ import pytest
 from plan_cases import chain, plan, stage
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import PlanError
+from spanwise.core.profile import LinkTimes
 from spanwise.lowering import Move, move_bytes, moves
 
 
@@ -75,3 +76,31 @@ def test_no_way_to_a_device_that_lacks_something() -> None:
     apart = cluster(("a", "b", "1 Mbit/s"), ("b", "c", "1 Mbit/s"), ("c", "d", "1 Mbit/s"))
     with pytest.raises(PlanError, match=r"'d' lacks 'w0', and none of its holders \(a\) has a link to it"):
         moves(old, new, GRAPH, apart)
+
+
+def test_over_a_slow_link_a_parameter_goes_once_and_is_passed_on() -> None:
+    old = plan(GRAPH, stage(0, 4, "a:8"))
+    new = plan(GRAPH, stage(0, 4, "b:4 c:4"), sources="a:8")
+    two_sites = Cluster.parse(
+        {
+            "devices": [{"id": "a", "site": "far"}, {"id": "b", "site": "here"}, {"id": "c", "site": "here"}],
+            "links": [
+                {"between": ["far", "here"], "bandwidth": "1 Mbit/s"},
+                {"between": ["here", "here"], "bandwidth": "100 Mbit/s"},
+            ],
+        }
+    )
+    found = moves(old, new, GRAPH, two_sites)
+    direct = [(m.target, m.parameters) for m in found if not m.relayed]
+    passed = [(m.source, m.target, m.parameters) for m in found if m.relayed]
+    assert sorted(name for _, names in direct for name in names) == ["w0", "w1", "w2", "w3"]
+    assert sorted(name for _, _, names in passed for name in names) == ["w0", "w1", "w2", "w3"]
+    assert all((other, names) in direct for other, _, names in passed)
+
+
+def test_what_was_measured_says_over_which_links_state_moves() -> None:
+    old = plan(GRAPH, stage(0, 4, "a:4 b:4"))
+    new = plan(GRAPH, stage(0, 4, "c:8"), sources="a:4 b:4")
+    slow = [LinkTimes(source="a", target="c", latency_s=0.0, bandwidth_bytes_per_s=1e3)]
+    assert moves(old, new, GRAPH, ALL, slow) == (Move("b", "c", ("w0", "w1", "w2", "w3")),)
+    assert {m.source for m in moves(old, new, GRAPH, ALL)} == {"a", "b"}

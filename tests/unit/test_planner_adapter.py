@@ -452,6 +452,33 @@ def test_a_longer_step_has_pipes_probed_of_which_messages_say_nothing(
         assert "s1>n1 has 0.25" in wanted.reason
 
 
+@pytest.mark.parametrize("factor", [4.0, 1.0], ids=["slow", "as-believed"])
+def test_a_probe_that_comes_back_between_two_steps_is_enough(factor: float) -> None:
+    """Further steps wait for it, but not for long; nobody has to see another slow step."""
+    task = problem()
+    adapter = start(task)
+    usual_s, seen = shown(task, adapter.plan, task.profile)
+    seen = tuple(replace(device, sent=(), received=()) for device in seen)
+    for step in range(8):
+        adapter.observe(step, usual_s, seen, float(step))
+        assert adapter.hesitates_s(step, float(step)) == 0.0
+    slow_s, _ = shown(task, adapter.plan, thinner(task.profile, CLUSTER, BOTH_WAYS, 4.0))
+    assert adapter.observe(8, slow_s, seen, 8.0) is None
+    assert adapter.hesitates_s(8, 8.0) == 0.0, "nothing was asked yet"
+    there, back = adapter.look(8.0)
+    assert 0.0 < adapter.hesitates_s(8, 8.0) <= slow_s
+    assert adapter.hesitates_s(8, 8.0 + slow_s) == 0.0
+    world = thinner(task.profile, CLUSTER, BOTH_WAYS, factor)
+    adapter.looked(there.link, probe(world, there))
+    assert adapter.reconsider(8) is None, "one way alone may be a message that was in its way"
+    adapter.looked(back.link, probe(world, back))
+    assert adapter.hesitates_s(8, 8.0) == 0.0
+    wanted = adapter.reconsider(8)
+    assert (wanted is not None) == (factor > 1)
+    if wanted is not None:
+        assert "n1>s1 has 0.25" in wanted.reason
+
+
 @pytest.mark.parametrize("patience_s", [explore.PATIENCE_S, 0.0], ids=["waits", "does-not"])
 def test_a_step_time_is_unexplained_only_after_probes(
     patience_s: float, monkeypatch: pytest.MonkeyPatch

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from spanwise.api.searcher import Searcher
-from spanwise.core.profile import Profile
+from spanwise.core.profile import LinkTimes, Profile
 from spanwise.core.run_folder import RunFolder
 from spanwise.planner import Problem
 from spanwise.planner.adapting.adaptation import Adaptation, Change, Search, known_in
@@ -97,21 +97,25 @@ class Adapting:
         if isinstance(wanted, Change):
             self._change = wanted
         elif wanted is not None:
-            known, enough = list(_within(known_in(wanted), KNOWN_S)), self.adapter.covered(wanted)
-            self._change = self.adapter.consider(known, report.step, now, last=enough)
-            if self._change is None and not enough:
-                self._searcher.begin(wanted)
-                self._found, self._since_s = [], now
+            self._begin(wanted, now)
         elif self.adapter.searching:
             self._consider(report.step, now)
         self._write()
+
+    def _begin(self, wanted: Search, now_s: float) -> None:
+        """Holds what is known against a new condition, and has more looked for if that is not enough."""
+        known, enough = list(_within(known_in(wanted), KNOWN_S)), self.adapter.covered(wanted)
+        self._change = self.adapter.consider(known, self._step, now_s, last=enough)
+        if self._change is None and not enough:
+            self._searcher.begin(wanted)
+            self._found, self._since_s = [], now_s
 
     def wants_halt(self) -> bool:
         """Whether there is a plan to go over to."""
         return self._change is not None
 
     def wanted_probes(self) -> tuple[Probe, ...]:
-        """Links that slowed down and carry nothing, from time to time."""
+        """Links that may be why steps take longer, or that slowed down and carry nothing."""
         if self._change is not None:
             return ()
         return tuple(Probe(*look.link, look.sizes) for look in self.adapter.look(time.monotonic()))
@@ -123,10 +127,22 @@ class Adapting:
             {"event": "probe", "step": self._step, "source": probe.source, "target": probe.target,
              "round_trips": [[size, round(seconds, 6)] for size, seconds in samples]}
         )  # fmt: skip
+        wanted = self.adapter.reconsider(self._step) if self._change is None else None
+        if wanted is not None:
+            self._begin(wanted, time.monotonic())
+
+    def hesitates_s(self) -> float:
+        """While a link is probed of which steps may have become longer."""
+        return 0.0 if self._change is not None else self.adapter.hesitates_s(self._step, time.monotonic())
 
     def next_assignment(self) -> Assignment | None:
         """The run under the plan to go over to."""
         return None if self._change is None else self._assignment.under(self._change.plan)
+
+    @property
+    def links(self) -> Sequence[LinkTimes]:
+        """Links as they are believed now."""
+        return self.profile.links
 
     def switched(self, assignment: Assignment, step: int, cost: Switched) -> None:
         """Notes what the change took."""

@@ -16,7 +16,7 @@ from spanwise.core.cluster import Cluster
 from spanwise.core.profile import DeviceTimes, Profile, TimeTable
 from spanwise.lab import Lab
 from spanwise.runtime.control import listen
-from spanwise.runtime.processes import Meeting, WorkerPool
+from spanwise.runtime.pool import Meeting, WorkerPool
 
 if TYPE_CHECKING:
     from spanwise.api.prepare import Prepared

@@ -38,7 +38,8 @@ from spanwise.reporting import summarize, write_report
 from spanwise.runtime.checkpoint import load_checkpoint
 from spanwise.runtime.device_run import Assignment, Snapshot
 from spanwise.runtime.measure import measured_timeline
-from spanwise.runtime.processes import Meeting, ProcessSession, WorkerPool
+from spanwise.runtime.pool import Meeting, WorkerPool
+from spanwise.runtime.processes import ProcessSession
 from spanwise.runtime.session import Session
 from spanwise.runtime.threads import ThreadSession
 from spanwise.runtime.training import Evaluation as Examination

@@ -15,7 +15,7 @@ from spanwise.profiler.scale import scaled_profile
 
 if TYPE_CHECKING:
     from spanwise.api.prepare import Prepared
-    from spanwise.runtime.processes import WorkerPool
+    from spanwise.runtime.pool import WorkerPool
 
 
 def default_cache() -> Path:

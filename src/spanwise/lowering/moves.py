@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import PlanError
 from spanwise.core.model import ModelGraph
 from spanwise.core.plan import Plan
+from spanwise.core.profile import LinkTimes
+from spanwise.core.routes import Routes
 from spanwise.lowering.syncs import buckets_of, holders, served_names
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """State that one device sends to another: parameters with their optimizer state, and buffers, by name."""
+    """State that one device sends to another: parameters with their optimizer state, and buffers, by name.
+
+    ``relayed``: the source has it from others in this very change, and passes it on.
+    """
 
     source: str
     target: str
     parameters: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
+    relayed: bool = False
 
 
 class _Kept(NamedTuple):
@@ -47,13 +54,17 @@ def buffer_holders(plan: Plan, graph: ModelGraph) -> dict[str, tuple[tuple[str, 
     return out
 
 
-def moves(old: Plan, new: Plan, graph: ModelGraph, cluster: Cluster) -> tuple[Move, ...]:
-    """What the devices of ``new`` lack and who of ``old`` sends it.
+def moves(
+    old: Plan, new: Plan, graph: ModelGraph, cluster: Cluster, links: Iterable[LinkTimes] = ()
+) -> tuple[Move, ...]:
+    """What the devices of ``new`` lack and who of ``old`` sends it; ``links`` as measured, where they were.
 
-    A parameter comes with its optimizer state from one of the devices that update it, as all have the same:
-    over the link that is done first, those that a device sends already counted in. Who had a copy that a
-    server updated, and will not update it either, has all that it needs. A buffer comes from all of its
-    holders, since each has seen its own rows; the receiver takes their mean by rows, as a checkpoint does.
+    A parameter comes with its optimizer state from one of the devices that update it, as all have the same,
+    or from one that gets it in this change and passes it on: over a slow link it goes once, however many lack
+    it behind that link. Of all ways it takes the one that is done first, with all that goes over its links
+    already counted in. Who had a copy that a server updated, and will not update it either, has all that it
+    needs. A buffer comes from all of its holders, since each has seen its own rows; the receiver takes their
+    mean by rows, as a checkpoint does.
 
     Raises:
         PlanError: no holder has a link to a device that lacks a parameter, or devices of one of the plans
@@ -67,32 +78,68 @@ def moves(old: Plan, new: Plan, graph: ModelGraph, cluster: Cluster) -> tuple[Mo
             )
     before, after = _Kept.of(old, graph), _Kept.of(new, graph)
     sizes = {parameter.name: parameter.bytes for parameter in graph.parameters}
-    parameters: dict[tuple[str, str], list[str]] = {}
-    given: dict[str, float] = {}  # seconds that each device is busy sending
-    for name, targets in after.copies.items():
-        sources = before.updating[name]
-        for target in targets:
-            used_only = target in before.copies[name] and target not in after.updating[name]
-            if target in sources or used_only:
-                continue
-            reach = [h for h in sources if cluster.connected(h, target)]
-            if not reach:
-                raise PlanError(
-                    f"plan '{new.strategy}': '{target}' lacks '{name}', and none of its holders "
-                    f"({', '.join(sources)}) has a link to it; plan again"
-                )
-            ends = {
-                h: given.get(h, 0.0) + sizes[name] / cluster.route(h, target).bandwidth_bytes_per_s
-                for h in reach
-            }
-            source = min(reach, key=lambda h: ends[h])
-            given[source] = ends[source]
-            parameters.setdefault((source, target), []).append(name)
-    buffers = _buffer_moves(old, new, graph, cluster)
+    ways = _Ways(cluster, Routes(cluster, links))
+    parameters: dict[tuple[bool, str, str], list[str]] = {}
+    for name, copies in after.copies.items():
+        sources, updating = before.updating[name], after.updating[name]
+        used_only = set(before.copies[name]) - set(updating)
+        targets = [t for t in copies if t not in sources and t not in used_only]
+        for relayed, source, target in ways.spread(name, sizes[name], sources, targets, new.strategy):
+            parameters.setdefault((relayed, source, target), []).append(name)
+    buffers = {(False, *pair): names for pair, names in _buffer_moves(old, new, graph, cluster).items()}
     pairs = sorted(parameters.keys() | buffers.keys())
     return tuple(
-        Move(a, b, tuple(parameters.get((a, b), ())), tuple(buffers.get((a, b), ()))) for a, b in pairs
+        Move(a, b, tuple(parameters.get((late, a, b), ())), tuple(buffers.get((late, a, b), ())), late)
+        for late, a, b in pairs
     )
+
+
+@dataclass
+class _Ways:
+    """When what goes over links is done, as far as it is known."""
+
+    cluster: Cluster
+    routes: Routes
+    busy_s: dict[str, float] = field(default_factory=dict[str, float])  # by what messages share
+
+    def spread(
+        self, name: str, nbytes: int, sources: Sequence[str], targets: Sequence[str], strategy: str
+    ) -> Iterable[tuple[bool, str, str]]:
+        """(relayed, source, target) for every target, the soonest first."""
+        ready_s, left = dict.fromkeys(sources, 0.0), list(targets)
+        relays: set[str] = set()
+        while left:
+            ends = {
+                (source, target): self._end_s(source, target, nbytes, since_s)
+                for target in left
+                for source, since_s in ready_s.items()
+                if self.cluster.connected(source, target)
+            }
+            if not ends:
+                raise PlanError(
+                    f"plan '{strategy}': '{left[0]}' lacks '{name}', and none of its holders "
+                    f"({', '.join(sources)}) has a link to it; plan again"
+                )
+            source, target = min(ends, key=lambda pair: ends[pair])
+            self._take(source, target, nbytes)
+            if source in sources:  # what was passed on once is not passed on again
+                ready_s[target] = ends[source, target]
+                relays.add(target)
+            left.remove(target)
+            yield source in relays, source, target
+
+    def _end_s(self, source: str, target: str, nbytes: int, since_s: float) -> float:
+        shared = self._shared(source, target)
+        return max((max(self.busy_s.get(n, 0.0), since_s) + nbytes / rate for n, rate in shared), default=0.0)
+
+    def _take(self, source: str, target: str, nbytes: int) -> None:
+        for name, rate in self._shared(source, target):
+            self.busy_s[name] = self.busy_s.get(name, 0.0) + nbytes / rate
+
+    def _shared(self, source: str, target: str) -> list[tuple[str, float]]:
+        """What a message holds, and how fast each is at it; a device sends at its own link's rate."""
+        route = self.routes.route(source, target)
+        return [*route.resources, (f"sends:{source}", route.bandwidth_bytes_per_s)]
 
 
 def move_bytes(move: Move, graph: ModelGraph, copies: int) -> int:

@@ -112,6 +112,16 @@ class Coordinator:
             self._raise()
         return device, frame
 
+    def event_within(self, seconds: float) -> tuple[str, Frame] | None:
+        """The same; none if nothing comes so soon."""
+        try:
+            device, frame = self.events.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        if frame.kind == "failure":
+            self._raise()
+        return device, frame
+
     def fail(self, error: SpanwiseError) -> None:
         """Ends the run: every worker is told the reason, every waiter gets the error."""
         with self._changed:

@@ -25,6 +25,7 @@ from spanwise.runtime.tags import STEP_TAGS
 from spanwise.runtime.transport import Pending, Transport
 
 _TAG = STEP_TAGS  # above those of training steps, below those of the probes
+_RELAYED = 500_000  # further on: what is passed on
 _PIECE_BYTES = 8 * 2**20  # each has the deadline of a transfer
 _MOST_COPIES = 8  # of a parameter in the state of any optimizer
 _SLACK_BYTES = 2**20  # names, shapes, learning rates
@@ -55,12 +56,11 @@ class Change:
             PeerError: a peer sent nothing within the deadline of a transfer, or what it may not.
         """
         state = self.run.state() if self.run is not None else Snapshot()
-        parts = self._exchange(state)
+        self._exchange(state)
         if self.run is not None:
             self.run.close()
         if self.device not in self.assignment.plan.devices:
             return None
-        self._inherit(state, parts)
         run = DeviceRun(
             self.assignment, self.device, self.transport, tensors=state.parameters | state.buffers,
             data=self.data, held=self.held,
@@ -68,27 +68,33 @@ class Change:
         run.resume(state.optimizer, state.options, state.scheduler)
         return run
 
-    def _exchange(self, state: Snapshot) -> dict[str, dict[str, Tensor]]:
-        """Sends what others lack; returns what was received, by the device that sent it."""
-        timeout_s, graph = self.assignment.job.transfer_timeout_s, self.assignment.graph
-        sent = [
-            (move.target, pending)
-            for move in self.moves
-            if move.source == self.device
-            for pending in _send(self.transport, move.target, _pack(state, move))
-        ]
-        parts: dict[str, dict[str, Tensor]] = {}
-        for move in self.moves:
-            if move.target == self.device:
-                most = move_bytes(move, graph, _MOST_COPIES) + _SLACK_BYTES
-                payload = _receive(self.transport, move.source, most, timeout_s)
-                self.received_bytes += len(payload)
-                parts[move.source] = _unpacked(payload, move)
-        for target, pending in sent:
+    def _exchange(self, state: Snapshot) -> None:
+        """Sends what others lack, adds what was received to the state, passes on what others wait for."""
+        sent: list[tuple[Move, Pending]] = []
+        for relayed in (False, True):
+            moves = [move for move in self.moves if move.relayed == relayed]
+            sent += [
+                (move, pending)
+                for move in moves
+                if move.source == self.device
+                for pending in _send(self.transport, move, _pack(state, move))
+            ]
+            self._receive([move for move in moves if move.target == self.device], state)
+        for move, pending in sent:
             # The target takes its senders in turn, and each piece of theirs within the deadline.
-            before = sum(move_bytes(m, graph, _MOST_COPIES) for m in self.moves if m.target == target)
+            timeout_s, graph = self.assignment.job.transfer_timeout_s, self.assignment.graph
+            before = sum(move_bytes(m, graph, _MOST_COPIES) for m in self.moves if m.target == move.target)
             pending.wait(timeout_s * (2 + before // _PIECE_BYTES))
-        return parts
+
+    def _receive(self, moves: Sequence[Move], state: Snapshot) -> None:
+        timeout_s = self.assignment.job.transfer_timeout_s
+        parts: dict[str, dict[str, Tensor]] = {}
+        for move in moves:
+            most = move_bytes(move, self.assignment.graph, _MOST_COPIES) + _SLACK_BYTES
+            payload = _received(self.transport, move, most, timeout_s)
+            self.received_bytes += len(payload)
+            parts[move.source] = _unpacked(payload, move)
+        self._inherit(state, parts)
 
     def _inherit(self, state: Snapshot, parts: dict[str, dict[str, Tensor]]) -> None:
         """Adds to the device's own state what it received."""
@@ -150,18 +156,19 @@ def _named(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{part}/")}
 
 
-def _send(transport: Transport, target: str, payload: bytes) -> list[Pending]:
+def _send(transport: Transport, move: Move, payload: bytes) -> list[Pending]:
     whole = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-    length = torch.tensor([len(payload)], dtype=torch.int64)
+    length, tag = torch.tensor([len(payload)], dtype=torch.int64), _tag(move)
     return [
-        transport.send(target, _TAG, [length]),
-        *(transport.send(target, _TAG + 1 + i, [piece]) for i, piece in enumerate(_pieces(whole))),
+        transport.send(move.target, tag, [length]),
+        *(transport.send(move.target, tag + 1 + i, [piece]) for i, piece in enumerate(_pieces(whole))),
     ]
 
 
-def _receive(transport: Transport, source: str, most_bytes: int, timeout_s: float) -> bytes:
+def _received(transport: Transport, move: Move, most_bytes: int, timeout_s: float) -> bytes:
+    source, tag = move.source, _tag(move)
     length = torch.zeros(1, dtype=torch.int64)
-    transport.recv(source, _TAG, [length]).wait(timeout_s)
+    transport.recv(source, tag, [length]).wait(timeout_s)
     size = int(length)
     if not 0 < size <= most_bytes:
         raise PeerError(
@@ -171,8 +178,13 @@ def _receive(transport: Transport, source: str, most_bytes: int, timeout_s: floa
         )
     whole = torch.empty(size, dtype=torch.uint8)
     for index, piece in enumerate(_pieces(whole)):
-        transport.recv(source, _TAG + 1 + index, [piece]).wait(timeout_s)
+        transport.recv(source, tag + 1 + index, [piece]).wait(timeout_s)
     return whole.numpy().tobytes()
+
+
+def _tag(move: Move) -> int:
+    """Two devices may exchange both what one had and what it passes on."""
+    return _TAG + (_RELAYED if move.relayed else 0)
 
 
 def _pieces(whole: Tensor) -> list[Tensor]:

@@ -88,12 +88,12 @@ def _plan(head: dict[str, Any]) -> Plan:
 
 def moves_data(moves: Sequence[Move]) -> list[list[Any]]:
     """Moves for the control channel."""
-    return [[m.source, m.target, list(m.parameters), list(m.buffers)] for m in moves]
+    return [[m.source, m.target, list(m.parameters), list(m.buffers), m.relayed] for m in moves]
 
 
 def read_moves(data: Sequence[Sequence[Any]]) -> tuple[Move, ...]:
     """What ``moves_data`` wrote."""
-    return tuple(Move(str(a), str(b), tuple(p), tuple(q)) for a, b, p, q in data)
+    return tuple(Move(str(a), str(b), tuple(p), tuple(q), bool(late)) for a, b, p, q, late in data)
 
 
 def parts(payload: bytes) -> dict[str, dict[str, Tensor]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from spanwise.core.errors import SpanwiseError
 from spanwise.core.observed import DeviceStep
-from spanwise.core.profile import StageTimes
+from spanwise.core.profile import LinkTimes, StageTimes
 from spanwise.lowering import buffer_holders
 from spanwise.runtime.device_run import Assignment, Snapshot
 from spanwise.runtime.migrate import mean_by_rows
@@ -45,7 +45,7 @@ class Switched:
 
 @dataclass(frozen=True)
 class Probe:
-    """A link to be measured between two steps, by messages of these sizes there and a byte back."""
+    """A link to be measured while steps go on, by messages of these sizes there and a byte back."""
 
     source: str
     target: str
@@ -53,14 +53,21 @@ class Probe:
 
 
 class Guide(Protocol):
-    """Who follows a run: may halt it between two steps, and ask for a link to be measured there."""
+    """Who follows a run: may halt it between two steps, and ask for links to be measured."""
 
     def wants_halt(self) -> bool:
         """Whether steps that devices do not know of yet should not be begun."""
         ...
 
     def wanted_probes(self) -> tuple[Probe, ...]:
-        """Links to measure, each as soon as its two devices have ended the steps that they know of."""
+        """Links to measure now, beside the steps that are under way."""
+        ...
+
+    def hesitates_s(self) -> float:
+        """For how long no further steps should be ordered, as the answer to a probe may change the plan.
+
+        Devices go on with the steps that they know of; none ever waits for this.
+        """
         ...
 
     def probed(self, probe: Probe, samples: tuple[tuple[int, float], ...]) -> None:
@@ -92,7 +99,7 @@ class Session(Protocol):
         """Before any step: each device times its stages, one device after the other."""
         ...
 
-    def switch(self, assignment: Assignment) -> Switched:
+    def switch(self, assignment: Assignment, links: Sequence[LinkTimes] = ()) -> Switched:
         """Goes on under another plan of the same job, between two runs; see ``runtime.migrate``."""
         ...
 
@@ -151,12 +158,20 @@ class Horizon:
         self._last, self._guide = first + count, guide
         self.step = self._last if guide is None else min(self._last, first + 2)
 
+    def held_s(self, report: StepReport | None) -> float:
+        """For how long there will be no further step, unless a probe is answered; ``report``: the newest."""
+        if self._guide is None or report is None or report.step + 1 >= self.step:
+            return 0.0  # devices have nothing left to do, or all that there is
+        return self._guide.hesitates_s()
+
     def heard(self, report: StepReport) -> int:
         """Takes a report in; the step to go up to from now on, not included."""
         if self._guide is None:
             return self.step
         if self._guide.wants_halt():
             self._last = self.step
+        if self.held_s(report) > 0:
+            return self.step
         ahead = min(self.MOST, max(2, math.ceil(self.AHEAD_S / max(report.end - report.start, 1e-6))))
         self.step = max(self.step, min(self._last, report.step + 1 + ahead))
         return self.step

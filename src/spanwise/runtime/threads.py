@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spanwise.core.errors import PeerError, SpanwiseError
 from spanwise.core.observed import DeviceStep
-from spanwise.core.profile import StageTimes
+from spanwise.core.profile import LinkTimes, StageTimes
 from spanwise.lowering import moves
 from spanwise.ops.allocator import keep_freed_memory_of_threads
 from spanwise.runtime.device_run import Assignment, DeviceRun, Snapshot
@@ -128,10 +128,10 @@ class ThreadSession:
         """Here in the calling thread, while no other runs."""
         return tuple(times for run in self._runs.values() for times in run.stage_times())
 
-    def switch(self, assignment: Assignment) -> Switched:
+    def switch(self, assignment: Assignment, links: Sequence[LinkTimes] = ()) -> Switched:
         """Goes on under another plan; all devices send, receive and build at once, a thread each."""
         start, before = time.monotonic(), self._assignment
-        found = moves(before.plan, assignment.plan, before.graph, before.cluster)
+        found = moves(before.plan, assignment.plan, before.graph, before.cluster, links)
         devices = tuple(dict.fromkeys((*before.plan.devices, *assignment.plan.devices)))
         changes = {
             d: Change(assignment, d, self._transport(d), found, self._runs.get(d), before.plan, self._data)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import socket
 import sys
 import threading
 import time
@@ -19,21 +18,22 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-import spanwise
-from spanwise.core.cluster import Cluster
-from spanwise.core.errors import InputError, JoinError, PeerError, SpanwiseError
-from spanwise.core.job import LIVE, Job
+from spanwise.core.cluster import EVERYWHERE, Cluster
+from spanwise.core.errors import InputError, PeerError, SpanwiseError
+from spanwise.core.job import LIVE
 from spanwise.core.observed import DeviceStep
 from spanwise.core.plan import Plan
 from spanwise.ops.allocator import give_back_what_is_free, give_freed_memory_back, keep_freed_memory
 from spanwise.runtime import orders
-from spanwise.runtime.control import HANDSHAKE_TIMEOUT_S, Channel, Frame, introduce, parse_endpoint
+from spanwise.runtime.control import Channel, Frame, introduce, parse_endpoint
 from spanwise.runtime.device_run import Assignment, DeviceRun
 from spanwise.runtime.emulate import Ledger, PacedTransport
 from spanwise.runtime.executor import StepResult
 from spanwise.runtime.feed import Rows
 from spanwise.runtime.imports import build, data_sets
+from spanwise.runtime.joining import connect, machine, versions
 from spanwise.runtime.link_probe import TIMEOUT_S, probe_link
+from spanwise.runtime.looks import Looks
 from spanwise.runtime.memory import MemoryWatch
 from spanwise.runtime.message_probe import message_cpu_s
 from spanwise.runtime.migrate import Change
@@ -42,11 +42,6 @@ from spanwise.runtime.transport import Transport
 
 _HEARTBEAT_S = 1.0
 _SILENT_S = 60.0  # the coordinator answers every heartbeat
-
-
-def versions() -> dict[str, str]:
-    """What coordinator and workers must have in common."""
-    return {"spanwise": spanwise.__version__, "torch": torch.__version__.split("+")[0]}
 
 
 # Answers a request of the coordinator: (head, payload) to (head, payload).
@@ -77,31 +72,9 @@ def join(
     """
     keep_freed_memory()
     host, port = parse_endpoint(endpoint)
-    channel = Channel(_connect(host, port, patience_s), endpoint)
-    introduce(
-        channel, token, device, {"versions": versions(), "machine": _machine(), "cores": os.cpu_count()}
-    )
+    channel = Channel(connect(host, port, patience_s), endpoint)
+    introduce(channel, token, device, {"versions": versions(), "machine": machine(), "cores": os.cpu_count()})
     return _Worker(channel, device, services, quiet).serve()
-
-
-def _connect(host: str, port: int, patience_s: float) -> socket.socket:
-    end = time.monotonic() + patience_s
-    while True:
-        try:
-            return socket.create_connection((host, port), timeout=HANDSHAKE_TIMEOUT_S)
-        except OSError as error:
-            if time.monotonic() > end:
-                raise JoinError(
-                    f"coordinator {host}:{port}: no answer within {patience_s:g} s "
-                    f"({error.strerror or error}); is 'spanwise train' running there?"
-                ) from None
-            time.sleep(0.2)
-
-
-def _machine() -> str:
-    import platform
-
-    return f"{platform.machine()} {platform.system()} python {platform.python_version()}"
 
 
 class _Worker:
@@ -118,6 +91,7 @@ class _Worker:
         self.run: DeviceRun | None = None
         self.transport: Transport | None = None
         self.memory = MemoryWatch()
+        self.looks, self.beside = Looks(channel), False
         self.heard = time.monotonic()
 
     def serve(self) -> int:
@@ -142,7 +116,7 @@ class _Worker:
             "meet": self._on_meet, "probe": self._on_probe, "service": self._on_service,
             "exchange": self._on_exchange, "setup": self._on_setup, "calibrate": self._on_calibrate,
             "switch": self._on_switch, "run": self._on_run, "collect": self._on_collect,
-            "spans": self._on_spans,
+            "spans": self._on_spans, "look": self._on_look, "acquaint": self._on_acquaint,
         }  # fmt: skip
         if frame.kind not in commands:
             raise PeerError(f"device '{self.device}': the coordinator asked for unknown '{frame.kind}'")
@@ -173,6 +147,8 @@ class _Worker:
                     self.arrived.notify_all()
             elif frame.kind == "ping":
                 self._pong(frame)
+            elif frame.kind == "look" and self.beside and self.transport is not None:
+                self.looks.add(self.transport, frame)
             else:
                 self.commands.put(frame)
                 if frame.kind == "stop":
@@ -224,7 +200,8 @@ class _Worker:
         cluster = Cluster.parse(head["cluster"])
         spec = cluster.device(self.device)
         torch.set_num_threads(spec.threads)
-        members = [cluster.device(d) for d in head["members"]]
+        backend = backend_for([cluster.device(d) for d in head["members"]])
+        self.beside = backend == "gloo"  # NCCL takes one thread at a time
         epoch = int(head["epoch"])
         store = KeyValueStore(
             lambda key, value: self._put(f"{epoch}/{key}", value),
@@ -235,7 +212,7 @@ class _Worker:
             store,
             self.device,
             tuple(head["members"]),
-            backend=backend_for(members),
+            backend=backend,
             address=spec.address or "127.0.0.1",
             timeout_s=float(head["timeout_s"]),
         )
@@ -253,6 +230,11 @@ class _Worker:
             timeout_s=float(head.get("timeout_s", TIMEOUT_S)),
         )  # fmt: skip
         self.channel.send("probed", peer=head["peer"], samples=samples)
+
+    def _on_look(self, frame: Frame) -> None:
+        """Measures a link between two steps, where it cannot be done beside them."""
+        assert self.transport is not None
+        self.looks.carry_out(self.transport, frame)
 
     def _on_exchange(self, frame: Frame) -> None:
         """Measures what a message costs this device, while all devices send to their next."""
@@ -272,6 +254,11 @@ class _Worker:
         if head.get("resume"):
             self.run.resume(parts["optimizer"], head["resume"]["options"], head["resume"]["scheduler"])
         self.channel.send("ready")
+
+    def _on_acquaint(self, frame: Frame) -> None:
+        """Learns of a run in which it has no part yet, so that a change that gives it one takes no longer."""
+        self._begin(frame.head, {})
+        self.channel.send("acquainted")
 
     def _on_switch(self, frame: Frame) -> None:
         """Goes over to another plan, together with the other devices of both."""
@@ -305,8 +292,9 @@ class _Worker:
         """Keeps what arrived, or makes the data set once if this device reads it."""
         if sent:
             self.data, self.held = orders.sent_data(sent), True
-        elif self.data is None:
-            self.data, self.held = self._own_data(assignment.job, assignment.plan), False
+        elif self.data is None and self._reads(assignment):
+            named = assignment.job.data
+            self.data, self.held = data_sets(build(named.name, named.args, "data"))[0], False
 
     def _on_calibrate(self, _: Frame) -> None:
         """Times this device's compute while the others rest."""
@@ -325,12 +313,15 @@ class _Worker:
         a = self.assignment
         return a is not None and (a.plan.sparse or self.device in a.tight)
 
-    def _own_data(self, job: Job, plan: Plan) -> Rows | None:
-        if self.device not in [source.device for source in plan.sources]:
-            return None
-        if job.data.name == LIVE:
-            raise InputError(f"device '{self.device}': live data did not arrive")
-        return data_sets(build(job.data.name, job.data.args, "data"))[0]
+    def _reads(self, assignment: Assignment) -> bool:
+        """Whether this device needs the data set now: as a source, or as one that may become it any time."""
+        live = assignment.job.data.name == LIVE
+        if self.device in [source.device for source in assignment.plan.sources]:
+            if live:
+                raise InputError(f"device '{self.device}': live data did not arrive")
+            return True
+        ahead = assignment.observe and assignment.cluster.data == EVERYWHERE
+        return ahead and not live and self.device not in assignment.tight
 
     def _on_service(self, frame: Frame) -> None:
         """Answers one of the requests that this worker was started with."""

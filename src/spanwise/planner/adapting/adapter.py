@@ -7,7 +7,6 @@ follow the bandwidth, is that of SpanTrain (Big Data Research 2025).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
@@ -18,8 +17,9 @@ from spanwise.core.profile import Profile
 from spanwise.core.program import Program
 from spanwise.lowering import lower
 from spanwise.planner.adapting.adaptation import Adaptation, Belief, Change, OnTrial, Search
-from spanwise.planner.adapting.drift import Cause, Drift
+from spanwise.planner.adapting.drift import Drift
 from spanwise.planner.adapting.estimate import Estimator
+from spanwise.planner.adapting.explain import EXPLAINED, Explainer, off
 from spanwise.planner.adapting.explore import Explorer, Look
 from spanwise.planner.adapting.foresee import MOST_KNOWN, Foresight, answers
 from spanwise.planner.adapting.ratios import Expected, Link
@@ -37,9 +37,7 @@ JUDGED_STEPS, JUDGED_S = 3, 0.5  # under a plan, without the first, say how fast
 BAN_STEPS = 50  # an undone plan is not tried again for so long, twice as long the next time
 SETTLE_STEPS = 2  # at the start and after a change: first passes grow heaps and connections
 SETUP_S = 0.2  # of a change, until one was measured
-REFITS = 2  # times that estimates are held against a simulation on themselves
-MOST_CAUSES, EXPLAINED = 3, 0.06  # of a changed step time; what may be left of it, as a logarithm
-LEFT_OF_LEAP = 0.3  # of its logarithm: the step in which something changes is odd, as queues fill or empty
+HESITATION = 0.5  # of a step's time: so long an answer is waited for, as devices are at work for longer
 SEARCH_SHARE = 0.5  # of the time may go to searching, unless something has moved far
 
 
@@ -107,16 +105,37 @@ class Adapter:
         forgotten = self._explorer.forgotten(self.profile, self.plan.devices, now_s)
         if drift is None and forgotten:
             drift = Drift(big=False, conditions=True)
-        if self._last_step - step < HOLD_STEPS or self._trial is not None or self._held(step, now_s):
+        if self._keeps(step, now_s):
             return None
-        if drift is None:
-            return self._search_owed()
+        return self._search_owed() if drift is None else self._planned_anew(drift, forgotten)
+
+    def reconsider(self, step: int) -> Search | None:
+        """The newest step once more, after a probe has come back that may say why it has leapt."""
+        if self._rest > 0 or self._searching is not None or self._keeps(step, self._now_s):
+            return None
+        drift = self._estimator.drift()
+        return self._planned_anew(drift) if drift is not None and drift.leap else None
+
+    def hesitates_s(self, step: int, now_s: float) -> float:
+        """For how long no further steps should be ordered, as a probe may soon say what to do instead."""
+        waits = self._estimator.odd and self._rest == 0 and self._searching is None
+        asked_s = self._explorer.asked_s
+        if not waits or asked_s is None or self._keeps(step, now_s):
+            return 0.0
+        return max(0.0, asked_s + HESITATION * self._pace_s - now_s)
+
+    def _planned_anew(self, drift: Drift, forgotten: Sequence[str] = ()) -> Search | None:
+        """A search, if devices or links have become other than believed or may be as at first again."""
+        now_s = self._now_s
         hurried = drift.big and drift.conditions  # then searching may take more than its share
         if not hurried and now_s < self._quiet_until_s:
             return None
-        fitted = self._fitted(drift)
+        explainer = Explainer(self._estimator, self._expected, self._bias)
+        fitted = explainer.fitted(drift, self._pace_s, self._times[-1])
         if fitted is None:
             return None
+        if drift.leap:
+            del self._times[:-1]  # those before it are of another world
         if fitted == self.profile and not forgotten:
             if not self._explorer.awaits(self._estimator, now_s):
                 self._believe(fitted)  # steps take another time, and nothing that a plan could answer is why
@@ -124,6 +143,10 @@ class Adapter:
         reasons = [self._estimator.changes(fitted)] if self._estimator.drift() is not None else []
         reasons += [f"{device} may be as fast as at first again" for device in forgotten]
         return self._begun(self._explorer.forget(fitted, forgotten), "; ".join(reasons))
+
+    def _keeps(self, step: int, now_s: float) -> bool:
+        """Whether the plan stays whatever comes: it is new, on trial, or nearly at its end."""
+        return self._last_step - step < HOLD_STEPS or self._trial is not None or self._held(step, now_s)
 
     def _search_owed(self) -> Search | None:
         """After a known plan has shown its worth: there may be a better one for the same numbers."""
@@ -313,7 +336,7 @@ class Adapter:
             return None
         believed_s = self._predicted_s * before.bias
         before_s = self._expected(before.profile).step_s * before.bias
-        if _off(pace_s, before_s) + EXPLAINED > _off(pace_s, believed_s):
+        if off(pace_s, before_s) + EXPLAINED > off(pace_s, believed_s):
             return None
         self._doubts.add(doubted)
         self._bias = before.bias
@@ -326,50 +349,6 @@ class Adapter:
 
     def _banned(self, plan: Plan, step: int) -> bool:
         return self._bans.get(shape(plan), (0, 0))[0] > step
-
-    def _fitted(self, drift: Drift) -> Profile | None:
-        """The numbers as the last steps show them, as far as step times bear them out.
-
-        None if a single step has leapt, and what leapt in it does not explain that.
-        """
-        profile = self._estimator.fitted()
-        for _ in range(REFITS):
-            profile = self._estimator.again(profile, self._expected(profile)).fitted()
-        causes = self._estimator.causes(profile)
-        if not drift.leap:
-            # What has moved when the steps did comes first: the rest may be so by chance, or slowly.
-            turned = self._explained([cause for cause in causes if cause.sure or cause.turned], self._pace_s)
-            if self._error(turned, self._pace_s) < EXPLAINED:
-                return turned
-            return self._explained(causes, self._pace_s)
-        newest_s = self._times[-1]
-        found = self._explained([cause for cause in causes if cause.leapt], newest_s)
-        if self._error(found, newest_s) > LEFT_OF_LEAP * self._error(self.profile, newest_s):
-            return None
-        del self._times[:-1]  # those before it are of another world
-        return found
-
-    def _explained(self, causes: Sequence[Cause], pace_s: float) -> Profile:
-        """With what is sure, and of the rest as little as explains how long steps take now."""
-        taken = [cause for cause in causes if cause.sure]
-        left = [cause for cause in causes if not cause.sure]
-        error = self._error(self._estimator.under(taken), pace_s)
-        for _ in range(MOST_CAUSES):
-            if not left or error < EXPLAINED:
-                break
-            errors = [self._error(self._estimator.under([*taken, cause]), pace_s) for cause in left]
-            if error - min(errors) < EXPLAINED / 2:
-                break
-            alike = [i for i, found in enumerate(errors) if found < min(errors) + EXPLAINED / 2]
-            at = max(alike, key=lambda i: left[i].far)
-            error = errors[at]
-            taken.append(left.pop(at))
-        return self._estimator.under(taken)
-
-    def _error(self, profile: Profile, pace_s: float) -> float:
-        """How far steps are from what these numbers make of them."""
-        expected_s = self._expected(profile).step_s * self._bias * self._estimator.usual_step
-        return _off(pace_s, expected_s)
 
     def _follow(
         self, profile: Profile, usual: Mapping[str | Link, float] | None = None, usual_s: float | None = None
@@ -391,8 +370,3 @@ class Adapter:
             optimizer_copies=problem.copies,
         )  # fmt: skip
         return Expected.of(timeline)
-
-
-def _off(pace_s: float, expected_s: float) -> float:
-    """How far apart two step times are: the logarithm of their ratio, unsigned."""
-    return abs(math.log(pace_s / expected_s)) if expected_s else math.inf

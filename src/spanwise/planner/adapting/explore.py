@@ -60,13 +60,14 @@ class Explorer:
 
     def look(self, estimator: Estimator, now_s: float) -> tuple[Look, ...]:
         """What to probe now: a pair of devices, both ways or one; pipes between sites take turns."""
-        if estimator.odd:
-            self._odd_since_s = now_s if self._odd_since_s is None else self._odd_since_s
-        elif self._odd_since_s is not None and estimator.drift() is None:
+        newly = estimator.odd and self._odd_since_s is None
+        if newly:
+            self._odd_since_s = now_s
+        elif not estimator.odd and estimator.drift() is None:
             self._odd_since_s = None
-        if now_s - self._looked_s < (PROBE_SOON_S if estimator.far else PROBE_EVERY_S):
+        if now_s - self._looked_s < (PROBE_SOON_S if newly or estimator.far else PROBE_EVERY_S):
             return ()
-        found = (self._suspected(estimator) if estimator.odd else ()) or self._idle(estimator)
+        found = (self._suspected(estimator, newly) if estimator.odd else ()) or self._idle(estimator)
         if found:
             self._looked_s = now_s
         for look in found:
@@ -92,15 +93,21 @@ class Explorer:
             return False
         return any(self._answered_s.get(ends, -math.inf) < since_s for ends in self._pairs(estimator))
 
-    def _suspected(self, estimator: Estimator) -> tuple[Look, ...]:
+    @property
+    def asked_s(self) -> float | None:
+        """When the newest probe was sent that has not come back."""
+        return max((sent[-1] for sent in self._asked_s.values() if sent), default=None)
+
+    def _suspected(self, estimator: Estimator, newly: bool) -> tuple[Look, ...]:
         """Two sites that the plan has messages between, and two devices inside a site between which messages
-        seem to have another speed.
+        seem to have another speed; all such sites where steps have just become longer.
         """
         inside = sorted({(min(link), max(link)) for link in estimator.suspects})
         between = tuple(self._pairs(estimator).values())
         self._turn += 1
         due = [found[self._turn % len(found)] for found in (between, inside) if found]
-        ways = [way for a, b in due for way in ((a, b), (b, a)) if way in self._rates]
+        due = [*between, *due] if newly else due
+        ways = [way for a, b in dict.fromkeys(due) for way in ((a, b), (b, a)) if way in self._rates]
         return tuple(Look(way, self._sizes(estimator, way)) for way in ways)
 
     def _pairs(self, estimator: Estimator) -> dict[tuple[str, str], Link]:

@@ -296,7 +296,7 @@ def _tried(problem: Problem, plan: Plan, plans: Sequence[Plan]) -> list[Candidat
 def candidate(problem: Problem, plan: Plan, new: Plan) -> Candidate | None:
     """A simulated plan as a change of the one that runs; none if its state cannot get to its devices."""
     try:
-        needed = moves(plan, new, problem.graph, problem.cluster)
+        needed = moves(plan, new, problem.graph, problem.cluster, problem.profile.links)
     except PlanError:
         return None
     routes = Routes(problem.cluster, problem.profile.links)
