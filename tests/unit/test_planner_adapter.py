@@ -413,7 +413,7 @@ def test_a_link_that_nobody_uses_any_more_is_probed_and_used_again_when_it_is_ba
     looks = adapter.look(step + 2.0)  # still slow
     assert {(a[0], b[0]) for look in looks for a, b in (look.link,)} == {("n", "s"), ("s", "n")}
     rate = CLUSTER.route(*PIPE[0]).bandwidth_bytes_per_s
-    assert {max(look.sizes) for look in looks} == {max(16_384, int(0.01 * rate / 30**0.5))}, (
+    assert {max(look.sizes) for look in looks} == {max(16_384, int(explore.PROBE_S * rate / 30**0.5))}, (
         "a probe of a slow link takes no longer than need be"
     )
     assert adapter.look(step + 2.1) == ()  # not all the time
@@ -477,6 +477,24 @@ def test_a_probe_that_comes_back_between_two_steps_is_enough(factor: float) -> N
     assert (wanted is not None) == (factor > 1)
     if wanted is not None:
         assert "n1>s1 has 0.25" in wanted.reason
+
+
+def test_a_probe_that_met_other_messages_is_corrected_by_how_long_steps_take() -> None:
+    """It found the link at an eighth; steps are those of a quarter."""
+    task = problem()
+    adapter = start(task)
+    usual_s, seen = shown(task, adapter.plan, task.profile)
+    seen = tuple(replace(device, sent=(), received=()) for device in seen)
+    for step in range(8):
+        adapter.observe(step, usual_s, seen, float(step))
+    slow_s, _ = shown(task, adapter.plan, thinner(task.profile, CLUSTER, BOTH_WAYS, 4.0))
+    adapter.observe(8, slow_s, seen, 8.0)
+    for look in adapter.look(8.0):
+        adapter.looked(look.link, probe(thinner(task.profile, CLUSTER, BOTH_WAYS, 8.0), look))
+    wanted = adapter.reconsider(8)
+    assert wanted is not None
+    found = re.findall(r"n1>s1 has (0\.\d+)", wanted.reason)
+    assert [float(x) for x in found] == pytest.approx([0.25], abs=0.03)
 
 
 @pytest.mark.parametrize("patience_s", [explore.PATIENCE_S, 0.0], ids=["waits", "does-not"])

@@ -1,9 +1,8 @@
-"""Links measured while steps go on, by a thread beside them."""
+"""Links measured while steps go on, by threads beside them."""
 
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
 
 from spanwise.core.errors import PeerError
@@ -13,26 +12,14 @@ from spanwise.runtime.transport import Transport
 
 
 class Looks:
-    """A device's part in such measurements, one after the other in the order in which they were asked for.
-
-    All devices are asked in the same order, so none waits for one that waits for it.
-    """
+    """A device's part in such measurements: a thread each, as none may wait for another."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._due: queue.SimpleQueue[tuple[Transport, Frame]] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
 
     def add(self, transport: Transport, frame: Frame) -> None:
-        """Measures as soon as those before it are done; the answer goes to the coordinator."""
-        self._due.put((transport, frame))
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="looks", daemon=True)
-            self._thread.start()
-
-    def _serve(self) -> None:
-        while True:
-            self.carry_out(*self._due.get())
+        """Measures at once; the answer goes to the coordinator."""
+        threading.Thread(target=self.carry_out, args=(transport, frame), name="look", daemon=True).start()
 
     def carry_out(self, transport: Transport, frame: Frame) -> None:
         """Measures now. If nothing gets through there is nothing to tell: steps will show what is broken."""

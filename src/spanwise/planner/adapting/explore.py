@@ -20,7 +20,7 @@ from spanwise.planner.adapting.ratios import Link
 PROBE_EVERY_S = 1.5
 PROBE_SOON_S = 0.2  # after the last, where a step was far longer: an earlier one knows nothing of why
 PATIENCE_S = 5.0  # for which the answer of a probe is awaited before a step time counts as unexplained
-PROBE_S = 0.01  # bytes of a probe: so long at a rate between what the link had at first and what it has
+PROBE_S = 0.015  # bytes of a probe: so long at a rate between what the link had at first and what it has
 LEAST_PROBE_BYTES, MOST_PROBE_BYTES = 16_384, 262_144
 SMALL_PROBE_BYTES = 1_000
 FORGET_S = 30.0  # the first time; twice as long each time
@@ -139,7 +139,7 @@ class Explorer:
     def _sizes(self, estimator: Estimator, link: Link) -> tuple[int, ...]:
         rate = math.sqrt(self._rates[link] * min(self._rates[link], estimator.rate(link)))
         large = int(min(MOST_PROBE_BYTES, max(LEAST_PROBE_BYTES, PROBE_S * rate)))
-        return (SMALL_PROBE_BYTES, large, SMALL_PROBE_BYTES, large)
+        return (SMALL_PROBE_BYTES, large, large)
 
     def forgotten(self, profile: Profile, used: Sequence[str], now_s: float) -> tuple[str, ...]:
         """Devices that have been slow and idle for long enough."""
