@@ -306,7 +306,7 @@ class Looking:
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_a_link_is_probed_beside_the_steps_and_the_run_goes_on(pool: WorkerPool, kind: str) -> None:
+def test_a_link_is_probed_between_two_steps_and_the_run_goes_on(pool: WorkerPool, kind: str) -> None:
     work, source, guide = works(PLAIN)[0], of(PLAIN)[1], Looking()
     tensors = dict(source.parameters)
     session: Session = (

@@ -58,15 +58,24 @@ def test_the_end_of_the_run_is_the_last_step() -> None:
     assert horizon.step == 3
 
 
-def test_while_a_guide_hesitates_no_step_is_added_unless_devices_have_nothing_left() -> None:
+def test_while_a_guide_hesitates_no_step_is_added() -> None:
     guide = Guide()
-    horizon = Horizon(0, 10, guide)
+    horizon = Horizon(0, 4, guide)
     guide.hesitation_s = 0.4
     assert horizon.held_s(None) == 0.0
-    assert horizon.held_s(report(0, 1.0)) == 0.4
-    assert horizon.heard(report(0, 1.0)) == 2
-    assert horizon.held_s(report(1, 1.0)) == 0.0
-    assert horizon.heard(report(1, 1.0)) == 4
+    for step in (0, 1):
+        assert horizon.held_s(report(step, 1.0)) == 0.4
+        assert horizon.heard(report(step, 1.0)) == 2
     guide.hesitation_s = 0.0
-    assert horizon.heard(report(2, 1.0)) == 5
-    assert Horizon(0, 10, None).held_s(report(0, 1.0)) == 0.0
+    assert horizon.heard(report(1, 1.0)) == 4
+    guide.hesitation_s = 0.4
+    assert horizon.held_s(report(2, 1.0)) == 0.0, "there is no step to hold back"
+    assert Horizon(0, 4, None).held_s(report(0, 1.0)) == 0.0
+
+
+def test_a_guide_that_wants_a_halt_holds_nothing_back() -> None:
+    guide = Guide()
+    horizon = Horizon(0, 10, guide)
+    guide.hesitation_s, guide.halted = 0.4, True
+    assert horizon.heard(report(1, 1.0)) == 2
+    assert horizon.held_s(report(1, 1.0)) == 0.0

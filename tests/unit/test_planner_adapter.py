@@ -454,7 +454,7 @@ def test_a_longer_step_has_pipes_probed_of_which_messages_say_nothing(
 
 @pytest.mark.parametrize("factor", [4.0, 1.0], ids=["slow", "as-believed"])
 def test_a_probe_that_comes_back_between_two_steps_is_enough(factor: float) -> None:
-    """Further steps wait for it, but not for long; nobody has to see another slow step."""
+    """Further steps wait for it, but not for long; nobody has to see yet another slow step."""
     task = problem()
     adapter = start(task)
     usual_s, seen = shown(task, adapter.plan, task.profile)
@@ -466,8 +466,8 @@ def test_a_probe_that_comes_back_between_two_steps_is_enough(factor: float) -> N
     assert adapter.observe(8, slow_s, seen, 8.0) is None
     assert adapter.hesitates_s(8, 8.0) == 0.0, "nothing was asked yet"
     there, back = adapter.look(8.0)
-    assert 0.0 < adapter.hesitates_s(8, 8.0) <= slow_s
-    assert adapter.hesitates_s(8, 8.0 + slow_s) == 0.0
+    assert slow_s < adapter.hesitates_s(8, 8.0) < 2 * slow_s + 1.0
+    assert adapter.hesitates_s(8, 8.0 + 2 * slow_s + 1.0) == 0.0
     world = thinner(task.profile, CLUSTER, BOTH_WAYS, factor)
     adapter.looked(there.link, probe(world, there))
     assert adapter.reconsider(8) is None, "one way alone may be a message that was in its way"
@@ -477,24 +477,6 @@ def test_a_probe_that_comes_back_between_two_steps_is_enough(factor: float) -> N
     assert (wanted is not None) == (factor > 1)
     if wanted is not None:
         assert "n1>s1 has 0.25" in wanted.reason
-
-
-def test_a_probe_that_met_other_messages_is_corrected_by_how_long_steps_take() -> None:
-    """It found the link at an eighth; steps are those of a quarter."""
-    task = problem()
-    adapter = start(task)
-    usual_s, seen = shown(task, adapter.plan, task.profile)
-    seen = tuple(replace(device, sent=(), received=()) for device in seen)
-    for step in range(8):
-        adapter.observe(step, usual_s, seen, float(step))
-    slow_s, _ = shown(task, adapter.plan, thinner(task.profile, CLUSTER, BOTH_WAYS, 4.0))
-    adapter.observe(8, slow_s, seen, 8.0)
-    for look in adapter.look(8.0):
-        adapter.looked(look.link, probe(thinner(task.profile, CLUSTER, BOTH_WAYS, 8.0), look))
-    wanted = adapter.reconsider(8)
-    assert wanted is not None
-    found = re.findall(r"n1>s1 has (0\.\d+)", wanted.reason)
-    assert [float(x) for x in found] == pytest.approx([0.25], abs=0.03)
 
 
 @pytest.mark.parametrize("patience_s", [explore.PATIENCE_S, 0.0], ids=["waits", "does-not"])

@@ -293,16 +293,3 @@ def test_a_device_that_is_as_fast_as_at_first_again_needs_no_step_time(*, had_sl
         seen = shown(task, running, believed if step < 4 else world, seed=step)[1]
         estimator.add(expected.step_s, seen)
     assert (estimator.drift() is not None) == had_slowed
-
-
-@pytest.mark.parametrize(("late_s", "found"), [(0.009, 1.0), (0.03, 0.25)], ids=["a-portion", "the-link"])
-def test_a_large_message_that_is_late_by_a_portion_of_processor_says_nothing(
-    late_s: float, found: float
-) -> None:
-    """Nor does a small one that waited: it needs twice the latency."""
-    task, link = problem(), ("n1", "s1")
-    estimator, rate_before = follow(task, [task.profile] * 4), CLUSTER.route("n1", "s1").bandwidth_bytes_per_s
-    nbytes = int(0.01 * rate_before)
-    for small_s in (0.01, 0.04):
-        estimator.probed(link, [(1_000, small_s), (nbytes, 0.01 + 0.01 + late_s), (nbytes, 0.2)])
-        assert rate(estimator.fitted(), *link) / rate_before == pytest.approx(found, rel=0.1)

@@ -11,7 +11,6 @@ from spanwise.runtime.transport import Transport
 
 PROBE_SIZES = (1_000, 1_000, 1_000, 1_000, 1_000, 1_000_000, 1_000_000, 1_000_000)
 _TAG = 2**27 - 1000  # above the tags of training steps (``tags.py``)
-_TURN_TAGS, _TURNS = 64, 2**20  # a probe that was given up must not be taken for a later one
 TIMEOUT_S = 30.0
 
 
@@ -21,20 +20,18 @@ def probe_link(
     *,
     first: bool,
     sizes: tuple[int, ...] = PROBE_SIZES,
-    turn: int = 0,
     timeout_s: float = TIMEOUT_S,
 ) -> list[tuple[int, float]]:
     """(bytes, seconds) of messages from the first device to the second, answered by one byte.
 
     A round trip holds one latency each way; the caller takes half of the small ones as latency. The
-    second device returns an empty list. ``turn`` is the same on both and another for every probe that may be
-    given up.
+    second device returns an empty list.
 
     Raises:
         PeerError: nothing came within ``timeout_s``, or the peer is gone.
     """
     try:
-        return _probed(transport, peer, first, sizes, _TAG + _TURN_TAGS * (turn % _TURNS), timeout_s)
+        return _probed(transport, peer, first, sizes, timeout_s)
     except PeerError as error:
         raise PeerError(
             f"probe of the link with '{peer}': {error}; if nothing gets through there, take the link or the "
@@ -44,13 +41,13 @@ def probe_link(
 
 
 def _probed(
-    transport: Transport, peer: str, first: bool, sizes: tuple[int, ...], first_tag: int, timeout_s: float
+    transport: Transport, peer: str, first: bool, sizes: tuple[int, ...], timeout_s: float
 ) -> list[tuple[int, float]]:
     samples: list[tuple[int, float]] = []
     answer = torch.zeros(1, dtype=torch.uint8)
     for index, size in enumerate(sizes):
         message = torch.zeros(size, dtype=torch.uint8)
-        tag = first_tag + 2 * index
+        tag = _TAG + 2 * index
         if first:
             start = time.monotonic()
             reply = transport.recv(peer, tag + 1, [answer])

@@ -32,8 +32,6 @@ from spanwise.runtime.session import (
     merge_states,
 )
 
-_LOOK_TIMEOUT_S = 10.0  # for each message of a probe beside the steps
-
 
 class ProcessSession:
     """One worker process a device."""
@@ -49,7 +47,6 @@ class ProcessSession:
     ) -> None:
         self._pool, self._coordinator, self._assignment = pool, pool.coordinator, assignment
         self._devices, self._data = assignment.plan.devices, data
-        self._asked = 0  # probes beside the steps
         self._known = set(self._devices)  # those that know job, graph and operations
         self._fed: set[str] = set()  # those that have got rows of live data
         for device in self._devices:
@@ -110,7 +107,7 @@ class ProcessSession:
         gatherer = StepGatherer(self._devices)
         step, report = first, None
         try:
-            while step < horizon.step:
+            while step < horizon.step or horizon.held_s(report) > 0:
                 event = self._next_event(horizon.held_s(report))
                 found = None if event is None else self._taken(*event, gatherer, guide)
                 if found is not None:
@@ -139,14 +136,13 @@ class ProcessSession:
             self._coordinator.tell(device, "run", first=first, count=stop - first)
 
     def _ask(self, probe: Probe) -> None:
-        """Both ends measure the link, beside the steps that they are at."""
-        self._asked += 1
+        """Both ends measure the link once they have ended the steps that they know of."""
+        patience = 4 * self._assignment.job.transfer_timeout_s
         ends = ((probe.source, probe.target, True), (probe.target, probe.source, False))
         for device, peer, first in ends:
             self._coordinator.tell(
-                device, "look", peer=peer, first=first, sizes=probe.sizes, turn=self._asked,
-                timeout_s=_LOOK_TIMEOUT_S,
-            )  # fmt: skip
+                device, "probe", peer=peer, first=first, sizes=probe.sizes, timeout_s=patience
+            )
 
     def _taken(
         self, device: str, frame: Frame, gatherer: StepGatherer, guide: Guide | None
@@ -154,9 +150,9 @@ class ProcessSession:
         """Takes a frame in; the step that has ended with it, if one has."""
         if frame.kind == "step":
             return gatherer.add(device, self._part(device, frame.head))
-        if frame.kind == "looked" and guide is not None:
+        if frame.kind == "probed" and guide is not None:
             samples = tuple((int(n), float(t)) for n, t in frame.head["samples"])
-            if samples:  # none from the end that answers, or if nothing came in time
+            if samples:  # none from the end that answers
                 guide.probed(Probe(device, str(frame.head["peer"]), tuple(n for n, _ in samples)), samples)
         return None
 

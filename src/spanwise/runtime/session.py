@@ -45,7 +45,7 @@ class Switched:
 
 @dataclass(frozen=True)
 class Probe:
-    """A link to be measured while steps go on, by messages of these sizes there and a byte back."""
+    """A link to be measured between two steps, by messages of these sizes there and a byte back."""
 
     source: str
     target: str
@@ -60,14 +60,11 @@ class Guide(Protocol):
         ...
 
     def wanted_probes(self) -> tuple[Probe, ...]:
-        """Links to measure now, beside the steps that are under way."""
+        """Links to measure, each as soon as its two devices have ended the steps that they know of."""
         ...
 
     def hesitates_s(self) -> float:
-        """For how long no further steps should be ordered, as the answer to a probe may change the plan.
-
-        Devices go on with the steps that they know of; none ever waits for this.
-        """
+        """For how long no further steps should be begun, as the answer to a probe may change the plan."""
         ...
 
     def probed(self, probe: Probe, samples: tuple[tuple[int, float], ...]) -> None:
@@ -160,8 +157,8 @@ class Horizon:
 
     def held_s(self, report: StepReport | None) -> float:
         """For how long there will be no further step, unless a probe is answered; ``report``: the newest."""
-        if self._guide is None or report is None or report.step + 1 >= self.step:
-            return 0.0  # devices have nothing left to do, or all that there is
+        if self._guide is None or report is None or self.step == self._last:
+            return 0.0
         return self._guide.hesitates_s()
 
     def heard(self, report: StepReport) -> int:

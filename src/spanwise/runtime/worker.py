@@ -33,7 +33,6 @@ from spanwise.runtime.feed import Rows
 from spanwise.runtime.imports import build, data_sets
 from spanwise.runtime.joining import connect, machine, versions
 from spanwise.runtime.link_probe import TIMEOUT_S, probe_link
-from spanwise.runtime.looks import Looks
 from spanwise.runtime.memory import MemoryWatch
 from spanwise.runtime.message_probe import message_cpu_s
 from spanwise.runtime.migrate import Change
@@ -91,7 +90,6 @@ class _Worker:
         self.run: DeviceRun | None = None
         self.transport: Transport | None = None
         self.memory = MemoryWatch()
-        self.looks, self.beside = Looks(channel), False
         self.heard = time.monotonic()
 
     def serve(self) -> int:
@@ -116,7 +114,7 @@ class _Worker:
             "meet": self._on_meet, "probe": self._on_probe, "service": self._on_service,
             "exchange": self._on_exchange, "setup": self._on_setup, "calibrate": self._on_calibrate,
             "switch": self._on_switch, "run": self._on_run, "collect": self._on_collect,
-            "spans": self._on_spans, "look": self._on_look, "acquaint": self._on_acquaint,
+            "spans": self._on_spans, "acquaint": self._on_acquaint,
         }  # fmt: skip
         if frame.kind not in commands:
             raise PeerError(f"device '{self.device}': the coordinator asked for unknown '{frame.kind}'")
@@ -147,8 +145,6 @@ class _Worker:
                     self.arrived.notify_all()
             elif frame.kind == "ping":
                 self._pong(frame)
-            elif frame.kind == "look" and self.beside and self.transport is not None:
-                self.looks.add(self.transport, frame)
             else:
                 self.commands.put(frame)
                 if frame.kind == "stop":
@@ -200,8 +196,7 @@ class _Worker:
         cluster = Cluster.parse(head["cluster"])
         spec = cluster.device(self.device)
         torch.set_num_threads(spec.threads)
-        backend = backend_for([cluster.device(d) for d in head["members"]])
-        self.beside = backend == "gloo"  # NCCL takes one thread at a time
+        members = [cluster.device(d) for d in head["members"]]
         epoch = int(head["epoch"])
         store = KeyValueStore(
             lambda key, value: self._put(f"{epoch}/{key}", value),
@@ -212,7 +207,7 @@ class _Worker:
             store,
             self.device,
             tuple(head["members"]),
-            backend=backend,
+            backend=backend_for(members),
             address=spec.address or "127.0.0.1",
             timeout_s=float(head["timeout_s"]),
         )
@@ -230,11 +225,6 @@ class _Worker:
             timeout_s=float(head.get("timeout_s", TIMEOUT_S)),
         )  # fmt: skip
         self.channel.send("probed", peer=head["peer"], samples=samples)
-
-    def _on_look(self, frame: Frame) -> None:
-        """Measures a link between two steps, where it cannot be done beside them."""
-        assert self.transport is not None
-        self.looks.carry_out(self.transport, frame)
 
     def _on_exchange(self, frame: Frame) -> None:
         """Measures what a message costs this device, while all devices send to their next."""

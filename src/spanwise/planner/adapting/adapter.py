@@ -37,7 +37,7 @@ JUDGED_STEPS, JUDGED_S = 3, 0.5  # under a plan, without the first, say how fast
 BAN_STEPS = 50  # an undone plan is not tried again for so long, twice as long the next time
 SETTLE_STEPS = 2  # at the start and after a change: first passes grow heaps and connections
 SETUP_S = 0.2  # of a change, until one was measured
-HESITATION = 0.5  # of a step's time: so long an answer is waited for, as devices are at work for longer
+HESITATION, HESITATION_S = 1.5, 1.0  # in steps, as a probe comes after the next one, and in seconds
 SEARCH_SHARE = 0.5  # of the time may go to searching, unless something has moved far
 
 
@@ -117,12 +117,12 @@ class Adapter:
         return self._planned_anew(drift) if drift is not None and drift.leap else None
 
     def hesitates_s(self, step: int, now_s: float) -> float:
-        """For how long no further steps should be ordered, as a probe may soon say what to do instead."""
-        waits = self._estimator.odd and self._rest == 0 and self._searching is None
+        """For how long no further steps should be begun, as a probe may soon say what to do instead."""
+        waits = self._estimator.late and self._rest == 0 and self._searching is None
         asked_s = self._explorer.asked_s
         if not waits or asked_s is None or self._keeps(step, now_s):
             return 0.0
-        return max(0.0, asked_s + HESITATION * self._pace_s - now_s)
+        return max(0.0, asked_s + HESITATION * self._pace_s + HESITATION_S - now_s)
 
     def _planned_anew(self, drift: Drift, forgotten: Sequence[str] = ()) -> Search | None:
         """A search, if devices or links have become other than believed or may be as at first again."""

@@ -24,15 +24,13 @@ from spanwise.planner.adapting.tracker import (
     newest,
 )
 
-STEP_BAND = 1.1  # measured over predicted step time
+STEP_BAND, LATE_BAND = 1.1, 1.15  # measured over predicted step time
 DEVICE_BAND = 1.15
 LINK_BAND = 1.2
 ALIKE = 1.4  # both directions between two sites, if they have moved together
 # What a plan's first steps may be off a simulation by without anything having moved. Of links more, as two
 # messages that meet on a pipe in one of both and not in the other are twice as slow.
 OWN_DEVICE, OWN_LINK = 1.5, 2.2
-SMALL_S = 0.002  # of a small message there and back beside the latency
-PORTION_S = 0.01  # by which a message may be late because a device's part of a processor comes in portions
 PROBE_LASTS = 4  # steps for which a probe is news
 
 
@@ -106,18 +104,13 @@ class Estimator:
         if small == large:
             return
         least = {size: min(s for n, s in samples if n == size) for size in (small, large)}
-        between = self._between_sites(link)
-        if between:  # a small message may have met others: it needs no more than the latency
-            least[small] = min(least[small], 2 * self.latency_s[link] + SMALL_S)
         awaited_s = (large - small) / self.rate(link)
         for other in self._links.keys() - self._shown - {link}:
             if self.pipe(other) == self.pipe(link):
                 del self._links[other]  # an earlier probe: this one is newer
         tracker = self._links.setdefault(link, Tracker(LINK_BAND))
         found_s = max(least[large] - least[small], SHORTEST_S)
-        if between and found_s - awaited_s < PORTION_S:  # so late is a device that waits for a processor
-            found_s = min(found_s, awaited_s)
-        if not between:  # what is found faster than at first is a small message that waited
+        if not self._between_sites(link):  # what is found faster than at first is a small message that waited
             found_s = max(found_s, (large - small) / self._first_rate(link))
         self._probes[link] = ((large - small) / found_s, 0)
         for _ in range(2):
@@ -154,6 +147,11 @@ class Estimator:
     def odd(self) -> bool:
         """Whether the newest step took another time than usual."""
         return _out(self._step.newest, STEP_BAND)
+
+    @property
+    def late(self) -> bool:
+        """Whether it was so much longer that the next should wait until it is known why."""
+        return self._step.newest > LATE_BAND
 
     @property
     def far(self) -> bool:

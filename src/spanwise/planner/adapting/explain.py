@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
-from spanwise.core.profile import LinkTimes, Profile
+from spanwise.core.profile import Profile
 from spanwise.planner.adapting.drift import Cause, Drift
 from spanwise.planner.adapting.estimate import Estimator
 from spanwise.planner.adapting.ratios import Expected
 
 REFITS = 2  # times that estimates are held against a simulation on themselves
 MOST_CAUSES, EXPLAINED = 3, 0.06  # of a changed step time; what may be left of it, as a logarithm
-FASTER = (
-    1.0,
-    1.25,
-    1.6,
-    2.0,
-    2.5,
-)  # than a probe beside the steps found a link: others may have been in its way
 LEFT_OF_LEAP = 0.3  # of its logarithm: the step in which something changes is odd, as queues fill or empty
 
 
@@ -74,32 +66,9 @@ class Explainer:
                 break
             alike = [i for i, found in enumerate(errors) if found < min(errors) + EXPLAINED / 2]
             at = max(alike, key=lambda i: left[i].far)
-            cause = self._measured(taken, left.pop(at), pace_s)
-            taken.append(cause)
-            error = self._error(self.estimator.under(taken), pace_s)
+            error = errors[at]
+            taken.append(left.pop(at))
         return self.estimator.under(taken)
-
-    def _measured(self, taken: Sequence[Cause], cause: Cause, pace_s: float) -> Cause:
-        """Links that have slowed down, by as much as steps bear out: what was seen of them is the least.
-
-        As close to what was seen as explains the steps, else what explains most.
-        """
-        if cause.devices:
-            return cause
-        errors: list[tuple[float, Cause]] = []
-        for factor in FASTER:
-            found = replace(cause, links=tuple(map(partial(self._faster, factor), cause.links)))
-            error = self._error(self.estimator.under([*taken, found]), pace_s)
-            if error < EXPLAINED / 2:
-                return found
-            errors.append((error, found))
-        return min(errors, key=lambda entry: entry[0])[1]
-
-    def _faster(self, factor: float, link: LinkTimes) -> LinkTimes:
-        """At most as fast as it was believed to be; one that became faster stays as it is."""
-        before = self.estimator.rate((link.source, link.target))
-        rate = max(link.bandwidth_bytes_per_s, min(before, factor * link.bandwidth_bytes_per_s))
-        return link.model_copy(update={"bandwidth_bytes_per_s": rate})
 
     def _error(self, profile: Profile, pace_s: float) -> float:
         """How far steps are from what these numbers make of them."""

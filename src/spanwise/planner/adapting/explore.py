@@ -20,7 +20,7 @@ from spanwise.planner.adapting.ratios import Link
 PROBE_EVERY_S = 1.5
 PROBE_SOON_S = 0.2  # after the last, where a step was far longer: an earlier one knows nothing of why
 PATIENCE_S = 5.0  # for which the answer of a probe is awaited before a step time counts as unexplained
-PROBE_S = 0.015  # bytes of a probe: so long at a rate between what the link had at first and what it has
+PROBE_S = 0.01  # bytes of a probe: so long at a rate between what the link had at first and what it has
 LEAST_PROBE_BYTES, MOST_PROBE_BYTES = 16_384, 262_144
 SMALL_PROBE_BYTES = 1_000
 FORGET_S = 30.0  # the first time; twice as long each time
@@ -67,7 +67,9 @@ class Explorer:
             self._odd_since_s = None
         if now_s - self._looked_s < (PROBE_SOON_S if newly or estimator.far else PROBE_EVERY_S):
             return ()
-        found = (self._suspected(estimator, newly) if estimator.odd else ()) or self._idle(estimator)
+        found = (self._suspected(estimator, newly and estimator.late) if estimator.odd else ()) or self._idle(
+            estimator
+        )
         if found:
             self._looked_s = now_s
         for look in found:
@@ -98,27 +100,36 @@ class Explorer:
         """When the newest probe was sent that has not come back."""
         return max((sent[-1] for sent in self._asked_s.values() if sent), default=None)
 
-    def _suspected(self, estimator: Estimator, newly: bool) -> tuple[Look, ...]:
-        """Two sites that the plan has messages between, and two devices inside a site between which messages
-        seem to have another speed; all such sites where steps have just become longer.
+    def _suspected(self, estimator: Estimator, everywhere: bool) -> tuple[Look, ...]:
+        """Two sites that the plan has messages between, or all of them ``everywhere``, and two devices inside
+        a site between which messages seem to have another speed.
         """
         inside = sorted({(min(link), max(link)) for link in estimator.suspects})
         between = tuple(self._pairs(estimator).values())
         self._turn += 1
         due = [found[self._turn % len(found)] for found in (between, inside) if found]
-        due = [*between, *due] if newly else due
+        due = [*between, *due] if everywhere else due
         ways = [way for a, b in dict.fromkeys(due) for way in ((a, b), (b, a)) if way in self._rates]
         return tuple(Look(way, self._sizes(estimator, way)) for way in ways)
 
     def _pairs(self, estimator: Estimator) -> dict[tuple[str, str], Link]:
-        """All sites that the plan has messages between, with the pair of their devices that is fastest."""
+        """All sites that the plan has messages between, with two fast devices there.
+
+        Others for every two sites as far as there are some: then they are probed at the same time.
+        """
         factors = {entry.device: entry.factor for entry in estimator.profile.devices}
         used = {estimator.ends(link) for link in estimator.expected.rates}
-        pairs: dict[tuple[str, str], Link] = {}
-        for link in sorted(self._rates, key=lambda link: factors[link[0]] + factors[link[1]]):
+        between: dict[tuple[str, str], list[Link]] = {}
+        for link in self._rates:
             ends = estimator.ends(link)
             if ends in used and ends is not None and (link[1], link[0]) in self._rates:
-                pairs.setdefault(ends, link)
+                between.setdefault(ends, []).append(link)
+        pairs: dict[tuple[str, str], Link] = {}
+        for ends, links in between.items():
+            taken = {device for pair in pairs.values() for device in pair}
+            pairs[ends] = min(
+                links, key=lambda k: (len(taken.intersection(k)), factors[k[0]] + factors[k[1]])
+            )
         return pairs
 
     def _idle(self, estimator: Estimator) -> tuple[Look, ...]:
@@ -139,7 +150,7 @@ class Explorer:
     def _sizes(self, estimator: Estimator, link: Link) -> tuple[int, ...]:
         rate = math.sqrt(self._rates[link] * min(self._rates[link], estimator.rate(link)))
         large = int(min(MOST_PROBE_BYTES, max(LEAST_PROBE_BYTES, PROBE_S * rate)))
-        return (SMALL_PROBE_BYTES, large, large)
+        return (SMALL_PROBE_BYTES, large, SMALL_PROBE_BYTES, large)
 
     def forgotten(self, profile: Profile, used: Sequence[str], now_s: float) -> tuple[str, ...]:
         """Devices that have been slow and idle for long enough."""
