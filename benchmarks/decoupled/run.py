@@ -30,14 +30,13 @@ GROUPS = (2, 4, 5, 10)
 ALL, NONE, POOL = Negatives(), Negatives(policy="none"), Negatives(policy="pool", per_class=20)
 SPEEDS = (1.0, 3.0, 5.0, 8.0)
 FEDAVG_GROUPS = (5,)
-ROUNDS_OF = ("alexnet_11", "alexnet", "vgg9")  # FedAvg of these: whole models in rounds take longest
 LONGER_GROUPS = (5,)
 LONGER = 1.5  # times the epochs: a part of the compute that is saved, given back
 
 Way = Callable[[str, Task, Sets, int], Cell]
 
 
-def ways(model: str, groups: tuple[int, ...], classes: int, *, short: bool) -> Iterator[tuple[str, int, Way]]:
+def ways(groups: tuple[int, ...], classes: int, *, short: bool) -> Iterator[tuple[str, int, Way]]:
     """(name, groups, what to run), the most telling first."""
     yield "central", 1, central
     for count in groups:
@@ -53,8 +52,7 @@ def ways(model: str, groups: tuple[int, ...], classes: int, *, short: bool) -> I
     yield "by_speed", len(SPEEDS), lambda *a: apart(*a, len(SPEEDS), ALL, SPEEDS)
     for count in FEDAVG_GROUPS:
         yield "pool", count, lambda *a, g=count: apart(*a, g, POOL)
-        if model in ROUNDS_OF:
-            yield "fedavg", count, lambda *a, g=count: fedavg(*a, g)
+        yield "fedavg", count, lambda *a, g=count: fedavg(*a, g)
 
 
 def longer(task: Task) -> Task:
@@ -70,7 +68,7 @@ def measure(args: argparse.Namespace, found: dict[str, Task], models: list[str])
         for task in found.values():
             sets: Sets | None = None
             for model in models:
-                for way, groups, run in ways(model, args.groups, task.classes, short=args.short):
+                for way, groups, run in ways(args.groups, task.classes, short=args.short):
                     about = {"task": task.name, "model": model, "seed": seed, "way": way, "groups": groups}
                     if _key(about) in done or (args.ways and way not in args.ways):
                         continue

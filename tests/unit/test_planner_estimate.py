@@ -293,3 +293,29 @@ def test_a_device_that_is_as_fast_as_at_first_again_needs_no_step_time(*, had_sl
         seen = shown(task, running, believed if step < 4 else world, seed=step)[1]
         estimator.add(expected.step_s, seen)
     assert (estimator.drift() is not None) == had_slowed
+
+
+def test_a_link_is_faster_once_both_its_ways_are_or_one_has_been_for_long() -> None:
+    """It may come back between the probes of its two ways; that one alone does is rare."""
+    task, link, back = problem(), ("n1", "s1"), ("s1", "n1")
+    slow = thinner(task.profile, CLUSTER, [*PIPE, *((b, a) for a, b in PIPE)], 4.0)
+    expected = Expected.of(timeline_of(task, two_sites(task), slow))
+    estimator = Estimator(slow, task.cluster, expected, first=task.profile)
+    full = CLUSTER.route(*link).bandwidth_bytes_per_s
+
+    def probe(way: tuple[str, str], factor: float) -> None:
+        estimator.probed(way, [(n, 0.01 + factor * n / full) for n in (1_000, 60_000)])
+
+    probe(back, 4.0)
+    probe(link, 1.0)
+    assert estimator.drift() is None
+    probe(back, 1.0)
+    assert estimator.drift() is not None
+    found = estimator.under(estimator.causes(estimator.fitted()))
+    assert [rate(found, *way) for way in (link, back)] == pytest.approx([full, full], rel=0.05)
+
+    estimator = Estimator(slow, task.cluster, expected, first=task.profile)
+    for _ in range(6):
+        probe(back, 4.0)
+        probe(link, 1.0)
+    assert estimator.drift() is not None

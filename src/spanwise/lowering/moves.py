@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from spanwise.core.cluster import Cluster
 from spanwise.core.errors import PlanError
@@ -13,6 +13,10 @@ from spanwise.core.plan import Plan
 from spanwise.core.profile import LinkTimes
 from spanwise.core.routes import Routes
 from spanwise.lowering.syncs import buckets_of, holders, served_names
+
+MOST_RELAYED = 16  # devices that pass a parameter on, and among which the next to get it is chosen
+
+_Shared: TypeAlias = tuple[tuple[str, float], ...]  # capacities by name, and bytes per second
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +105,18 @@ class _Ways:
     cluster: Cluster
     routes: Routes
     busy_s: dict[str, float] = field(default_factory=dict[str, float])  # by what messages share
+    known: dict[tuple[str, str], _Shared] = field(default_factory=dict[tuple[str, str], "_Shared"])
 
     def spread(
         self, name: str, nbytes: int, sources: Sequence[str], targets: Sequence[str], strategy: str
-    ) -> Iterable[tuple[bool, str, str]]:
-        """(relayed, source, target) for every target, the soonest first."""
+    ) -> Iterator[tuple[bool, str, str]]:
+        """(relayed, source, target) for every target, the soonest first; of many in the order they have."""
         ready_s, left = dict.fromkeys(sources, 0.0), list(targets)
         relays: set[str] = set()
         while left:
             ends = {
                 (source, target): self._end_s(source, target, nbytes, since_s)
-                for target in left
+                for target in (left if len(left) <= MOST_RELAYED else left[:1])
                 for source, since_s in ready_s.items()
                 if self.cluster.connected(source, target)
             }
@@ -122,7 +127,7 @@ class _Ways:
                 )
             source, target = min(ends, key=lambda pair: ends[pair])
             self._take(source, target, nbytes)
-            if source in sources:  # what was passed on once is not passed on again
+            if source in sources and len(relays) < MOST_RELAYED:  # what was passed on stays where it is
                 ready_s[target] = ends[source, target]
                 relays.add(target)
             left.remove(target)
@@ -136,10 +141,14 @@ class _Ways:
         for name, rate in self._shared(source, target):
             self.busy_s[name] = self.busy_s.get(name, 0.0) + nbytes / rate
 
-    def _shared(self, source: str, target: str) -> list[tuple[str, float]]:
+    def _shared(self, source: str, target: str) -> _Shared:
         """What a message holds, and how fast each is at it; a device sends at its own link's rate."""
-        route = self.routes.route(source, target)
-        return [*route.resources, (f"sends:{source}", route.bandwidth_bytes_per_s)]
+        found = self.known.get((source, target))
+        if found is None:
+            route = self.routes.route(source, target)
+            found = (*route.resources, (f"sends:{source}", route.bandwidth_bytes_per_s))
+            self.known[source, target] = found
+        return found
 
 
 def move_bytes(move: Move, graph: ModelGraph, copies: int) -> int:

@@ -118,9 +118,8 @@ class Adapter:
 
     def hesitates_s(self, step: int, now_s: float) -> float:
         """For how long no further steps should be begun, as a probe may soon say what to do instead."""
-        waits = self._estimator.late and self._rest == 0 and self._searching is None
         asked_s = self._explorer.asked_s
-        if not waits or asked_s is None or self._keeps(step, now_s):
+        if asked_s is None or self._rest > 0 or self._searching is not None or self._keeps(step, now_s):
             return 0.0
         return max(0.0, asked_s + HESITATION * self._pace_s + HESITATION_S - now_s)
 

@@ -21,13 +21,13 @@ from spanwise.planner.adapting.tracker import (
     WINDOW_S,
     Tracker,
     Usual,
+    alike,
     newest,
 )
 
-STEP_BAND, LATE_BAND = 1.1, 1.15  # measured over predicted step time
+STEP_BAND = 1.1  # measured over predicted step time
 DEVICE_BAND = 1.15
 LINK_BAND = 1.2
-ALIKE = 1.4  # both directions between two sites, if they have moved together
 # What a plan's first steps may be off a simulation by without anything having moved. Of links more, as two
 # messages that meet on a pipe in one of both and not in the other are twice as slow.
 OWN_DEVICE, OWN_LINK = 1.5, 2.2
@@ -150,13 +150,19 @@ class Estimator:
 
     @property
     def late(self) -> bool:
-        """Whether it was so much longer that the next should wait until it is known why."""
-        return self._step.newest > LATE_BAND
+        """Whether it took longer."""
+        return self._step.newest > STEP_BAND
 
     @property
     def far(self) -> bool:
         """Whether it took a far longer or shorter one."""
         return _out(self._step.newest, BIG)
+
+    @property
+    def half_known(self) -> bool:
+        """Whether a probe found a link faster, and its way back not yet."""
+        faster = (k for k, t in self._links.items() if k not in self._shown and t.moved and t.ratio < 1)
+        return not all(map(self._both_ways_faster, faster))
 
     @property
     def suspects(self) -> list[Link]:
@@ -180,11 +186,11 @@ class Estimator:
         ways |= probed
         for link, there in ways.items():
             back = ways.get((link[1], link[0]))
-            if there is None or back is None or not _alike(there, back) or not _out(there, BIG):
+            if there is None or back is None or not alike(there, back) or not _out(there, BIG):
                 continue
             if link in probed:
                 found |= {other: there for other in self._links if self.pipe(other) == self.pipe(link)}
-            elif all(_alike(there, ways[k] or 1.0) for k in ways if self.pipe(k) == self.pipe(link)):
+            elif all(alike(there, ways[k] or 1.0) for k in ways if self.pipe(k) == self.pipe(link)):
                 found[link] = there  # with all that share its pipe, or it is not the pipe
         return found
 
@@ -212,10 +218,21 @@ class Estimator:
         if link not in self._shown:
             # Where messages of the run pass as well, a probe may have met them, and was the slower for it.
             used = self.shown_pipes.union(map(self.pipe, self.expected.rates))
-            return tracker.ratio < 1 or self.pipe(link) not in used
+            return self._both_ways_faster(link) if tracker.ratio < 1 else self.pipe(link) not in used
         if back is None or not self._between_sites(link) or not (tracker.lasting and back.lasting):
             return False
-        return max(tracker.ratio, back.ratio) < 1 and _alike(tracker.ratio, back.ratio)
+        return max(tracker.ratio, back.ratio) < 1 and alike(tracker.ratio, back.ratio)
+
+    def _both_ways_faster(self, link: Link) -> bool:
+        """Whether the way back is too, or it has been so for long, or there is no way back.
+
+        Where a link is back as it was between the probes of its two ways, both are known with the next.
+        """
+        back, tracker = (link[1], link[0]), self._links[link]
+        if back not in self.latency_s or not self._between_sites(link) or tracker.lasting:
+            return True
+        found = self._probes.get(back, (self.rate(back), 0))[0]
+        return alike(found / self._first_rate(back), self.rate(link) / tracker.ratio / self._first_rate(link))
 
     def _between_sites(self, link: Link) -> bool:
         return self.pipe(link).startswith("link:")
@@ -377,7 +394,3 @@ def _out(ratio: float, band: float) -> bool:
 
 def _names(pipe: str) -> list[str]:
     return pipe.partition(":")[2].split(">")
-
-
-def _alike(a: float, b: float) -> bool:
-    return max(a, b) < ALIKE * min(a, b)

@@ -53,6 +53,7 @@ class Explorer:
         self._looked_s = -math.inf
         self._odd_since_s: float | None = None
         self._asked_s: dict[Link, deque[float]] = {}  # when probes were sent that have not come back
+        self._urgent = set[Link]()  # of these, what the next steps wait for
         self._answered_s: dict[tuple[str, str], float] = {}  # by two sites: when the last that has was sent
         self._turn = 0
         self._idle_since_s: dict[str, float] = {}
@@ -65,7 +66,8 @@ class Explorer:
             self._odd_since_s = now_s
         elif not estimator.odd and estimator.drift() is None:
             self._odd_since_s = None
-        if now_s - self._looked_s < (PROBE_SOON_S if newly or estimator.far else PROBE_EVERY_S):
+        soon = newly or estimator.far or estimator.half_known
+        if now_s - self._looked_s < (PROBE_SOON_S if soon else PROBE_EVERY_S):
             return ()
         found = (self._suspected(estimator, newly and estimator.late) if estimator.odd else ()) or self._idle(
             estimator
@@ -74,6 +76,8 @@ class Explorer:
             self._looked_s = now_s
         for look in found:
             self._asked_s.setdefault(look.link, deque()).append(now_s)
+        if newly and estimator.late:
+            self._urgent = {look.link for look in found}
         return found
 
     def looked(self, estimator: Estimator, link: Link) -> None:
@@ -82,6 +86,7 @@ class Explorer:
         if not asked:
             return
         sent_s = asked.popleft()
+        self._urgent.discard(link)
         if ends is not None:
             self._answered_s[ends] = sent_s
 
@@ -97,8 +102,8 @@ class Explorer:
 
     @property
     def asked_s(self) -> float | None:
-        """When the newest probe was sent that has not come back."""
-        return max((sent[-1] for sent in self._asked_s.values() if sent), default=None)
+        """When probes were sent for a step that was late, if some have not come back."""
+        return max((self._asked_s[link][-1] for link in self._urgent), default=None)
 
     def _suspected(self, estimator: Estimator, everywhere: bool) -> tuple[Look, ...]:
         """Two sites that the plan has messages between, or all of them ``everywhere``, and two devices inside

@@ -21,6 +21,7 @@ KEPT = 64  # steps
 BIG = 1.5  # beyond this the shorter time is enough
 LASTING, LASTING_S = 12, 5.0  # for how long what no step time bears out must show itself
 BEFORE = 8  # steps before those, with which they are compared
+ALIKE = 1.4  # both directions between two sites, if they have moved together
 CALM_WEIGHT = 0.3  # of the newest step in the smoothed ratio
 
 
@@ -33,6 +34,11 @@ def newest(entries: Sequence[tuple[float, T]], steps: int, seconds: float) -> li
         if len(out) >= steps and spanned >= seconds:
             return out[::-1]
     return []
+
+
+def alike(a: float, b: float) -> bool:
+    """Whether two ratios are near enough for one cause."""
+    return max(a, b) < ALIKE * min(a, b)
 
 
 class Tracker:
