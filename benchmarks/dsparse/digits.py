@@ -1,4 +1,7 @@
-"""Digits upright and rotated, a model trained on the first, and devices that go on with the second."""
+"""Images upright and rotated, a model trained on the first, and devices that go on with the second.
+
+Digits, or CIFAR-10 where its files are given.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from torch.utils.data import TensorDataset
 from spanwise.api.prepare import Prepared, prepare_live
 from spanwise.core.job import Job
 from spanwise.zoo import mobilenet_v2
-from spanwise.zoo.data import digits
+from spanwise.zoo.data import cifar10, digits
 
 ANGLE = 45.0  # degrees; 6 and 9 stay apart
 PRETRAINED_EPOCHS, PRETRAINED_BATCH, PRETRAINED_LR = 15, 64, 0.05
@@ -23,10 +26,16 @@ PRETRAINED_EPOCHS, PRETRAINED_BATCH, PRETRAINED_LR = 15, 64, 0.05
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the model and its images are."""
+    """How large the model and its images are; ``cifar``: CIFAR-10's folder, in place of digits."""
 
     width: float = 1.0
     size: int = 32
+    cifar: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """For files that are kept."""
+        return f"{'digits' if self.cifar is None else 'cifar10'}-{self.width:g}-{self.size}"
 
     def model(self, seed: int) -> nn.Module:
         """With the initial weights of a seed."""
@@ -45,11 +54,13 @@ def rotated(images: Tensor, degrees: float = ANGLE) -> Tensor:
 
 def data(scale: Scale, *, turned: bool, skewed_over: int = 0) -> tuple[TensorDataset, TensorDataset]:
     """Training and test set; ``skewed_over`` devices, to which row i goes in turn, have sorted labels."""
-    train, test = digits(size=scale.size)
+    train, test = digits(size=scale.size) if scale.cifar is None else cifar10(scale.cifar)
+    whole = torch.Size((scale.size, scale.size))
     sets: list[TensorDataset] = []
     for found in (train, test):
         x, y = found.tensors
-        sets.append(TensorDataset(rotated(x.contiguous()) if turned else x.contiguous(), y))
+        x = x.contiguous() if x.shape[2:] == whole else F.interpolate(x, whole, mode="area")
+        sets.append(TensorDataset(rotated(x) if turned else x, y))
     if skewed_over:
         x, y = sets[0].tensors
         order = torch.argsort(y, stable=True)
@@ -60,11 +71,9 @@ def data(scale: Scale, *, turned: bool, skewed_over: int = 0) -> tuple[TensorDat
 
 
 def pretrained(scale: Scale, seed: int, epochs: int, cache: Path | None) -> nn.Module:
-    """Trained on upright digits by plain PyTorch; kept in a folder, if one is given."""
+    """Trained on upright images by plain PyTorch; kept in a folder, if one is given."""
     model = scale.model(seed)
-    path = (
-        None if cache is None else cache / f"digits-{scale.width:g}-{scale.size}-{seed}-{epochs}.safetensors"
-    )
+    path = None if cache is None else cache / f"{scale.name}-{seed}-{epochs}.safetensors"
     if path is not None and path.exists():
         model.load_state_dict(safetensors.torch.load_file(path))
         return model

@@ -76,12 +76,16 @@ def options() -> argparse.Namespace:
     found.add_argument("--pretrained-epochs", type=int, default=PRETRAINED_EPOCHS)
     found.add_argument("--steps", type=int, default=4, help="timed steps of a plan")
     found.add_argument("--cache", type=Path, default=None, help="folder of profiles and trained models")
+    found.add_argument(
+        "--cifar", type=Path, default=None, help="folder of CIFAR-10's files, in place of digits"
+    )
     args = found.parse_args()
     wanted = args.plans or list(CONTESTANTS)
-    args.scale = Scale()
+    args.scale = Scale(cifar=args.cifar)
     args.contestants = {k: tuple(n for n in names if n in wanted) for k, names in ACCURACY.items()}
     if args.short:
-        args.scale, args.pretrained_epochs, args.epochs, args.seeds = Scale(0.25, 16), 2, 1, 1
+        args.scale = Scale(0.25, 16, args.cifar)
+        args.pretrained_epochs, args.epochs, args.seeds = 2, 1, 1
         args.lab, args.settings, args.steps = [SUBJECT], ["pretrained"], 1
         args.contestants = {"pretrained": (DENSE, SUBJECT)}
     return args

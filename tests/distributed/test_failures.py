@@ -22,7 +22,7 @@ from equality import assignment, cluster, of, plan_of
 from spanwise.core.errors import JoinError, PeerError, ResourceError
 from spanwise.core.plan import Replica, Stage
 from spanwise.runtime import coordinator as coordinator_module
-from spanwise.runtime import processes
+from spanwise.runtime import pool as pool_module
 from spanwise.runtime.control import Channel, introduce, listen
 from spanwise.runtime.coordinator import Coordinator
 from spanwise.runtime.device_run import Assignment
@@ -73,7 +73,7 @@ def test_a_lost_worker_ends_the_run_everywhere(
     own_pool: WorkerPool, harm: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coordinator_module, "_SILENT_S", 3.0)  # else the same, but later
-    monkeypatch.setattr(processes, "_ENDING_S", 2.0)
+    monkeypatch.setattr(pool_module, "_ENDING_S", 2.0)
     error, _ = run_until_it_fails(own_pool, harm)
     assert "'b'" in str(error) or "b:" in str(error)
     survivor = psutil.Process(own_pool.process_ids["a"])
