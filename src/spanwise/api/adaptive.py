@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from spanwise.api.searcher import Searcher
-from spanwise.core.profile import LinkTimes, Profile
+from spanwise.core.profile import Profile
 from spanwise.core.run_folder import RunFolder
 from spanwise.planner import Problem
 from spanwise.planner.adapting.adaptation import Adaptation, Change, Search, known_in
@@ -138,11 +138,6 @@ class Adapting:
     def next_assignment(self) -> Assignment | None:
         """The run under the plan to go over to."""
         return None if self._change is None else self._assignment.under(self._change.plan)
-
-    @property
-    def links(self) -> Sequence[LinkTimes]:
-        """Links as they are believed now."""
-        return self.profile.links
 
     def switched(self, assignment: Assignment, step: int, cost: Switched) -> None:
         """Notes what the change took."""

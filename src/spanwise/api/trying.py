@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from spanwise.api.adaptive import Adapting, OnChange, note
 from spanwise.core.plan import Plan
-from spanwise.core.profile import LinkTimes, Profile
+from spanwise.core.profile import Profile
 from spanwise.core.run_folder import RunFolder
 from spanwise.planner import Problem
 from spanwise.planner.adapting.adaptation import Adaptation
@@ -113,11 +113,6 @@ class Trying:
         if self._change is None:
             return None if self._next is None else self._next.next_assignment()
         return self._assignment.under(self._change)
-
-    @property
-    def links(self) -> Sequence[LinkTimes]:
-        """Links as they are believed now."""
-        return self.profile.links
 
     def switched(self, assignment: Assignment, step: int, cost: Switched) -> None:
         """Notes what the change took."""

@@ -103,14 +103,11 @@ class Coordinator:
 
     def next_event(self, timeout_s: float, what: str) -> tuple[str, Frame]:
         """The next frame of any worker; raises the failure of the run as soon as there is one."""
-        try:
-            device, frame = self.events.get(timeout=max(timeout_s, 0.0))
-        except queue.Empty:
+        found = self.event_within(max(timeout_s, 0.0))
+        if found is None:
             self._raise()
-            raise PeerError(f"waiting for {what}: nothing within {timeout_s:.0f} s") from None
-        if frame.kind == "failure":
-            self._raise()
-        return device, frame
+            raise PeerError(f"waiting for {what}: nothing within {timeout_s:.0f} s")
+        return found
 
     def event_within(self, seconds: float) -> tuple[str, Frame] | None:
         """The same; none if nothing comes so soon."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spanwise.core.errors import TrainingError
-from spanwise.core.profile import LinkTimes
+from spanwise.core.profile import Profile
 from spanwise.core.run_folder import RunFolder
 from spanwise.runtime.checkpoint import Checkpoint, save_checkpoint, save_weights
 from spanwise.runtime.device_run import Assignment, Snapshot
@@ -55,8 +55,8 @@ class Steering(Guide, Protocol):
         ...
 
     @property
-    def links(self) -> Sequence[LinkTimes]:
-        """Measured links as they are believed now: state moves over them."""
+    def profile(self) -> Profile:
+        """The numbers believed now: state moves over links as they are."""
         ...
 
     def switched(self, assignment: Assignment, step: int, cost: Switched) -> None:
@@ -130,7 +130,7 @@ def train(
         step = reports[-1].step + 1
         changed = None if steering is None or step == last else steering.next_assignment()
         if steering is not None and changed is not None:
-            steering.switched(changed, step, session.switch(changed, steering.links))
+            steering.switched(changed, step, session.switch(changed, steering.profile.links))
             assignment, since = changed, step
         if step < stop:
             continue

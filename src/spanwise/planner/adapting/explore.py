@@ -66,17 +66,17 @@ class Explorer:
             self._odd_since_s = now_s
         elif not estimator.odd and estimator.drift() is None:
             self._odd_since_s = None
+        everywhere = newly and estimator.late
         soon = newly or estimator.far or estimator.half_known
         if now_s - self._looked_s < (PROBE_SOON_S if soon else PROBE_EVERY_S):
             return ()
-        found = (self._suspected(estimator, newly and estimator.late) if estimator.odd else ()) or self._idle(
-            estimator
-        )
+        suspected = self._suspected(estimator, everywhere) if estimator.odd else ()
+        found = suspected or self._idle(estimator)
         if found:
             self._looked_s = now_s
         for look in found:
             self._asked_s.setdefault(look.link, deque()).append(now_s)
-        if newly and estimator.late:
+        if everywhere:
             self._urgent = {look.link for look in found}
         return found
 
